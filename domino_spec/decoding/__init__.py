@@ -1,0 +1,1 @@
+"""Propose, verify, commit: lossless speculative decoding for R requests of unequal length."""

@@ -1,0 +1,186 @@
+"""The DFlash backbone: one parallel pass from the target's features and a masked block to a hidden state per slot.
+
+First half of a draft (the Domino head is the second). Every layer attends, without a causal mask, to the context
+that was projected from the target's features and to the block itself (paper 4.1.1; DESIGN section 4). The context
+is the same tensor for every layer and is never updated, so its keys and values can be projected for all layers in
+one product and cached.
+
+Shapes: R requests, B slots, T context rows, H hidden, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from domino_spec.config import DraftConfig
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines for a set of absolute positions, each [R, n, D]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class ContextKV(NamedTuple):
+    """Keys (rotated) and values of the context for every layer, each [layers, R, kv_heads, T, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Apply RoPE (half-split form, as Qwen3 and Llama) to `x` [R, heads, n, D]."""
+    cos, sin = rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm whose float32 master weight meets lower-precision activations under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., n] to [..., n], same dtype."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Queries from the block; keys and values from the context and the block (DFlash)."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and to itself; `mask` [R, 1, n, T + n] is True where seen."""
+        requests, slots, _ = x.shape
+        query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
+        key = self.k_proj(x).view(requests, slots, self.kv_heads, self.head_dim)
+        value = self.v_proj(x).view(requests, slots, self.kv_heads, self.head_dim)
+        query = rotate(self.q_norm(query).transpose(1, 2), rotary)
+        key = rotate(self.k_norm(key).transpose(1, 2), rotary).to(context_keys.dtype)
+        key = torch.cat((context_keys, key), dim=2)  # [R, kv_heads, T + n, D]
+        value = torch.cat((context_values, value.transpose(1, 2).to(context_values.dtype)), dim=2)
+        # Grouped queries are folded into rows of their key/value head, so keys and values are never repeated.
+        groups = self.heads // self.kv_heads
+        query = query.to(key.dtype).reshape(requests, self.kv_heads, groups * slots, self.head_dim)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, groups, 1))
+        out = out.reshape(requests, self.heads, slots, self.head_dim).transpose(1, 2)
+        return self.o_proj(out.reshape(requests, slots, self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU, as in Qwen3."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., H] to [..., H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm layer over the block."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
+        """`x` [R, n, H] to [R, n, H]; arguments as in `Attention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, context_keys, context_values, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """`fc` and `hidden_norm` make the context; `layers` and `norm` turn a block into hidden states.
+
+    The parameter names are those of published checkpoints.
+    """
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(_rotary_config(config))
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """RoPE factors in float32 for absolute `positions` [R, n]."""
+        cos, sin = self.rotary_emb(torch.empty((), dtype=torch.float32, device=positions.device), positions)
+        return Rotary(cos, sin)
+
+    def project_context(self, features: Tensor, positions: Tensor) -> ContextKV:
+        """Keys and values of all layers for new context rows, in one product.
+
+        Args:
+            features: [R, T, len(target_layer_ids) * H], the target's hidden states at the tapped layers.
+            positions: [R, T], absolute positions of those tokens.
+        """
+        requests, rows, _ = features.shape
+        attentions = [layer.self_attn for layer in self.layers]
+        context = self.hidden_norm(self.fc(features))  # [R, T, H]
+        weight = torch.cat([w for a in attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+        config = self.config
+        projected = F.linear(context, weight).view(
+            requests, rows, len(attentions), 2, config.num_key_value_heads, config.head_dim
+        )
+        # [layers, 2, R, kv_heads, T, D]
+        projected = projected.permute(2, 3, 0, 4, 1, 5)
+        rotary = self.rotary(positions)
+        keys = torch.stack([rotate(a.k_norm(projected[i, 0]), rotary) for i, a in enumerate(attentions)])
+        return ContextKV(keys.to(projected.dtype), projected[:, 1])
+
+    def forward(self, block: Tensor, positions: Tensor, context: ContextKV, mask: Tensor) -> Tensor:
+        """Hidden state of every slot.
+
+        Args:
+            block: [R, n, H], embeddings of anchor and mask tokens; n may hold several blocks side by side.
+            positions: [R, n], absolute positions of the slots.
+            context: keys and values of T context rows.
+            mask: [R, 1, n, T + n], True where a slot may attend: context first, then the block.
+
+        Returns:
+            [R, n, H], after the final norm: `lm_head` of it gives the base logits.
+        """
+        rotary = self.rotary(positions)
+        for layer, keys, values in zip(self.layers, context.keys, context.values, strict=True):
+            block = layer(block, rotary, keys, values, mask)
+        return self.norm(block)
+
+
+def _rotary_config(config: DraftConfig) -> Qwen3Config:
+    parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    return Qwen3Config(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=parameters,
+    )

@@ -1,0 +1,107 @@
+"""A draft: backbone and head together, joined to the frozen embedding and LM head of its target.
+
+The draft owns only what is trained and published; the target's two end matrices are borrowed through `TargetEnds`
+and never appear in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domino_spec.config import DraftConfig
+from domino_spec.draft.backbone import Backbone
+from domino_spec.draft.head import DominoHead
+
+if TYPE_CHECKING:
+    from domino_spec.target.model import Target
+
+
+@dataclass(frozen=True)
+class TargetEnds:
+    """What a draft borrows from its target, frozen."""
+
+    embedding: nn.Module
+    """Token ids [...] to embeddings [..., H]; the model's own module, which may scale (Gemma)."""
+    lm_head: Tensor
+    """[V, H]: rows of the output projection for the tokens this draft can propose."""
+    final_norm: nn.Module
+    """The target's last norm, which turns the output of its last layer into what the LM head reads."""
+
+
+class Draft(nn.Module):
+    """Proposes blocks of tokens from the target's features (paper section 4.1).
+
+    Args:
+        config: shape and label convention.
+        draft_vocab_ids: [draft_vocab_size], absolute token ids that the draft can propose, ascending; required
+            exactly where the configuration has a draft vocabulary.
+    """
+
+    draft_vocab_ids: Tensor | None
+
+    def __init__(self, config: DraftConfig, draft_vocab_ids: Tensor | None = None) -> None:
+        super().__init__()
+        if (draft_vocab_ids is None) != (config.draft_vocab_size is None):
+            raise ValueError("draft_vocab_ids must be given exactly when draft_vocab_size is set")
+        self.config = config
+        self.backbone = Backbone(config)
+        self.head = DominoHead(config.head, config.hidden_size, config.logits_size) if config.head else None
+        self.register_buffer("draft_vocab_ids", draft_vocab_ids)
+        self.nested_head_names = False
+        """True where the checkpoint kept the head under `logit_head.` (older layout), so that saving keeps it there."""
+        # A list, so that the borrowed modules are not registered as ours (state_dict, optimizer, .to()).
+        self._ends: list[TargetEnds] = []
+
+    def bind(self, target: Target) -> Draft:
+        """Borrow embedding and LM head from `target` (checked by `pairing.check_pairing`); returns self."""
+        weight = target.lm_head_weight
+        if self.draft_vocab_ids is not None:
+            weight = weight[self.draft_vocab_ids.to(weight.device)]
+        self._ends = [TargetEnds(target.embedding, weight, target.decoder.norm)]
+        return self
+
+    @property
+    def ends(self) -> TargetEnds:
+        """The borrowed ends; `bind` comes first."""
+        assert self._ends, "the draft is not bound to a target"
+        return self._ends[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the draft's parameters are."""
+        return self.backbone.fc.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the draft's parameters."""
+        return self.backbone.fc.weight.dtype
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids [...] to the target's embeddings [..., H], in the draft's dtype."""
+        return self.ends.embedding(token_ids).to(self.dtype)
+
+    def block_embeddings(self, anchors: Tensor) -> Tensor:
+        """Anchor ids [...] to block inputs [..., B, H]: the anchor in slot 0, masks elsewhere."""
+        block = torch.full((*anchors.shape, self.config.block_size), self.config.mask_token_id, device=anchors.device)
+        block[..., 0] = anchors
+        return self.embed(block)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] to base logits [..., V or draft vocabulary]."""
+        return F.linear(hidden, self.ends.lm_head.to(hidden.dtype))
+
+    def to_token_ids(self, choices: Tensor) -> Tensor:
+        """Indices into the logits to absolute token ids, same shape."""
+        return choices if self.draft_vocab_ids is None else self.draft_vocab_ids[choices]
+
+    def to_choices(self, token_ids: Tensor) -> Tensor:
+        """Absolute token ids to indices into the logits, same shape; -1 for tokens the draft cannot propose."""
+        if self.draft_vocab_ids is None:
+            return token_ids
+        index = torch.searchsorted(self.draft_vocab_ids, token_ids).clamp(max=len(self.draft_vocab_ids) - 1)
+        return torch.where(self.draft_vocab_ids[index] == token_ids, index, -1)

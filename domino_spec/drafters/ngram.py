@@ -1,0 +1,76 @@
+"""`ngram`: prompt look-up. The longest recent n-gram that occurred before is followed by what followed it then.
+
+Needs no training and no features; strong on text that repeats its prompt or itself. It runs on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from domino_spec.decoding.state import Proposal, State, Verdict
+
+
+class PromptLookup:
+    """Proposes the continuation of the most recent earlier occurrence of the text's last tokens.
+
+    Args:
+        longest: longest n-gram to look for.
+        shortest: shortest n-gram that may match.
+        max_drafts: the most tokens copied in one cycle.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, longest: int = 4, shortest: int = 1, max_drafts: int = 8) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"n-gram lengths must satisfy 1 <= shortest <= longest, got {shortest} and {longest}")
+        self.longest, self.shortest, self.max_drafts = longest, shortest, max_drafts
+
+    def start(self, state: State) -> list[_NgramIndex]:
+        """An index of the n-grams of every request."""
+        return [_NgramIndex(self.longest) for _ in range(len(state.lengths))]
+
+    def propose(self, state: State, own: list[_NgramIndex], num_drafts: int) -> Proposal:
+        """Drafts copied from earlier text; a request without a match gets none."""
+        drafts = []
+        for index, row, length in zip(own, state.tokens, state.lengths.tolist(), strict=True):
+            index.extend(row[index.length : length].tolist())
+            drafts.append(index.continuation(self.shortest, num_drafts))
+        counts = torch.tensor([len(d) for d in drafts])
+        tokens = torch.zeros(len(drafts), int(counts.max()), dtype=torch.long)
+        for row, draft in zip(tokens, drafts, strict=True):
+            row[: len(draft)] = torch.tensor(draft, dtype=torch.long)
+        device = state.tokens.device
+        return Proposal(tokens.to(device), counts.to(device))
+
+    def advance(self, own: list[_NgramIndex], verdict: Verdict) -> list[_NgramIndex]:
+        """Nothing to do: the next proposal reads the committed text."""
+        return own
+
+
+class _NgramIndex:
+    """Where each n-gram of one growing text last ended, for look-ups in constant time."""
+
+    def __init__(self, longest: int) -> None:
+        self._text: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._longest = longest
+
+    @property
+    def length(self) -> int:
+        return len(self._text)
+
+    def extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            # The n-grams that end the text so far become findable once something follows them.
+            end = len(self._text)
+            for size in range(1, min(self._longest, end) + 1):
+                self._ends[tuple(self._text[end - size :])] = end
+            self._text.append(token)
+
+    def continuation(self, shortest: int, count: int) -> list[int]:
+        for size in range(min(self._longest, len(self._text) - 1), shortest - 1, -1):
+            end = self._ends.get(tuple(self._text[-size:]))
+            if end is not None:
+                return self._text[end : end + count]
+        return []

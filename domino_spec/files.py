@@ -1,0 +1,123 @@
+"""Reading and writing files so that a crash, a full disk or a bad line costs nothing that was there before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from domino_spec.config import UserError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` only when the block ends well.
+
+    Raises:
+        UserError: the file could not be written (a full disk, no permission); `path` is as it was.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        UserError: it could not be written; the previous file survives.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as scratch:
+        save_file(contiguous, scratch, {"format": "pt", **(metadata or {})})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Raises:
+        UserError: it is missing, truncated or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from None
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write indented JSON atomically."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_jsonl(path: str | Path, required: Mapping[str, type], skip_partial_end: bool = False) -> list[dict[str, Any]]:
+    """Objects of a JSONL file, each checked to hold `required` keys of those types.
+
+    Args:
+        path: the file; blank lines are skipped.
+        required: key to type.
+        skip_partial_end: drop a last line that does not end in a newline (a writer was killed while writing it).
+
+    Raises:
+        UserError: naming file and line number.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    lines = text.split("\n")
+    if skip_partial_end:
+        lines = lines[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number}: expected an object, got {type(row).__name__}")
+        for key, kind in required.items():
+            if not isinstance(row.get(key), kind):
+                raise UserError(f"{path} line {number}: key {key!r} must be {kind.__name__}")
+        rows.append(row)
+    if not rows and not skip_partial_end:
+        raise UserError(f"{path} holds no rows")
+    return rows

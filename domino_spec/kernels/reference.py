@@ -1,0 +1,92 @@
+"""The head rollout in plain PyTorch: from hidden states and base logits of a block to drafted tokens.
+
+The truth that faster twins are tested against. Per drafted token: candidates from the base logits, the low-rank
+correction evaluated on those rows of W2 only, a choice, and one GRU step (paper 4.1.2, 4.3; DESIGN section 7).
+
+Shapes: R requests, N drafted tokens, H hidden, V logits width, K candidates, G GRU width, L low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domino_spec.draft.head import DominoHead
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Drafted tokens as indices into the logits, and how they were drawn."""
+
+    choices: Tensor
+    """[R, N]."""
+    candidates: Tensor | None
+    """[R, N, K] indices into the logits; None for greedy drafts."""
+    probs: Tensor | None
+    """[R, N, K] probability of each candidate; None for greedy drafts."""
+
+
+def head_rollout(
+    head: DominoHead | None,
+    hidden: Tensor,
+    base_logits: Tensor,
+    anchor_embedding: Tensor,
+    embed_choice: Callable[[Tensor], Tensor],
+    candidates: int | None = None,
+    temperature: float = 0.0,
+    draw: Callable[[Tensor, int], Tensor] | None = None,
+) -> Rollout:
+    """Choose or sample N drafts one after another.
+
+    Args:
+        head: the Domino head; None leaves the base logits as they are (DFlash).
+        hidden: [R, N, H], the slot that predicts each draft.
+        base_logits: [R, N, V].
+        anchor_embedding: [R, H], embedding of the anchor, which the causal encoder consumes first.
+        embed_choice: indices into the logits [R] to target embeddings [R, H].
+        candidates: K, correct only the K best base logits of each slot; None corrects all of them. A greedy draft is
+            that of the full vocabulary whenever the corrected argmax is among them.
+        temperature: of the draft; 0 chooses the argmax.
+        draw: for temperature > 0: probabilities [R, K] and draft index to drawn positions [R].
+    """
+    num_drafts = hidden.shape[1]
+    if candidates is None or candidates >= base_logits.shape[-1]:
+        top_logits, top_ids = base_logits, None
+    else:
+        top_logits, top_ids = base_logits.topk(candidates, dim=-1)  # [R, N, K]
+    if head is not None:
+        hidden_width = hidden.shape[-1]
+        w1_hidden, w1_state = head.embed_proj[0].weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
+        from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
+        state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
+    choices, all_probs = [], []
+    for i in range(num_drafts):
+        logits = top_logits[:, i]
+        if head is not None and i >= head.config.pure_draft_prefix_len:
+            low_rank = F.silu(from_hidden[:, i] + F.linear(state, w1_state))  # [R, L]
+            if top_ids is None:
+                logits = logits + F.linear(low_rank, head.correction_weight)
+            else:
+                rows = head.correction_weight[top_ids[:, i]]  # [R, K, L]
+                logits = logits + torch.einsum("rkl,rl->rk", rows, low_rank)
+        if temperature == 0:
+            position = logits.argmax(-1)
+        else:
+            assert draw is not None
+            probs = (logits.float() / temperature).softmax(-1)
+            position = draw(probs, i)
+            all_probs.append(probs)
+        choice = position if top_ids is None else top_ids[:, i].gather(1, position[:, None])[:, 0]
+        choices.append(choice)
+        if head is not None and i + 1 < num_drafts:
+            state = head.step(embed_choice(choice), state)
+    ids = None
+    if temperature > 0:
+        if top_ids is None:
+            top_ids = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
+        ids = top_ids
+    return Rollout(torch.stack(choices, dim=1), ids, torch.stack(all_probs, dim=1) if all_probs else None)

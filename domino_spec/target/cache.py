@@ -1,0 +1,83 @@
+"""Keys and values of the target for R requests of unequal length, in memory allocated once.
+
+Stands between the target's attention layers, which call `update`, and the decoding loop, which alone decides how
+many rows of each request are kept: `lengths` says so, and cropping rejected drafts is a change of `lengths`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class TargetCache(Cache):
+    """A preallocated cache with one length per request, behind the interface that transformers models call.
+
+    A forward pass over N tokens writes rows `lengths[r] .. lengths[r] + N - 1` of request r and reads rows
+    `0 .. extent - 1`; an attention mask hides what lies beyond each request's own rows. Rows past `lengths` hold
+    whatever the last pass left there and are overwritten by the next.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        requests: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        shape = (num_layers, requests, kv_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(requests, dtype=torch.long, device=device)
+        """Valid rows of each request, [R]."""
+        self._requests = torch.arange(requests, device=device)[:, None]
+        self._rows = torch.empty(0)
+        self._extent = 0
+        self._contiguous: slice | None = None
+
+    def begin_pass(self, num_tokens: int) -> int:
+        """Prepare to write `num_tokens` rows per request; returns `extent`, the rows that attention will read.
+
+        Raises:
+            ValueError: the rows would not fit; the caller sized the cache wrongly or must stop.
+        """
+        longest = int(self.lengths.max())
+        self._extent = longest + num_tokens
+        if self._extent > self.capacity:
+            raise ValueError(f"cache of {self.capacity} rows cannot hold {self._extent}")
+        self._rows = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [R, N]
+        equal = bool((self.lengths == longest).all())
+        self._contiguous = slice(longest, self._extent) if equal else None
+        return self._extent
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write new rows [R, kv_heads, N, D] of one layer; returns all rows up to `extent` [R, kv_heads, extent, D]."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self._contiguous is not None:
+            keys[:, :, self._contiguous] = key_states
+            values[:, :, self._contiguous] = value_states
+        else:
+            # Advanced indices around a slice put R and N first: the target of the assignment is [R, N, kv_heads, D].
+            keys[self._requests, :, self._rows] = key_states.transpose(1, 2)
+            values[self._requests, :, self._rows] = value_states.transpose(1, 2)
+        return keys[:, :, : self._extent], values[:, :, : self._extent]
+
+    def keep(self, requests: Tensor) -> TargetCache:
+        """A cache with only the rows of the given requests (indices [R'])."""
+        kept = object.__new__(type(self))
+        kept.__dict__.update(self.__dict__)
+        kept.keys, kept.values = self.keys[:, requests], self.values[:, requests]
+        kept.lengths = self.lengths[requests]
+        kept._requests = torch.arange(len(requests), device=requests.device)[:, None]
+        return kept
+
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""
+        return int(self.lengths.max())

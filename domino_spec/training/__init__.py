@@ -1,0 +1,1 @@
+"""Training a draft: answers, features, anchors, losses, the loop, and simulated tau."""

@@ -1,0 +1,85 @@
+"""Simulated tau: how long the accepted prefix would be on held-out answers, with the head on and off.
+
+On the target's own greedy text, a chosen draft is accepted while it equals the text, and along that prefix the head
+has consumed exactly the text. So one teacher-forced pass gives the acceptance that decoding would see from every
+anchor, without decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domino_spec.draft.model import Draft
+from domino_spec.training.blocks import forward_blocks
+from domino_spec.training.data import Sequence
+from domino_spec.training.features import FeatureCache
+
+
+@dataclass(frozen=True)
+class SimulatedTau:
+    """Acceptance on held-out text."""
+
+    tau: float
+    """Mean accepted prefix + 1 over all blocks, with the head."""
+    tau_head_off: float
+    """The same from the base logits alone."""
+    accepted: Tensor
+    """[blocks] accepted drafts of each block, with the head: the raw data for paired comparisons."""
+    accepted_head_off: Tensor
+    """[blocks]."""
+    acceptance: list[float]
+    """Share of blocks whose first k drafts were all accepted, k = 1 .. N."""
+
+
+@torch.inference_mode()
+def simulated_tau(
+    draft: Draft,
+    sequences: SequenceType[Sequence],
+    cache: FeatureCache,
+    anchors_per_sequence: int = 32,
+    batch_size: int = 4,
+) -> SimulatedTau:
+    """Measure acceptance at evenly spaced anchors that are followed by a whole block of answer tokens.
+
+    Args:
+        draft: bound to its target.
+        sequences: held-out answers; those too short for a whole block are passed over.
+        cache: their features.
+        anchors_per_sequence: at most this many blocks each.
+        batch_size: sequences per pass.
+    """
+    num_drafts = draft.config.max_drafts
+    usable, anchors = [], []
+    for sequence in sequences:
+        first, last = sequence.prompt_length - 1, len(sequence.tokens) - 1 - num_drafts
+        if last >= first:
+            count = min(anchors_per_sequence, last - first + 1)
+            usable.append(sequence)
+            anchors.append(torch.linspace(first, last, count).round().long())
+    accepted, accepted_off = [], []
+    for start in range(0, len(usable), batch_size):
+        chunk = slice(start, start + batch_size)
+        batch = cache.batch(usable[chunk])
+        features = batch.features.to(draft.dtype)
+        drafted = forward_blocks(draft, replace(batch, features=features), anchors[chunk])
+        base = draft.base_logits(drafted.hidden)
+        final = base
+        if draft.head is not None:
+            final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
+        real = drafted.blocks.valid.all(-1)  # padding blocks have no valid label
+        for logits, into in ((final, accepted), (base, accepted_off)):
+            correct = logits.argmax(-1) == drafted.choices  # a label of -1 is a miss
+            into.append(correct.long().cumprod(-1).sum(-1)[real])
+    with_head, head_off = torch.cat(accepted), torch.cat(accepted_off)
+    return SimulatedTau(
+        tau=with_head.double().mean().item() + 1,
+        tau_head_off=head_off.double().mean().item() + 1,
+        accepted=with_head,
+        accepted_head_off=head_off,
+        acceptance=[(with_head >= k).double().mean().item() for k in range(1, num_drafts + 1)],
+    )

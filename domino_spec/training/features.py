@@ -1,0 +1,163 @@
+"""The target's features for every training sequence, captured once and kept in shards on disk.
+
+Capturing costs a full pass of the target, so a draft that is trained for several epochs reads them back instead.
+A shard holds whole sequences; it is written atomically, so an interrupted capture goes on at the next shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence as SequenceType
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from domino_spec.config import UserError
+from domino_spec.files import read_json, save_tensors, write_json
+from domino_spec.target.model import Target
+from domino_spec.training.data import Sequence
+
+SHARD_TOKENS = 50_000
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of unequal length, right-padded, with their features."""
+
+    tokens: Tensor
+    """[S, T] int64."""
+    lengths: Tensor
+    """[S]."""
+    prompt_lengths: Tensor
+    """[S]."""
+    features: Tensor
+    """[S, T, layers * H]; zero past a sequence's length."""
+
+
+class FeatureCache:
+    """Features of a list of sequences, on disk.
+
+    Args:
+        directory: holds `settings.json` and shards; made when missing.
+        settings: what the features depend on; a directory with other settings is refused.
+
+    Raises:
+        UserError: the directory belongs to other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict) -> None:
+        self.directory = directory
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._open: dict[Path, safe_open] = {}
+        known = directory / "settings.json"
+        if known.exists():
+            if read_json(known) != settings:
+                raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
+        else:
+            write_json(settings, known)
+        self._shards = sorted(directory.glob("shard-*.safetensors"))
+        for shard in self._shards:
+            self._index(shard)
+
+    def _index(self, shard: Path) -> None:
+        self._open[shard] = file = safe_open(shard, framework="pt")
+        for id_, start, end in json.loads(file.metadata()["sequences"]):
+            self._places[id_] = (shard, start, end)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.id in self._places
+
+    def write_shard(self, features: dict[str, Tensor]) -> None:
+        """Add the features [T, F] of some sequences as one shard."""
+        shard = self.directory / f"shard-{len(self._shards):05d}.safetensors"
+        table, start = [], 0
+        for id_, rows in features.items():
+            table.append((id_, start, start + len(rows)))
+            start += len(rows)
+        save_tensors({"features": torch.cat(list(features.values()))}, shard, {"sequences": json.dumps(table)})
+        self._shards.append(shard)
+        self._index(shard)
+
+    def read(self, sequence: Sequence) -> Tensor:
+        """Features [T, F] of one sequence."""
+        shard, start, end = self._places[sequence.id]
+        return self._open[shard].get_slice("features")[start:end]
+
+    def batch(self, sequences: SequenceType[Sequence]) -> Batch:
+        """Read and pad some sequences."""
+        return pad_batch(sequences, [self.read(s) for s in sequences])
+
+
+def pad_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
+    """Right-pad sequences and their features to one length."""
+    return Batch(
+        tokens=torch.nn.utils.rnn.pad_sequence([s.tokens for s in sequences], batch_first=True),
+        lengths=torch.tensor([len(s.tokens) for s in sequences]),
+        prompt_lengths=torch.tensor([s.prompt_length for s in sequences]),
+        features=torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
+    )
+
+
+@torch.inference_mode()
+def compute_features(target: Target, sequences: SequenceType[Sequence], layers: SequenceType[int]) -> list[Tensor]:
+    """Features [T, F] of each sequence from one batched pass of the target."""
+    lengths = torch.tensor([len(s.tokens) for s in sequences], device=target.device)
+    tokens = torch.nn.utils.rnn.pad_sequence([s.tokens for s in sequences], batch_first=True).to(target.device)
+    cache = target.new_cache(len(sequences), tokens.shape[1])
+    features = target.prefill(tokens, lengths, cache, layers)
+    assert features is not None
+    return [rows[: len(s.tokens)].cpu() for rows, s in zip(features, sequences, strict=True)]
+
+
+def capture_features(
+    target: Target,
+    sequences: SequenceType[Sequence],
+    layers: SequenceType[int],
+    directory: Path,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> FeatureCache:
+    """Fill a feature cache with what it still lacks.
+
+    Args:
+        target: loaded in the precision that the features should have.
+        sequences: what to capture; ids must be unique.
+        layers: tapped decoder layers.
+        directory: of the cache.
+        on_progress: called with the tokens just done.
+    """
+    settings = {
+        "target": target.fingerprint,
+        "layers": list(layers),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "hidden_size": target.hidden_size,
+    }
+    cache = FeatureCache(directory, settings)
+    on_progress(sum(len(s.tokens) for s in sequences if s in cache))
+    # Sequences of like length share a batch, so that little of it is padding.
+    missing = sorted((s for s in sequences if s not in cache), key=lambda s: len(s.tokens))
+    pending: dict[str, Tensor] = {}
+    for batch in _batches(missing, BATCH_TOKENS):
+        for sequence, rows in zip(batch, compute_features(target, batch, layers), strict=True):
+            pending[sequence.id] = rows
+        if sum(map(len, pending.values())) >= SHARD_TOKENS:
+            cache.write_shard(pending)
+            pending = {}
+        on_progress(sum(len(s.tokens) for s in batch))
+    if pending:
+        cache.write_shard(pending)
+    return cache
+
+
+def _batches(sequences: SequenceType[Sequence], max_tokens: int) -> list[list[Sequence]]:
+    """Cut a list sorted by length into batches of at most `max_tokens` padded tokens (at least one sequence each)."""
+    batches: list[list[Sequence]] = []
+    for sequence in sequences:
+        if batches and (len(batches[-1]) + 1) * len(sequence.tokens) <= max_tokens:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return batches

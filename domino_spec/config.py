@@ -265,6 +265,8 @@ class OptimizationRecipe:
     """Sequences per forward pass; a step accumulates batch_size / micro_batch_size of them."""
     anchors: int = 512
     """A, blocks trained per sequence."""
+    block_schedule: tuple[int, ...] = ()
+    """Shorter blocks for equal parts of the run before the draft's own size, such as [2, 4]; anchors grow to match."""
     learning_rate: float = 6e-4
     warmup_ratio: float = 0.04
     weight_decay: float = 0.0
@@ -293,6 +295,10 @@ class OptimizationRecipe:
         _require(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}")
         _require(self.position_decay > 0, f"position_decay must be positive, got {self.position_decay}")
         _require(0 <= self.warmup_ratio < 1, f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        _require(
+            all(2 <= size for size in self.block_schedule),
+            f"block_schedule must hold sizes of at least 2, got {list(self.block_schedule)}",
+        )
         for name in ("lambda_base_start", "lambda_base_end"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
         _require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def read_jsonl(path: str | Path, required: Mapping[str, type], skip_partial_end: bool = False) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path,
+    required: Mapping[str, type],
+    skip_partial_end: bool = False,
+    fault: Callable[[dict[str, Any]], str | None] = lambda row: None,
+) -> list[dict[str, Any]]:
     """Objects of a JSONL file, each checked to hold `required` keys of those types.
 
     Args:
         path: the file; blank lines are skipped.
         required: key to type.
         skip_partial_end: drop a last line that does not end in a newline (a writer was killed while writing it).
+        fault: says what else is wrong with a row, or None.
 
     Raises:
         UserError: naming file and line number.
@@ -117,6 +123,8 @@ def read_jsonl(path: str | Path, required: Mapping[str, type], skip_partial_end:
         for key, kind in required.items():
             if not isinstance(row.get(key), kind):
                 raise UserError(f"{path} line {number}: key {key!r} must be {kind.__name__}")
+        if wrong := fault(row):
+            raise UserError(f"{path} line {number}: {wrong}")
         rows.append(row)
     if not rows and not skip_partial_end:
         raise UserError(f"{path} holds no rows")

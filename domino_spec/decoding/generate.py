@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
 from domino_spec.decoding.state import State
 from domino_spec.decoding.verify import commit, verify
-from domino_spec.drafters.protocol import Drafter
 from domino_spec.target.model import Target
 from domino_spec.target.text import StopStrings, TextStream
 
@@ -84,11 +84,14 @@ def prefill(target: Target, prompts: Sequence[Sequence[int]], drafter: Drafter, 
     """Committed prompts, their cache (all but the last token, which the first pass verifies) and features.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room in the target's context.
+        UserError: an empty prompt, one with token ids that the target does not know, or one that leaves no room in its
+            context.
     """
     for prompt in prompts:
         if not prompt:
             raise UserError("the prompt is empty")
+        if min(prompt) < 0 or max(prompt) >= target.vocab_size:
+            raise UserError(f"a prompt holds token ids outside the vocabulary of {target.vocab_size} of {target.name}")
         if len(prompt) + max_new_tokens > target.max_length:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed the context of "

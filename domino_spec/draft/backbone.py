@@ -19,6 +19,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import DraftConfig
+from domino_spec.target.packing import PackedLinear, pack_linears
 
 
 class Rotary(NamedTuple):
@@ -130,6 +131,32 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(_rotary_config(config))
+        self._context_projection: PackedLinear | None = None
+        self.feature_scale: Tensor | None
+        self.register_buffer("feature_scale", None, persistent=False)
+
+    def scale_features(self, scale: Tensor) -> None:
+        """Train `fc` on features times `scale` [F]; checkpoints hold `fc` for the features as they are.
+
+        A few dimensions of a target's hidden states are a hundred times larger than the rest and carry half of their
+        energy. Brought to one scale, the optimizer's steps reach all dimensions alike.
+        """
+        self.feature_scale = scale
+
+    @property
+    def fc_weight(self) -> Tensor:
+        """`fc.weight` for features as they are, [H, F]: what checkpoints hold."""
+        return self.fc.weight if self.feature_scale is None else self.fc.weight * self.feature_scale
+
+    def _context_weight(self) -> Tensor:
+        """Keys' and values' projections of all layers, one under the other."""
+        attentions = [layer.self_attn for layer in self.layers]
+        return torch.cat([w for a in attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+
+    def pack(self) -> None:
+        """Keep the linear layers only in the form the CPU's matrix library likes best; for inference."""
+        self._context_projection = PackedLinear(self._context_weight())
+        pack_linears(self)
 
     def rotary(self, positions: Tensor) -> Rotary:
         """RoPE factors in float32 for absolute `positions` [R, n]."""
@@ -144,13 +171,15 @@ class Backbone(nn.Module):
             positions: [R, T], absolute positions of those tokens.
         """
         requests, rows, _ = features.shape
-        attentions = [layer.self_attn for layer in self.layers]
+        config, attentions = self.config, [layer.self_attn for layer in self.layers]
+        if self.feature_scale is not None:
+            features = features * self.feature_scale
         context = self.hidden_norm(self.fc(features))  # [R, T, H]
-        weight = torch.cat([w for a in attentions for w in (a.k_proj.weight, a.v_proj.weight)])
-        config = self.config
-        projected = F.linear(context, weight).view(
-            requests, rows, len(attentions), 2, config.num_key_value_heads, config.head_dim
-        )
+        if self._context_projection is not None:
+            projected = self._context_projection(context)
+        else:
+            projected = F.linear(context, self._context_weight())
+        projected = projected.view(requests, rows, len(attentions), 2, config.num_key_value_heads, config.head_dim)
         # [layers, 2, R, kv_heads, T, D]
         projected = projected.permute(2, 3, 0, 4, 1, 5)
         rotary = self.rotary(positions)

@@ -145,6 +145,7 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:
     """The draft's tensors under their published names."""
     tensors = {name: p for name, p in draft.backbone.state_dict().items() if not name.startswith("rotary_emb.")}
+    tensors["fc.weight"] = draft.backbone.fc_weight
     if draft.head is not None:
         prefix = _OLD_HEAD_PREFIX if draft.nested_head_names else ""
         tensors |= {prefix + name: p for name, p in draft.head.state_dict().items()}

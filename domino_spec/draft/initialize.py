@@ -67,7 +67,7 @@ def new_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | Non
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
-        draft.backbone.norm.weight.data.copy_(target.decoder.norm.weight)
+        draft.backbone.norm.weight.data.copy_(_norm_scale(target.decoder.norm))
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
     return draft.bind(target)
@@ -83,7 +83,16 @@ def _copy_layers(draft: Draft, target: Target, layer_ids: tuple[int, ...]) -> No
         if not 0 <= source_id < target.num_layers:
             raise UserError(f"init_layers_from_target holds {source_id}; the target's layers are 0 to {target.num_layers - 1}")
         source = dict(target.layers[source_id].named_parameters())
+        for name, module in target.layers[source_id].named_modules():
+            if name.endswith("norm"):
+                source[f"{name}.weight"] = _norm_scale(module)
         for name, parameter in layer.named_parameters():
             # Targets without q/k norm (Llama) leave the draft's own at one.
             if name in source and source[name].shape == parameter.shape:
                 parameter.copy_(source[name])
+
+
+def _norm_scale(norm: nn.Module) -> Tensor:
+    """What an RMS norm multiplies by: its weight, or that plus one where the weight is an offset (Gemma)."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    return weight + (norm(torch.ones_like(weight)) - weight).mean().round()

@@ -6,6 +6,7 @@ and never appear in a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from domino_spec.config import DraftConfig
 from domino_spec.draft.backbone import Backbone
 from domino_spec.draft.head import DominoHead
+from domino_spec.target.packing import PackedLinear
 
 if TYPE_CHECKING:
     from domino_spec.target.model import Target
@@ -52,8 +54,11 @@ class Draft(nn.Module):
         self.backbone = Backbone(config)
         self.head = DominoHead(config.head, config.hidden_size, config.logits_size) if config.head else None
         self.register_buffer("draft_vocab_ids", draft_vocab_ids)
+        self._packed_lm_head: PackedLinear | None = None
         self.nested_head_names = False
         """True where the checkpoint kept the head under `logit_head.` (older layout), so that saving keeps it there."""
+        self.custom_generate: Callable[..., Tensor] | None = None
+        """What `model.generate(custom_generate=...)` of transformers takes; set by `domino_spec.load_draft`."""
         # A list, so that the borrowed modules are not registered as ours (state_dict, optimizer, .to()).
         self._ends: list[TargetEnds] = []
 
@@ -74,26 +79,35 @@ class Draft(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the draft's parameters are."""
-        return self.backbone.fc.weight.device
+        return self.backbone.hidden_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the draft's parameters."""
-        return self.backbone.fc.weight.dtype
+        return self.backbone.hidden_norm.weight.dtype
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [...] to the target's embeddings [..., H], in the draft's dtype."""
         return self.ends.embedding(token_ids).to(self.dtype)
 
-    def block_embeddings(self, anchors: Tensor) -> Tensor:
+    def block_embeddings(self, anchors: Tensor, block_size: int | None = None) -> Tensor:
         """Anchor ids [...] to block inputs [..., B, H]: the anchor in slot 0, masks elsewhere."""
-        block = torch.full((*anchors.shape, self.config.block_size), self.config.mask_token_id, device=anchors.device)
+        slots = self.config.block_size if block_size is None else block_size
+        block = torch.full((*anchors.shape, slots), self.config.mask_token_id, device=anchors.device)
         block[..., 0] = anchors
         return self.embed(block)
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] to base logits [..., V or draft vocabulary]."""
+        if self._packed_lm_head is not None:
+            return self._packed_lm_head(hidden)
         return F.linear(hidden, self.ends.lm_head.to(hidden.dtype))
+
+    def pack(self) -> Draft:
+        """Pack the backbone and the LM head's rows for decoding on CPU; the draft can no longer be saved. Returns self."""
+        self.backbone.pack()
+        self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
+        return self
 
     def to_token_ids(self, choices: Tensor) -> Tensor:
         """Indices into the logits to absolute token ids, same shape."""

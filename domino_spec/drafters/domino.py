@@ -92,6 +92,8 @@ class BlockDrafter:
 
     def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
         """A block for every request; the backbone always runs `block_size` slots, as trained."""
+        if num_drafts == 0:
+            return Proposal.empty(len(state.lengths), state.lengths.device)
         draft, config = self.draft, self.draft.config
         anchors = state.anchors
         requests = len(anchors)
@@ -134,5 +136,7 @@ class BlockDrafter:
         counts = verdict.num_accepted + 1
         features = verdict.features[:, : int(counts.max())].to(self.draft.dtype)
         positions = verdict.anchor_positions[:, None] + torch.arange(features.shape[1], device=features.device)
+        # The text of a request that has ended stays where it is, and so must its context, or it would outgrow the cache.
+        own.lengths = verdict.anchor_positions
         own.append(self.draft.backbone.project_context(features, positions), counts)
         return own

@@ -26,11 +26,11 @@ class PromptLookup:
             raise ValueError(f"n-gram lengths must satisfy 1 <= shortest <= longest, got {shortest} and {longest}")
         self.longest, self.shortest, self.max_drafts = longest, shortest, max_drafts
 
-    def start(self, state: State) -> list[_NgramIndex]:
+    def start(self, state: State) -> list[NgramIndex]:
         """An index of the n-grams of every request."""
-        return [_NgramIndex(self.longest) for _ in range(len(state.lengths))]
+        return [NgramIndex(self.longest) for _ in range(len(state.lengths))]
 
-    def propose(self, state: State, own: list[_NgramIndex], num_drafts: int) -> Proposal:
+    def propose(self, state: State, own: list[NgramIndex], num_drafts: int) -> Proposal:
         """Drafts copied from earlier text; a request without a match gets none."""
         drafts = []
         for index, row, length in zip(own, state.tokens, state.lengths.tolist(), strict=True):
@@ -43,12 +43,12 @@ class PromptLookup:
         device = state.tokens.device
         return Proposal(tokens.to(device), counts.to(device))
 
-    def advance(self, own: list[_NgramIndex], verdict: Verdict) -> list[_NgramIndex]:
+    def advance(self, own: list[NgramIndex], verdict: Verdict) -> list[NgramIndex]:
         """Nothing to do: the next proposal reads the committed text."""
         return own
 
 
-class _NgramIndex:
+class NgramIndex:
     """Where each n-gram of one growing text last ended, for look-ups in constant time."""
 
     def __init__(self, longest: int) -> None:
@@ -58,9 +58,11 @@ class _NgramIndex:
 
     @property
     def length(self) -> int:
+        """Tokens indexed so far."""
         return len(self._text)
 
     def extend(self, tokens: list[int]) -> None:
+        """Add tokens to the end of the text."""
         for token in tokens:
             # The n-grams that end the text so far become findable once something follows them.
             end = len(self._text)
@@ -69,6 +71,7 @@ class _NgramIndex:
             self._text.append(token)
 
     def continuation(self, shortest: int, count: int) -> list[int]:
+        """Up to `count` tokens that followed the longest n-gram (of at least `shortest`) ending the text, if it recurs."""
         for size in range(min(self._longest, len(self._text) - 1), shortest - 1, -1):
             end = self._ends.get(tuple(self._text[-size:]))
             if end is not None:

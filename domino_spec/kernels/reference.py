@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.draft.head import DominoHead
+if TYPE_CHECKING:  # kernels stand below every model; the head's type is named, never imported
+    from domino_spec.draft.head import DominoHead
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def head_rollout(
         w1_hidden, w1_state = head.embed_proj[0].weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
         from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
-    choices, all_probs = [], []
+    choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
+    all_probs = []
     for i in range(num_drafts):
         logits = top_logits[:, i]
         if head is not None and i >= head.config.pure_draft_prefix_len:
@@ -81,7 +84,7 @@ def head_rollout(
             position = draw(probs, i)
             all_probs.append(probs)
         choice = position if top_ids is None else top_ids[:, i].gather(1, position[:, None])[:, 0]
-        choices.append(choice)
+        choices[:, i] = choice
         if head is not None and i + 1 < num_drafts:
             state = head.step(embed_choice(choice), state)
     ids = None
@@ -89,4 +92,4 @@ def head_rollout(
         if top_ids is None:
             top_ids = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
         ids = top_ids
-    return Rollout(torch.stack(choices, dim=1), ids, torch.stack(all_probs, dim=1) if all_probs else None)
+    return Rollout(choices, ids, torch.stack(all_probs, dim=1) if all_probs else None)

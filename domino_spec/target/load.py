@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from domino_spec.config import UserError
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
+from domino_spec.target.packing import can_pack
 
 EMBEDDED_TARGET = "smollm2-135m"
 _EMBEDDED_FORMAT = "1"
@@ -34,6 +35,7 @@ def load_target(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    pack: bool = True,
 ) -> Target:
     """Load a frozen target.
 
@@ -41,6 +43,7 @@ def load_target(
         name_or_path: the embedded default's name, a local directory, or a hub id.
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
         device: "auto" is CUDA where there is one, else CPU.
+        pack: on CPU, keep weights in the packed form that decodes fastest; False where the plain weights are needed.
 
     Raises:
         UserError: it does not exist, is not a model, or its weights cannot be read.
@@ -59,7 +62,8 @@ def load_target(
         if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
             raise
         raise UserError(f"cannot load target {name}: {_first_line(error)}") from error
-    return Target(model.to(device), tokenizer, name)
+    target = Target(model.to(device).requires_grad_(False), tokenizer, name)
+    return target.pack() if pack and can_pack(target.device, target.dtype) else target
 
 
 def target_config(name_or_path: str | Path) -> Any:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from domino_spec.config import UserError
 from domino_spec.target.attention import pass_mask
 from domino_spec.target.cache import TargetCache
+from domino_spec.target.packing import pack_linears
 
 PREFILL_CHUNK = 512
 """Tokens per request in one prefill pass: bounds the memory of activations and masks on long prompts."""
@@ -68,13 +69,14 @@ class Target:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.embedding = model.get_input_embeddings()
         self._lm_head = model.get_output_embeddings()
+        self.packed = False
         layers = getattr(self.decoder, "layers", None)
         if layers is None or self._lm_head is None:
             raise UserError(f"{name}: {type(model).__name__} is not an ordinary decoder-only language model")
@@ -82,6 +84,8 @@ class Target:
             if getattr(self.config, scale, None) not in (None, 1.0):
                 raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
         self.layers: Sequence[nn.Module] = layers
+        self.lm_head_weight: Tensor = self._lm_head.weight
+        """[V, H], the frozen output projection."""
         self.fingerprint = fingerprint(self.decoder)
         self._taps = FeatureTaps(layers)
         self._windows = _attention_windows(self.config)
@@ -128,10 +132,12 @@ class Target:
             ids.add(self.tokenizer.eos_token_id)
         return frozenset(ids)
 
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """[V, H], the frozen output projection."""
-        return self._lm_head.weight
+    def pack(self) -> Target:
+        """Keep the linear layers only in the form the CPU's matrix library likes best; for inference. Returns self."""
+        pack_linears(self.model)
+        self._lm_head = self.model.get_output_embeddings()
+        self.packed = True
+        return self
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[...] to [..., H] through the model's own module, which may scale (Gemma)."""

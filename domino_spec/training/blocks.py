@@ -5,7 +5,7 @@ The one forward pass that training and simulated tau share: sampled anchors in, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,15 +28,16 @@ class DraftedTokens:
     """[S, A, N], labels as indices into the draft's logits; -1 where it cannot propose the label."""
 
 
-def forward_blocks(draft: Draft, batch: Batch, anchors: list[Tensor]) -> DraftedTokens:
+def forward_blocks(draft: Draft, batch: Batch, anchors: list[Tensor], block_size: int | None = None) -> DraftedTokens:
     """Run all blocks of a batch in one backbone pass, with teacher-forced prefixes for the head (paper 4.2).
 
     Args:
         draft: bound to its target.
         batch: sequences with features, on the draft's device.
         anchors: anchor positions of each sequence.
+        block_size: slots per block where training runs shorter blocks than the draft's (see `curriculum.block_size`).
     """
-    config = draft.config
+    config = draft.config if block_size is None else replace(draft.config, block_size=block_size)
     device = batch.tokens.device
     counts = torch.tensor([len(a) for a in anchors], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(anchors, batch_first=True).to(device)  # [S, A]
@@ -48,7 +49,7 @@ def forward_blocks(draft: Draft, batch: Batch, anchors: list[Tensor]) -> Drafted
     )
     anchor_tokens = batch.tokens.gather(1, padded)
     hidden = draft.backbone(
-        draft.block_embeddings(anchor_tokens).flatten(1, 2),
+        draft.block_embeddings(anchor_tokens, config.block_size).flatten(1, 2),
         block_positions(padded, config),
         context,
         block_mask(padded, rows, config),

@@ -20,3 +20,13 @@ def learning_rate(step: int, recipe: OptimizationRecipe) -> float:
         return recipe.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, recipe.steps - warmup)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def block_size(step: int, recipe: OptimizationRecipe, full: int) -> int:
+    """Slots per block at `step`: `block_schedule` spreads shorter blocks evenly over the run, the full size last.
+
+    A block's first tokens decide whether the others count at all, and a block of B slots spends 1 / B of its compute on
+    the first. Short blocks around more anchors (their product is kept) teach the first tokens for the same compute.
+    """
+    sizes = [*recipe.block_schedule, full]
+    return sizes[min(len(sizes) - 1, step * len(sizes) // recipe.steps)]

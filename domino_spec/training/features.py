@@ -102,6 +102,15 @@ def pad_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor])
     )
 
 
+def feature_scale(cache: FeatureCache, sequences: SequenceType[Sequence], sample: int = 64) -> Tensor:
+    """One over the root mean square of every feature dimension, [F] float32, over the first `sample` sequences.
+
+    The first token of each is left out: many models park huge activations there.
+    """
+    squares = [cache.read(s)[1:].float().square() for s in sequences[:sample]]
+    return torch.cat(squares).mean(0).clamp(min=1e-8).rsqrt()
+
+
 @torch.inference_mode()
 def compute_features(target: Target, sequences: SequenceType[Sequence], layers: SequenceType[int]) -> list[Tensor]:
     """Features [T, F] of each sequence from one batched pass of the target."""

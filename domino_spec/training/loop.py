@@ -21,7 +21,7 @@ from domino_spec.config import OptimizationRecipe, Recipe, UserError
 from domino_spec.draft.model import Draft
 from domino_spec.training.anchors import position_weights, sample_anchors
 from domino_spec.training.blocks import forward_blocks
-from domino_spec.training.curriculum import lambda_base, learning_rate
+from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
 from domino_spec.training.features import Batch, FeatureCache
@@ -96,9 +96,8 @@ class Trainer:
         self.draft, self.recipe, self.sequences, self.cache = draft, recipe, sequences, cache
         self.step = 0
         self.optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95)
+            draft.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95), fused=True
         )
-        self._weights = position_weights(draft.config.max_drafts, recipe.position_decay, draft.device)
 
     def resume(self, directory: Path, digest: str) -> None:
         """Go on from the state saved in `directory`, if there is one.
@@ -155,7 +154,12 @@ class Trainer:
 
     def _anchors(self, sequences: SequenceType[Sequence]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed((self.recipe.seed + 1) * 1_000_003 + self.step)
-        return [sample_anchors(s.prompt_length, len(s.tokens), self.recipe.anchors, generator) for s in sequences]
+        count = self.recipe.anchors * self.draft.config.block_size // self._block_size
+        return [sample_anchors(s.prompt_length, len(s.tokens), count, generator) for s in sequences]
+
+    @property
+    def _block_size(self) -> int:
+        return block_size(self.step, self.recipe, self.draft.config.block_size)
 
     def _backward(self, batch: Batch, anchors: list[torch.Tensor], weight: float) -> torch.Tensor:
         """Accumulate gradients of the *sum* of weighted losses; returns base loss, final loss and sum of weights."""
@@ -165,10 +169,11 @@ class Trainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
             if not low_precision:
                 batch = dataclasses.replace(batch, features=batch.features.float())
-            drafted = forward_blocks(draft, batch, anchors)
+            drafted = forward_blocks(draft, batch, anchors, self._block_size)
         usable = (drafted.blocks.valid & (drafted.choices >= 0)).flatten()
         rows = usable.nonzero()[:, 0]
-        weights = self._weights.expand(drafted.choices.shape).flatten()[rows]
+        weights = position_weights(drafted.choices.shape[-1], self.recipe.position_decay, device)
+        weights = weights.expand(drafted.choices.shape).flatten()[rows]
         dtype = torch.bfloat16 if low_precision else torch.float32
         loss = blended_loss(
             drafted.hidden.flatten(0, 2)[rows].to(dtype),
@@ -189,7 +194,7 @@ class Trainer:
         tap = config.target_layer_ids.index(config.num_target_layers - 1)
         hidden_size = config.hidden_size
         last = batch.features[..., tap * hidden_size : (tap + 1) * hidden_size]
-        offsets = torch.arange(config.max_drafts, device=last.device)
+        offsets = torch.arange(drafted.choices.shape[-1], device=last.device)
         positions = (drafted.blocks.anchors[..., None] + offsets).clamp(max=last.shape[1] - 1)
         flat = (positions + torch.arange(len(last), device=last.device)[:, None, None] * last.shape[1]).flatten()
         with torch.no_grad():

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 4_000_000
-"""Logits in one chunk: 16 MB in float32."""
+CHUNK_LOGITS = 2_000_000
+"""Logits in one chunk: 8 MB in float32."""
 
 
 class BlendedLoss(NamedTuple):
@@ -90,7 +90,7 @@ class _Blended(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_low_rank, grad_correction)
         ctx.correction_dtype = None if low_rank is None else correction_weight.dtype
         base_total, final_total = totals.float()
-        blended = base_total if low_rank is None else (1 - lambda_base) * final_total + lambda_base * base_total
+        blended = (1 - lambda_base) * final_total + lambda_base * base_total  # equal totals without a head
         ctx.mark_non_differentiable(base_total, final_total)
         return blended, base_total, final_total
 
@@ -120,7 +120,7 @@ def _cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, soft: Tensor |
         grad = log_probs.exp_().mul_(weight)
         grad.scatter_add_(1, index, -weight)
     else:
-        loss = -((soft * log_probs).sum(-1, keepdim=True) * weight).sum(dtype=torch.float64)
+        loss = -(torch.linalg.vecdot(soft, log_probs) * weight[:, 0]).sum(dtype=torch.float64)
         grad = log_probs.exp_().sub_(soft).mul_(weight)
     return loss, grad
 

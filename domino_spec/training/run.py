@@ -33,7 +33,7 @@ from domino_spec.files import atomic_path, read_jsonl
 from domino_spec.target.load import load_target
 from domino_spec.training.data import frequent_tokens, load_sequences, split_held_out
 from domino_spec.training.evaluate import SimulatedTau
-from domino_spec.training.features import capture_features
+from domino_spec.training.features import capture_features, feature_scale
 from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run_training(
     Raises:
         UserError: bad data, a run of another recipe in `out`, or a file that cannot be read or written.
     """
-    target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device)
+    target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
     sequences = load_sequences(recipe.data.responses, recipe.data.max_length, target.vocab_size)
     training, held_out = split_held_out(sequences, recipe.data.held_out)
     vocabulary = None
@@ -117,6 +117,7 @@ def run_training(
         on_features(done, total)
 
     cache = capture_features(target, sequences, draft.config.target_layer_ids, features or out / "features", count)
+    draft.backbone.scale_features(feature_scale(cache, training).to(target.device))
     digest = recipe_digest(recipe, training, target.fingerprint)
     trainer = Trainer(draft, recipe.training, training, cache)
     trainer.resume(out, digest)

@@ -30,6 +30,8 @@ def save_state(draft: Draft, optimizer: torch.optim.AdamW, step: int, recipe_dig
             tensors[f"{moment}/{name}"] = value
     if draft.draft_vocab_ids is not None:
         tensors["draft_vocab_ids"] = draft.draft_vocab_ids
+    if draft.backbone.feature_scale is not None:
+        tensors["feature_scale"] = draft.backbone.feature_scale  # export needs it: it belongs into fc.weight
     save_tensors(tensors, directory / STATE_FILE, {"step": str(step), "recipe": recipe_digest})
 
 

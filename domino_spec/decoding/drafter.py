@@ -1,4 +1,4 @@
-"""The protocol that every drafting method follows (DESIGN section 5)."""
+"""The protocol that every drafting method follows: what the loop asks of a drafter (DESIGN section 5)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,239 @@
+"""The Python surface: `generate` for texts, chats and token ids, with any drafting method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from domino_spec.config import UserError
+from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.generate import Generation, Limits, decode
+from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with, sampling_settings
+from domino_spec.draft import load as draft_loading
+from domino_spec.draft.model import Draft
+from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.lookup_first import LookupFirst
+from domino_spec.drafters.ngram import PromptLookup
+from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.target.model import Target
+from domino_spec.target.text import Message, encode_prompt
+
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+def _block_drafter(use_head: bool) -> Callable[..., Drafter]:
+    def make(draft: Draft | None, streams: RandomStreams, candidates: int | None, draft_temperature: float) -> Drafter:
+        if draft is None:
+            raise UserError(f"method {'domino' if use_head else 'dflash'} needs a draft")
+        return BlockDrafter(
+            draft, use_head=use_head, candidates=candidates, temperature=draft_temperature, streams=streams
+        )
+
+    return make
+
+
+METHODS: dict[str, Callable[..., Drafter]] = {
+    "none": lambda *_: PlainDecoding(),
+    "ngram": lambda *_: PromptLookup(),
+    "dflash": _block_drafter(use_head=False),
+    "domino": _block_drafter(use_head=True),
+    "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(use_head=True)(*arguments)),
+}
+"""Drafting methods by name; each makes a drafter from (draft, streams, candidates, draft_temperature)."""
+
+DEFAULT_CANDIDATES = 512
+"""K: how many of the best base logits the head corrects (DESIGN section 5)."""
+
+
+def make_drafter(
+    method: str,
+    draft: Draft | None,
+    *,
+    requests: int,
+    settings: SamplingSettings,
+    device: torch.device,
+    candidates: int | None = DEFAULT_CANDIDATES,
+    sample_drafts: bool = False,
+    draft_temperature: float | None = None,
+) -> Drafter:
+    """A drafter by its method's name.
+
+    Args:
+        method: a key of `METHODS`.
+        draft: bound to the target; needed by `domino` and `dflash`.
+        requests: R, how many requests are decoded together.
+        settings: of the target's distribution; sampled drafts use its seed and, by default, its temperature.
+        device: of the target.
+        candidates: K, or None for the whole draft vocabulary.
+        sample_drafts: sample drafts instead of choosing the most probable token (only at temperature > 0).
+        draft_temperature: of sampled drafts.
+
+    Raises:
+        UserError: an unknown method, or one whose draft is missing.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
+    if candidates is not None and candidates < 1:
+        raise UserError(f"candidates must be at least 1, got {candidates}")
+    temperature = 0.0
+    if sample_drafts and method == "domino+ngram":
+        raise UserError("method domino+ngram chooses its drafts; sample_drafts is for domino and dflash")
+    if sample_drafts and not settings.greedy:
+        temperature = settings.temperature if draft_temperature is None else draft_temperature
+    streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)
+    return METHODS[method](draft, streams, candidates, temperature)
+
+
+def load_draft(
+    name_or_path: str | Path,
+    target: Target | PreTrainedModel,
+    *,
+    dtype: torch.dtype | str = "auto",
+    allow_other_target: bool = False,
+) -> Draft:
+    """Load a draft for a target, ready for `generate` and for transformers' own `generate`.
+
+    Args:
+        name_or_path: the shipped draft's name, a directory, or a hub id.
+        target: from `load_target`, or an ordinary transformers model, whose `generate` then takes
+            `custom_generate=draft.custom_generate` (streamers included).
+        dtype: "auto" takes the target's.
+        allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
+
+    Raises:
+        UserError: it does not exist, cannot be read, or was made for another target.
+    """
+    if isinstance(target, PreTrainedModel):
+        target = Target(target, None, target.name_or_path or type(target).__name__)
+    draft = draft_loading.load_draft(name_or_path, target, dtype=dtype, allow_other_target=allow_other_target)
+    draft.custom_generate = _custom_generate(draft, target)
+    return draft
+
+
+def _custom_generate(draft: Draft, target: Target) -> Callable[..., torch.Tensor]:
+    def custom_generate(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ) -> torch.Tensor:
+        # Naming attention_mask as a parameter would make transformers pass it twice.
+        check_same_model(model, target)
+        drafter = make_drafter(
+            default_method(draft),
+            draft,
+            requests=len(input_ids),
+            settings=sampling_settings(generation_config, logits_processor),
+            device=target.device,
+        )
+        return generate_with(
+            drafter,
+            target,
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            attention_mask=model_kwargs.get("attention_mask"),
+            streamer=calling_streamer(),
+        )
+
+    return custom_generate
+
+
+def default_method(draft: Draft | None) -> str:
+    """`domino` or `dflash`, whichever the draft is; `none` without a draft."""
+    if draft is None:
+        return "none"
+    return "domino" if draft.head is not None else "dflash"
+
+
+def prompt_ids(target: Target, prompt: Prompt, *, chat: bool = True, enable_thinking: bool = False) -> list[int]:
+    """Token ids of a text, a chat or token ids.
+
+    Raises:
+        UserError: an empty prompt, or text for a target without a tokenizer.
+    """
+    if not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt) and len(prompt):
+        return list(prompt)  # type: ignore[arg-type]
+    if target.tokenizer is None:
+        raise UserError("this target has no tokenizer: give prompts as token ids")
+    return encode_prompt(target.tokenizer, prompt, chat=chat, enable_thinking=enable_thinking)  # type: ignore[arg-type]
+
+
+def stream(
+    target: Target,
+    draft: Draft | None,
+    prompts: Sequence[Prompt],
+    *,
+    method: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    num_drafts: int | None = None,
+    candidates: int | None = DEFAULT_CANDIDATES,
+    sample_drafts: bool = False,
+    matching_rule: bool = False,
+    settings: SamplingSettings | None = None,
+    chat: bool = True,
+    enable_thinking: bool = False,
+    generations: list[Generation] | None = None,
+) -> Iterator[list[Generation]]:
+    """As `generate`, yielding the growing generations after every cycle (the same list each time).
+
+    Args:
+        generations: filled in place, so that partial text survives an interrupt.
+    """
+    settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    limits = Limits(max_new_tokens, tuple(stop))
+    if num_drafts is not None and num_drafts < 0:
+        raise UserError(f"num_drafts must not be negative, got {num_drafts}")
+    if not prompts:
+        raise UserError("no prompt given")
+    ids = [prompt_ids(target, p, chat=chat, enable_thinking=enable_thinking) for p in prompts]
+    drafter = make_drafter(
+        default_method(draft) if method is None else method,
+        draft,
+        requests=len(ids),
+        settings=settings,
+        device=target.device,
+        candidates=candidates,
+        sample_drafts=sample_drafts,
+    )
+    yield from decode(
+        target,
+        drafter,
+        ids,
+        settings=settings,
+        limits=limits,
+        num_drafts=num_drafts,
+        matching_rule=matching_rule,
+        generations=generations,
+    )
+
+
+def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **options) -> list[Generation]:
+    """Decode prompts together, losslessly, and return one `Generation` each.
+
+    Args:
+        target: from `load_target`.
+        draft: from `load_draft`; None decodes plainly with the same engine.
+        prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
+        options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
+            `num_drafts`, `candidates`, `sample_drafts`, `settings` (all warpers), `chat`, `enable_thinking`.
+
+    Raises:
+        UserError: a prompt or an option that cannot be used.
+    """
+    generations: list[Generation] = []
+    for generations in stream(target, draft, prompts, **options):
+        pass
+    return generations

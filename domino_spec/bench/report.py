@@ -1,0 +1,132 @@
+"""A bench directory's report: report.json with every figure, report.md to read, both made from what lies there.
+
+Figures come from raw.jsonl alone and can be made again at any time, on any machine, without a model. Beside them stand
+what was recorded while measuring: settings.json (configuration and sessions), ties.json (margins of greedy texts that
+differ) and breakdown.json (stages of a cycle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from domino_spec.bench.breakdown import Breakdown
+from domino_spec.bench.figures import Figures, acceptance, contenders_of, figures, means
+from domino_spec.bench.markdown import render
+from domino_spec.bench.rows import SETTINGS_FILE, Row, read_rows
+from domino_spec.bench.ties import compared_texts, find_partings, load_ties
+from domino_spec.config import UserError
+from domino_spec.files import atomic_path, read_json, write_json
+
+REPORT_FILE, MARKDOWN_FILE, BREAKDOWN_FILE = "report.json", "report.md", "breakdown.json"
+
+
+def write_report(out: Path, plots: Sequence[str] = ()) -> dict[str, Any]:
+    """Write report.json and report.md of a bench directory; returns what report.json holds.
+
+    Args:
+        out: the directory.
+        plots: file names of plots in it, to show in report.md.
+
+    Raises:
+        UserError: it holds no measurements, or a file cannot be read or written.
+    """
+    report = build_report(out)
+    write_json(report, out / REPORT_FILE)
+    with atomic_path(out / MARKDOWN_FILE) as scratch:
+        scratch.write_text(render(report, plots), encoding="utf-8")
+    return report
+
+
+def build_report(out: Path) -> dict[str, Any]:
+    """Everything that report.json holds.
+
+    Raises:
+        UserError: `out` holds no measurements, or a file in it is malformed.
+    """
+    rows = read_rows(out)
+    if not rows:
+        raise UserError(f"{out} holds no measurements")
+    settings = read_json(out / SETTINGS_FILE)
+    contenders = contenders_of(rows)
+    suites = {name: [row for row in rows if row.suite == name] for name in dict.fromkeys(row.suite for row in rows)}
+    of_suites = {name: {c: figures(own, c) for c in contenders_of(own)} for name, own in suites.items()}
+    pooled = [figures(rows, contender) for contender in contenders]
+    return {
+        "settings": settings["configuration"],
+        "sessions": settings["sessions"],
+        "measured_runs": len(rows),
+        "suites": {name: [asdict(f) for f in found.values()] for name, found in of_suites.items()},
+        "mean": [asdict(means([found[c] for found in of_suites.values() if c in found])) for c in contenders],
+        "pooled": [asdict(f) for f in pooled],
+        "acceptance": [asdict(acceptance(rows, c)) for c in contenders if c.budget],
+        "greedy_equality": _greedy_equality(out, rows),
+        "differences": _differences(out, rows),
+        "breakdown": [_with_prediction(b, pooled) for b in load_breakdowns(out)],
+    }
+
+
+def save_breakdowns(breakdowns: Sequence[Breakdown], out: Path) -> None:
+    """Write breakdown.json into a directory."""
+    write_json([asdict(b) for b in breakdowns], out / BREAKDOWN_FILE)
+
+
+def load_breakdowns(out: Path) -> list[Breakdown]:
+    """What `save_breakdowns` wrote; nothing where it has not."""
+    path = out / BREAKDOWN_FILE
+    if not path.exists():
+        return []
+    try:
+        return [Breakdown(**value) for value in read_json(path)]
+    except TypeError as error:
+        raise UserError(f"{path} does not hold breakdowns ({error}): delete it and measure again") from None
+
+
+def _greedy_equality(out: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per method, budget and reference: how many greedy texts equal the reference's, how many part at a near tie."""
+    ties = {tie.parting: tie for tie in load_ties(out)}
+    entries: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row, reference in compared_texts(rows):
+        name = (row.method, row.budget, reference.method)
+        entry = entries.setdefault(
+            name,
+            dict(zip(("method", "budget", "reference"), name, strict=True))
+            | {"compared": 0, "equal": 0, "near_ties": 0, "largest_margin": None},
+        )
+        entry["compared"] += 1
+        entry["equal"] += row.token_ids == reference.token_ids
+    for parting in find_partings(rows):
+        tie = ties.get(parting)
+        entry = entries[parting.method, parting.budget, parting.reference]
+        if tie is not None:
+            entry["near_ties"] += tie.near_tie
+            entry["largest_margin"] = max(tie.margin, entry["largest_margin"] or 0.0)
+    return list(entries.values())
+
+
+def _differences(out: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    ties = {tie.parting: tie for tie in load_ties(out)}
+    described = []
+    for parting in find_partings(rows):
+        tie = ties.get(parting)
+        evidence = dict.fromkeys(("top_tokens", "margin", "rounding", "near_tie"))
+        if tie is not None:
+            evidence = {name: getattr(tie, name) for name in evidence}
+        described.append(asdict(parting) | evidence)
+    return described
+
+
+def _with_prediction(breakdown: Breakdown, pooled: Sequence[Figures]) -> dict[str, Any]:
+    """A breakdown, and the speed-up that its c predicts for the greedy runs beside the one that was measured."""
+    found = next(
+        (f for f in pooled if (f.method, f.budget, f.temperature) == (breakdown.method, breakdown.num_drafts, 0)), None
+    )
+    return asdict(breakdown) | {
+        "cost_ratio": breakdown.cost_ratio,
+        "tau_to_pay": breakdown.cost_ratio,
+        "tau_to_double": 2 * breakdown.cost_ratio,
+        "predicted_speedup": found.tau / breakdown.cost_ratio if found and found.tau else None,
+        "measured_speedup": found.speedup_over_none if found else None,
+    }

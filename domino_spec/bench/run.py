@@ -1,0 +1,237 @@
+"""`domino-spec bench` and `domino-spec profile`: from options to a directory of measurements and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from domino_spec.api import DEFAULT_CANDIDATES
+from domino_spec.bench import environment
+from domino_spec.bench.baseline import load_baseline
+from domino_spec.bench.breakdown import Breakdown, measure_breakdown, render_breakdown, synthetic_context
+from domino_spec.bench.measure import BATCH, Plan, Request, Say, encode_requests, measure
+from domino_spec.bench.methods import METHODS, TRANSFORMERS, Contender, check_methods, contenders, runner
+from domino_spec.bench.plots import write_plots
+from domino_spec.bench.report import build_report, load_breakdowns, save_breakdowns, write_report
+from domino_spec.bench.rows import Row, record_session, start_or_resume
+from domino_spec.bench.suites import Prompt, load_suite, prompts_digest
+from domino_spec.bench.ties import measure_ties, save_ties
+from domino_spec.config import UserError
+from domino_spec.draft.load import draft_directory, load_draft
+from domino_spec.draft.model import Draft
+from domino_spec.target.load import load_target
+from domino_spec.target.model import Target
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def run_bench(
+    *,
+    target: str,
+    draft: str | None,
+    suites: Sequence[str],
+    methods: Sequence[str],
+    out: Path,
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    temperatures: Sequence[float] = (0.0,),
+    num_drafts: Sequence[int] = (),
+    repeats: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    candidates: int | None = DEFAULT_CANDIDATES,
+    allow_other_target: bool = False,
+    breakdown: bool = True,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md and plots to `out`.
+
+    Interrupted at any point, the same call goes on where it stopped.
+
+    Args:
+        target: embedded name, directory or hub id.
+        draft: embedded name, directory or hub id; None where no method needs one.
+        suites: names or paths, see `suites.load_suite`.
+        methods: keys of `methods.METHODS`.
+        out: the bench directory, made when missing.
+        limit: prompts per suite; None for all.
+        max_new_tokens: per prompt.
+        temperatures: each method runs at each; 0 is greedy.
+        num_drafts: budgets, drafts per pass; empty for every method's most.
+        repeats: how often every run is measured; repeat r uses seed + r.
+        threads: of PyTorch on CPU; None leaves its own choice.
+        seed: of sampling.
+        device: "auto", "cpu" or a CUDA device.
+        dtype: one of `DTYPES`.
+        candidates: K of the head's restricted candidates; None for the whole draft vocabulary.
+        allow_other_target: accept a draft trained for other weights of the same shape.
+        breakdown: time the stages of a cycle too, at a real context.
+        say: takes lines of progress; None prints them to stderr.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        UserError: an option that cannot be used, or `out` holds another configuration's measurements.
+    """
+    say = say or _print_progress
+    methods, temperatures = list(dict.fromkeys(methods)), list(dict.fromkeys(float(t) for t in temperatures))
+    _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
+    check_methods(methods, temperatures)
+    prompts = _load_suites(suites, limit)
+    loaded, drafted = _load_models(target, draft, threads, device, dtype, allow_other_target)
+    requests = encode_requests(loaded, prompts, max_new_tokens)
+    plan = Plan(requests, contenders(loaded, drafted, methods, num_drafts, temperatures), repeats, max_new_tokens, seed)
+    planned = len(requests) * len(plan.contenders) * repeats
+    configuration = {
+        "target": target,
+        "target_fingerprint": loaded.fingerprint,
+        "draft": draft,
+        "draft_digest": None if draft is None else _weights_digest(draft),
+        "suites": {name: sum(p.suite == name for p in prompts) for name in dict.fromkeys(p.suite for p in prompts)},
+        "prompts_digest": prompts_digest(prompts),
+        "limit": limit,
+        "methods": methods,
+        "temperatures": temperatures,
+        "num_drafts": sorted({c.budget for c in plan.contenders if c.budget}),
+        "candidates": candidates,
+        "max_new_tokens": max_new_tokens,
+        "repeats": repeats,
+        "planned_runs": planned,
+        "seed": seed,
+        "batch": BATCH,
+        "threads": torch.get_num_threads(),
+        "device": str(loaded.device),
+        "device_name": environment.device_name(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "packed_weights": loaded.packed,
+        "thinking": False,
+    }
+    rows = start_or_resume(out, configuration)
+    if len(rows) < planned:
+        record_session(out, environment.session(len(rows)))
+        baseline = load_baseline(loaded) if TRANSFORMERS in methods else None
+        rows = measure(plan, runner(loaded, drafted, baseline, candidates), out, rows, say)
+    save_ties(measure_ties(loaded, requests, rows), out)
+    if breakdown and drafted is not None and not load_breakdowns(out):
+        say("timing the stages of a cycle")
+        save_breakdowns(_breakdowns(loaded, drafted, plan, rows, candidates), out)
+    report = write_report(out, write_plots(build_report(out), out))
+    say(f"wrote {out / 'report.md'}")
+    return report
+
+
+def run_profile(
+    *,
+    target: str,
+    draft: str,
+    out: Path,
+    context: int = 256,
+    num_drafts: Sequence[int] = (),
+    repeats: int = 20,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    candidates: int | None = DEFAULT_CANDIDATES,
+) -> list[Breakdown]:
+    """Time the stages of a cycle at a context of random tokens; writes breakdown.json and breakdown.md to `out`.
+
+    Args:
+        target: as in `run_bench`.
+        draft: as in `run_bench`.
+        out: a directory, made when missing.
+        context: committed tokens.
+        num_drafts: drafts per pass, one breakdown each; empty for the draft's most.
+        repeats: medians are taken over this many.
+        threads: as in `run_bench`.
+        device: as in `run_bench`.
+        dtype: as in `run_bench`.
+        candidates: as in `run_bench`.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    loaded, drafted = _load_models(target, draft, threads, device, dtype)
+    assert drafted is not None
+    text = synthetic_context(loaded, context)
+    method = "dflash" if drafted.head is None else "domino"
+    budgets: list[int | None] = [*num_drafts] or [None]
+    found = [
+        measure_breakdown(loaded, drafted, text, method=method, num_drafts=n, candidates=candidates, repeats=repeats)
+        for n in budgets
+    ]
+    save_breakdowns(found, out)
+    (out / "breakdown.md").write_text("\n\n".join(map(render_breakdown, found)) + "\n", encoding="utf-8")
+    return found
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"bench needs {name} of at least 1, got {value}")
+
+
+def _load_suites(suites: Sequence[str], limit: int | None) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for name_or_path in suites:
+        found = load_suite(name_or_path, limit)
+        if any(p.suite == found[0].suite for p in prompts):
+            raise UserError(f"two suites are called {found[0].suite}: rename one of the files")
+        prompts += found
+    return prompts
+
+
+def _load_models(
+    target: str, draft: str | None, threads: int | None, device: str, dtype: str, allow_other_target: bool = False
+) -> tuple[Target, Draft | None]:
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if threads is not None:
+        _check_numbers(threads=threads)
+        torch.set_num_threads(threads)
+    loaded = load_target(target, dtype=dtype, device=device)
+    return loaded, None if draft is None else load_draft(draft, loaded, allow_other_target=allow_other_target)
+
+
+def _weights_digest(draft: str) -> str:
+    """A short name for the draft's files, so that a retrained draft at the same place is noticed."""
+    digest = hashlib.sha256()
+    directory = draft_directory(draft)
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _breakdowns(
+    target: Target, draft: Draft, plan: Plan, rows: Sequence[Row], candidates: int | None
+) -> list[Breakdown]:
+    """The stages of every greedy block method, in the middle of the answer to the prompt of median length."""
+    request = sorted(plan.requests, key=lambda r: len(r.token_ids))[len(plan.requests) // 2]
+    context = _middle_of_answer(request, rows)
+    wanted: dict[Contender, None] = {}
+    for c in plan.contenders:
+        drafting = METHODS[c.method].drafting
+        if drafting in ("domino", "dflash"):
+            wanted[Contender(drafting, c.budget, 0.0)] = None
+    return [
+        measure_breakdown(target, draft, context, method=c.method, num_drafts=c.budget, candidates=candidates)
+        for c in wanted
+    ]
+
+
+def _middle_of_answer(request: Request, rows: Sequence[Row]) -> list[int]:
+    answer = next(row.token_ids for row in rows if (row.suite, row.id) == (request.suite, request.id))
+    return request.token_ids + list(answer[: max(1, len(answer) // 2)])
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""Is a greedy text that differs from plain decoding's a fault, or a near tie that rounding decided?
+
+A pass over several tokens and a pass over one round differently (DESIGN section 5), so two texts may part where the
+target's two best tokens are all but equal. For every text that differs, the target is asked once more at the place of
+the first difference: the margin between its two best logits, beside how far rounding moves logits on that very text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from domino_spec.bench.measure import Request
+from domino_spec.bench.rows import Row
+from domino_spec.config import parse_settings
+from domino_spec.files import read_json, write_json
+from domino_spec.target.margin import top_two
+from domino_spec.target.model import Target
+
+TIES_FILE = "ties.json"
+REFERENCES = ("none", "transformers")
+"""Methods whose greedy texts the others must equal."""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where a greedy text first differs from a reference's, as raw.jsonl shows it."""
+
+    suite: str
+    id: str
+    method: str
+    budget: int
+    repeat: int
+    reference: str
+    """Method that it is compared with."""
+    position: int
+    """Generated tokens that are equal before it."""
+    token: int | None
+    """What the method wrote there; None where its text had ended."""
+    reference_token: int | None
+
+
+@dataclass(frozen=True)
+class Tie:
+    """What the target says at a parting."""
+
+    parting: Parting
+    top_tokens: tuple[int, ...]
+    """The target's two best tokens there."""
+    margin: float
+    """The best logit less the second best, as plain decoding sees them."""
+    rounding: float
+    """Largest change of any logit there when the text is read in one pass instead of token by token."""
+    near_tie: bool
+    """Whether rounding can turn the order of the two."""
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first difference of two texts, None where they are equal."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def compared_texts(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Every greedy run beside the run of each reference for the same prompt and repeat."""
+    greedy = [row for row in rows if row.temperature == 0]
+    references = {(r.suite, r.id, r.repeat, r.method): r for r in greedy if r.method in REFERENCES}
+    pairs = []
+    for row in greedy:
+        # `transformers` is compared with `none`; the other way round would say the same twice.
+        for reference in REFERENCES if row.method not in REFERENCES else REFERENCES[: REFERENCES.index(row.method)]:
+            other = references.get((row.suite, row.id, row.repeat, reference))
+            if other is not None:
+                pairs.append((row, other))
+    return pairs
+
+
+def find_partings(rows: Sequence[Row]) -> list[Parting]:
+    """Every greedy text that differs from a reference's, from the rows alone."""
+    found = []
+    for row, reference in compared_texts(rows):
+        position = first_difference(row.token_ids, reference.token_ids)
+        if position is not None:
+            found.append(
+                Parting(
+                    row.suite,
+                    row.id,
+                    row.method,
+                    row.budget,
+                    row.repeat,
+                    reference.method,
+                    position,
+                    row.token_ids[position] if position < len(row.token_ids) else None,
+                    reference.token_ids[position] if position < len(reference.token_ids) else None,
+                )
+            )
+    return found
+
+
+def measure_ties(target: Target, requests: Sequence[Request], rows: Sequence[Row]) -> list[Tie]:
+    """The target's margin at every parting; each costs as much as decoding the text before it plainly.
+
+    Args:
+        target: the model that the rows were measured with.
+        requests: the prompts of the rows.
+        rows: of raw.jsonl.
+    """
+    prompts = {(request.suite, request.id): request.token_ids for request in requests}
+    references = {(r.suite, r.id, r.repeat, r.method): r for r in rows if r.temperature == 0 and r.method in REFERENCES}
+    ties = []
+    for parting in find_partings(rows):
+        reference = references[parting.suite, parting.id, parting.repeat, parting.reference]
+        best = top_two(target, prompts[parting.suite, parting.id], reference.token_ids[: parting.position])
+        ties.append(Tie(parting, best.tokens, best.margin, best.rounding, best.near_tie))
+    return ties
+
+
+def save_ties(ties: Sequence[Tie], out: Path) -> None:
+    """Write ties.json into a bench directory."""
+    write_json([asdict(tie) for tie in ties], out / TIES_FILE)
+
+
+def load_ties(out: Path) -> list[Tie]:
+    """What `save_ties` wrote; nothing where it has not."""
+    path = out / TIES_FILE
+    if not path.exists():
+        return []
+    return [parse_settings(Tie, value, str(path)) for value in read_json(path)]

@@ -1,0 +1,136 @@
+"""Options that several commands share, and what they mean: which target and draft, on what device, in which type."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from domino_spec.config import UserError
+from domino_spec.demo.shell import prepare, status
+
+if TYPE_CHECKING:
+    from domino_spec.draft.model import Draft
+    from domino_spec.target.model import Target
+
+METHODS = ("domino", "domino+ngram", "dflash", "ngram", "none")
+METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers")
+DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
+
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in which type a command computes."""
+
+    device: str
+    dtype: str
+    threads: int | None
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, got {self.device!r}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads must be at least 1, got {self.threads}")
+
+    def prepare(self) -> None:
+        """Set threads and logging, before anything is loaded."""
+        prepare(self.verbose, self.threads)
+
+    def load(self, target: str, draft: str | None, allow_other_target: bool = False) -> tuple[Target, Draft | None]:
+        """Load a target and, if it is named, a draft for it.
+
+        Raises:
+            UserError: one of them cannot be loaded, the draft does not fit, or there is no such device.
+        """
+        import torch
+
+        from domino_spec.draft.load import load_draft
+        from domino_spec.target.load import load_target
+
+        if self.device.startswith("cuda:") and int(self.device[5:]) >= max(1, torch.cuda.device_count()):
+            raise UserError(f"--device {self.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        with status(f"Loading {target}"):
+            loaded = load_target(target, dtype=dtype, device=self.device)
+        if draft is None:
+            return loaded, None
+        with status(f"Loading {draft}"):
+            return loaded, load_draft(draft, loaded, allow_other_target=allow_other_target)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Which target and which draft."""
+
+    target: str
+    draft: str | None
+    allow_other_target: bool
+
+    def draft_for(self, methods: Sequence[str | None]) -> str | None:
+        """The draft that these methods need (None stands for a draft's own method); the default target brings its own.
+
+        Raises:
+            UserError: a method needs a draft and there is none.
+        """
+        needing = [method for method in methods if method not in METHODS_WITHOUT_DRAFT]
+        if not needing:
+            return None
+        if self.draft is None and self.target == DEFAULT_TARGET:
+            return DEFAULT_DRAFT
+        if self.draft is None and needing != [None]:
+            raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
+        return self.draft
+
+
+def _collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """A decorator that adds options and hands them to the command together, as one `kind` named `name`."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def collecting(**values: Any) -> Any:
+            together = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            return command(**values, **{name: together})
+
+        decorated: Command = collecting
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+verbose_option = click.option("--verbose", is_flag=True, help="Show what the libraries underneath have to say.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object.")
+max_new_tokens_option = functools.partial(
+    click.option, "--max-new-tokens", type=int, show_default=True, help="Longest answer, in tokens."
+)
+num_drafts_option = click.option(
+    "--num-drafts", type=int, help="Drafts per cycle; as many as the method can make by default."
+)
+machine_options = _collected(
+    Machine,
+    "machine",
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="auto is float32 on a CPU, elsewhere the target's own.",
+    ),
+    click.option("--threads", type=int, help="CPU threads; PyTorch's choice by default."),
+    verbose_option,
+)
+pair_options = _collected(
+    Pair,
+    "pair",
+    click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Also a directory or a hub id."),
+    click.option("--draft", help=f"A directory or a hub id; {DEFAULT_DRAFT} for the default target."),
+    click.option("--allow-other-target", is_flag=True, help="Accept a draft trained for other weights of this shape."),
+)

@@ -1,0 +1,111 @@
+"""How every command behaves: errors as one line, quiet libraries, a spinner while something loads, JSON on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from domino_spec.config import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+class OneLineErrors(click.Group):
+    """A group of commands whose errors are one line on standard error, whatever command they come from."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> NoReturn:
+        """Run a command and exit: 0 when it did what it should, 2 on a user's mistake, 130 on Ctrl-C."""
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except click.Abort:  # click has ended the unfinished line already
+            sys.exit(130)
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except UserError as error:
+            _fail(str(error))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's own; importing it here would cost seconds
+                raise
+            _fail(f"out of memory: {error}")
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"domino-spec: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+class _StandardError(logging.Handler):
+    """Writes this package's messages as single lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"domino-spec: {record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+def prepare(verbose: bool, threads: int | None = None) -> None:
+    """Set threads and logging, before anything is loaded.
+
+    Args:
+        verbose: let the libraries underneath write what they like, and this package say what it does.
+        threads: CPU threads of PyTorch; None leaves its choice.
+    """
+    log = logging.getLogger("domino_spec")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if not any(isinstance(handler, _StandardError) for handler in log.handlers):
+        log.addHandler(_StandardError())
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the hub's client is imported
+        import huggingface_hub.utils.logging
+        import transformers
+
+        huggingface_hub.utils.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def console(shown: bool = True) -> Console:
+    """Standard output; with `shown` False, nothing that is printed to it appears."""
+    from rich.console import Console
+
+    return Console(highlight=False, quiet=not shown)
+
+
+def status(message: str) -> contextlib.AbstractContextManager[Any]:
+    """A spinner on standard error while something takes time; nothing where that is no terminal."""
+    from rich.console import Console
+
+    spinner = Console(stderr=True)
+    return spinner.status(f"{message} ...") if spinner.is_terminal else contextlib.nullcontext()
+
+
+def print_json(value: Any) -> None:
+    """Print one object on one line."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def comma_separated(value: str, kind: Callable[[str], T] = str, option: str = "") -> list[T]:  # type: ignore[assignment]
+    """The parts of an option such as `none,domino` or `0,0.7`, empty ones left out.
+
+    Raises:
+        UserError: a part is not of that kind; the message names the option.
+    """
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        return [kind(part) for part in parts]
+    except ValueError:
+        raise UserError(f"{option} must be numbers with commas between them, got {value!r}") from None

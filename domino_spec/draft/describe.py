@@ -1,0 +1,81 @@
+"""What a draft on disk is (method, shape, label convention, parameters per part, size) and whether it fits a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from domino_spec.config import DraftConfig, UserError
+from domino_spec.draft.checkpoint import read_draft
+from domino_spec.draft.pairing import check_pairing, shape_mismatch
+from domino_spec.target.load import EMBEDDED_TARGET, load_target, target_config
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft checkpoint in words and figures."""
+
+    config: DraftConfig
+    method: str
+    """`domino` with a head, `dflash` without."""
+    dtypes: tuple[str, ...]
+    """Types of its parameters as saved."""
+    parameters: dict[str, int]
+    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), and total."""
+    file_bytes: int
+    """Size of its safetensors files."""
+
+
+def describe_draft(directory: Path) -> DraftDescription:
+    """Read a draft and count it.
+
+    Raises:
+        UserError: as `checkpoint.read_draft`.
+    """
+    draft = read_draft(directory)
+    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
+    if draft.head is not None:
+        down, _, up = draft.head.embed_proj
+        parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
+        parts["w1"] = sum(p.numel() for p in down.parameters())
+        parts["w2"] = sum(p.numel() for p in up.parameters())
+    return DraftDescription(
+        config=draft.config,
+        method="dflash" if draft.head is None else "domino",
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
+        parameters={**parts, "total": sum(parts.values())},
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a draft fits a target."""
+
+    fits: bool
+    sentence: str
+    """What was compared and what came out."""
+
+
+def check_fit(config: DraftConfig, draft_name: str, target_name: str) -> Fit:
+    """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
+
+    A target on the hub is compared by its configuration alone, without its weights being downloaded.
+
+    Raises:
+        UserError: the target cannot be read.
+    """
+    if target_name != EMBEDDED_TARGET and not Path(target_name).is_dir():
+        shape = target_config(target_name)
+        mismatch = shape_mismatch(config, shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
+        if mismatch:
+            return Fit(False, f"draft {draft_name} does not fit target {target_name}: {mismatch}")
+        return Fit(True, f"fits the shape of {target_name}; its weights were not compared")
+    target = load_target(target_name, pack=False)
+    try:
+        check_pairing(config, draft_name, target)
+    except UserError as error:
+        return Fit(False, str(error))
+    if config.target_fingerprint is None:
+        return Fit(True, f"fits the shape of {target_name}; it does not say which weights it was trained for")
+    return Fit(True, f"fits {target_name}: same shape, same weights")

@@ -1,0 +1,67 @@
+"""Loading a draft from the package, a directory or the hub, checked against its target and bound to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft
+from domino_spec.draft.model import Draft
+from domino_spec.draft.pairing import check_pairing
+from domino_spec.target.model import Target
+from domino_spec.target.packing import can_pack
+
+EMBEDDED_DRAFT = "smollm2-135m-domino"
+
+
+def draft_directory(name_or_path: str | Path) -> Path:
+    """Where a draft's files are: the shipped draft's name, a directory, or a hub id (downloaded without any code).
+
+    Raises:
+        UserError: it does not exist or cannot be downloaded.
+    """
+    name = str(name_or_path)
+    if name == EMBEDDED_DRAFT:
+        directory = Path(__file__).parent.parent / "demo" / EMBEDDED_DRAFT
+        if not (directory / CONFIG_FILE).is_file():
+            raise UserError(f"this installation does not contain the draft {EMBEDDED_DRAFT}")
+        return directory
+    path = Path(name)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if not path.is_dir():
+            raise UserError(f"draft {name} does not exist: give a directory, a hub id such as owner/name, or {EMBEDDED_DRAFT}")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot get draft {name} from the hub and it is not a directory here: {reason}") from None
+
+
+def load_draft(
+    name_or_path: str | Path,
+    target: Target,
+    *,
+    dtype: torch.dtype | str = "auto",
+    allow_other_target: bool = False,
+) -> Draft:
+    """Load a draft for `target`, on its device.
+
+    Args:
+        name_or_path: the shipped draft's name, a directory, or a hub id.
+        target: the model it drafts for.
+        dtype: "auto" takes the target's.
+        allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
+
+    Raises:
+        UserError: it does not exist, cannot be read, or was made for another target.
+    """
+    draft = read_draft(draft_directory(name_or_path))
+    check_pairing(draft.config, str(name_or_path), target, allow_other_target)
+    draft = draft.to(target.device, target.dtype if dtype == "auto" else dtype).bind(target)
+    return draft.pack() if target.packed and can_pack(draft.device, draft.dtype) else draft

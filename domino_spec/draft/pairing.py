@@ -1,0 +1,53 @@
+"""Does this draft fit this target? A wrong pairing decodes correctly but accepts nothing, so it is refused.
+
+Shapes are compared always. The target's fingerprint is compared where the draft carries one; published drafts do not,
+which is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from domino_spec.config import DraftConfig, UserError
+from domino_spec.target.model import Target
+
+_log = logging.getLogger(__name__)
+
+
+def shape_mismatch(config: DraftConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
+    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
+    for what, draft_side, target_side in (
+        ("hidden size", config.hidden_size, hidden_size),
+        ("vocabulary", config.vocab_size, vocab_size),
+        ("number of target layers", config.num_target_layers, num_layers),
+    ):
+        if draft_side != target_side:
+            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
+    return None
+
+
+def check_pairing(config: DraftConfig, draft_name: str, target: Target, allow_other_target: bool = False) -> None:
+    """Refuse a draft that was not made for this target.
+
+    Args:
+        config: of the draft.
+        draft_name: for the message.
+        target: to pair it with.
+        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
+
+    Raises:
+        UserError: one sentence that names both sides.
+    """
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
+    if config.target_fingerprint is None:
+        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
+    elif config.target_fingerprint != target.fingerprint:
+        if not allow_other_target:
+            raise UserError(
+                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
+                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
+                "(--allow-other-target) for a fine-tuned target"
+            )
+        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)

@@ -1,0 +1,55 @@
+"""A finished run to a draft that other tools read: last stage of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, save_draft
+from domino_spec.draft.model import Draft
+from domino_spec.files import load_tensors
+from domino_spec.training.state import STATE_FILE
+
+
+def export_draft(run: Path, out: Path, dtype: torch.dtype) -> Draft:
+    """Write the draft of a training run in the published layout, read back before it is called done.
+
+    Args:
+        run: directory of the run (`train --out`).
+        out: directory of the draft; made when missing.
+        dtype: bfloat16 copies what the run saved; float32 takes the master weights of its last state.
+
+    Raises:
+        UserError: the run holds no draft, a file of it cannot be read, or `out` cannot be written.
+    """
+    source = run / "draft"
+    if not (source / CONFIG_FILE).is_file():
+        raise UserError(f"{run} holds no trained draft: give the directory that `domino-spec train` wrote with --out")
+    if out.resolve() == source.resolve():
+        raise UserError(f"--out {out} is the run's own draft; choose another directory")
+    draft = read_draft(source)
+    if dtype == torch.float32:
+        _restore_master_weights(draft.float(), run)
+        # The published configuration names the type of the tensors beside it.
+        published = {**draft.config.published, "dtype": "float32"}
+        draft.config = dataclasses.replace(draft.config, published=published)
+    save_draft(draft, out)
+    return read_draft(out)
+
+
+def _restore_master_weights(draft: Draft, run: Path) -> None:
+    """Replace bfloat16 weights by the float32 ones that they were rounded from."""
+    tensors, _ = load_tensors(run / STATE_FILE)
+    for name, parameter in draft.named_parameters():
+        master = tensors.get(f"weight/{name}")
+        if master is not None and name == "backbone.fc.weight" and "feature_scale" in tensors:
+            master = master * tensors["feature_scale"]
+        if master is None or not torch.equal(master.bfloat16(), parameter.bfloat16()):
+            raise UserError(
+                f"{run / STATE_FILE} is not the state that {run / 'draft'} was saved from ({name} differs); "
+                "let the training finish, or export in bf16"
+            )
+        parameter.data = master

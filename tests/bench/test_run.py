@@ -1,0 +1,173 @@
+"""The whole bench on a tiny target: all methods, the outside baseline, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from domino_spec.bench.baseline import load_baseline, transformers_generate
+from domino_spec.bench.methods import METHODS, Contender, contenders
+from domino_spec.bench.rows import read_rows
+from domino_spec.bench.run import run_bench, run_profile
+from domino_spec.config import UserError
+from domino_spec.target.load import load_target
+from tests import tiny
+from tests.bench.conftest import PROMPTS, read_raw
+
+
+@pytest.fixture(scope="module")
+def loaded(disk):
+    return load_target(disk.target, pack=False)
+
+
+def test_every_run_is_measured_once(finished):
+    rows = read_rows(finished)
+    budgets = {"none": [0], "transformers": [0]}
+    expected = set()
+    for suite, prompts in PROMPTS.items():
+        for i in range(len(prompts)):
+            for method in METHODS:
+                if method == "dflash-sampled":
+                    continue
+                for temperature in (0.0, 1.0):
+                    if temperature == 0 and METHODS[method].only_sampled:
+                        continue
+                    for budget in budgets.get(method, [2, 4]):
+                        expected |= {(suite, f"{suite}/{i}", method, budget, temperature, r) for r in (0, 1)}
+    assert {row.key for row in rows} == expected
+    assert len(rows) == len(expected)
+
+
+def test_rows_hold_what_decoding_did(finished):
+    for row in read_raw(finished):
+        assert row["num_verify_passes"] == len(row["acceptance_lengths"]) == len(row["num_drafts"])
+        assert 1 <= len(row["token_ids"]) <= 9 and row["batch"] == 1 and row["threads"] == 1
+        assert max(row["num_drafts"], default=0) <= row["budget"]
+        assert all(1 <= a <= d + 1 for a, d in zip(row["acceptance_lengths"], row["num_drafts"], strict=True))
+        assert row["seconds_prefill"] > 0 and row["seconds_decode"] >= 0
+        # Decoding produces every token; in `transformers` the first one belongs to prefill.
+        produced = sum(row["acceptance_lengths"]) + (row["method"] == "transformers")
+        assert produced >= len(row["token_ids"])
+        if row["budget"] == 0:
+            assert produced == len(row["token_ids"])
+
+
+def test_greedy_texts_of_all_methods_equal_plain_decoding_and_transformers(finished, loaded):
+    model = load_baseline(loaded)
+    texts = {suite: [loaded.tokenizer(f"w1 {p} w2")["input_ids"] for p in ps] for suite, ps in PROMPTS.items()}
+    for row in read_rows(finished):
+        if row.temperature == 0:
+            prompt = texts[row.suite][int(row.id.split("/")[1])]
+            assert row.prompt_tokens == len(prompt)
+            assert list(row.token_ids) == tiny.plain_greedy(model, prompt, 9)[: len(row.token_ids)]
+            assert len(row.token_ids) == 9 or row.token_ids[-1] == tiny.EOS
+
+
+def test_seeds_move_on_with_repeats_and_change_sampled_texts_only(finished):
+    texts = {}
+    for row in read_rows(finished):
+        assert row.seed == row.repeat
+        texts[row.key] = row.token_ids
+    pairs = [(text, texts[key._replace(repeat=1)], key.temperature) for key, text in texts.items() if key.repeat == 0]
+    assert all(a == b for a, b, temperature in pairs if temperature == 0)
+    assert any(a != b for a, b, temperature in pairs if temperature == 1)
+
+
+def test_the_outside_baseline_is_stock_and_is_not_bent_by_the_models_defaults(loaded):
+    model = load_baseline(loaded)
+    assert model.config._attn_implementation == "sdpa" and model.dtype == loaded.dtype
+    assert {type(m) for m in model.modules() if "proj" in type(m).__name__.lower()} == set()
+    assert all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
+    model.generation_config.repetition_penalty = 5.0
+    prompt = [1, 4, 5, 4, 2]
+    stop = loaded.stop_token_ids
+    found = transformers_generate(model, stop, prompt, 0.0, 0, 6)
+    assert found.token_ids == tiny.plain_greedy(load_baseline(loaded), prompt, 6)[: len(found.token_ids)]
+    assert found.seconds_prefill > 0 and found.seconds_decode > 0
+    assert found.num_verify_passes == found.num_tokens - 1
+    one = transformers_generate(model, stop, prompt, 0.0, 0, 1)
+    assert one.token_ids == found.token_ids[:1] and one.num_verify_passes == 0 and one.seconds_decode == 0
+
+
+def test_the_outside_baseline_samples_by_its_seed(loaded):
+    model = load_baseline(loaded)
+    first, second, other = (
+        transformers_generate(model, loaded.stop_token_ids, [1, 4, 2], 1.0, seed, 8).token_ids for seed in (3, 3, 4)
+    )
+    assert first == second != other
+
+
+def test_budgets_beyond_a_methods_most_are_measured_once(target):
+    draft = tiny.tiny_draft(target)  # five drafts at most
+    found = contenders(target, draft, ["none", "domino", "ngram"], [3, 7, 16], [0.0])
+    assert found == [
+        Contender("none", 0, 0.0),
+        Contender("domino", 3, 0.0),
+        Contender("domino", 5, 0.0),
+        Contender("ngram", 3, 0.0),
+        Contender("ngram", 7, 0.0),
+        Contender("ngram", 8, 0.0),
+    ]
+    assert contenders(target, draft, ["domino"], [], [0.0]) == [Contender("domino", 5, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"methods": ["none", "domingo"]}, "unknown method 'domingo'; known methods are none, ngram"),
+        ({"methods": []}, "no method given"),
+        ({"methods": ["domino-sampled"], "temperatures": [0.0]}, "needs a temperature above 0; at 0 use domino"),
+        ({"suites": ["gsm9k"]}, "unknown suite 'gsm9k'"),
+        ({"suites": []}, "suites of at least 1"),
+        ({"temperatures": []}, "temperatures of at least 1"),
+        ({"temperatures": [-1.0]}, "temperature must not be negative"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1"),
+        ({"repeats": 0}, "repeats of at least 1"),
+        ({"num_drafts": [0]}, "num_drafts must be at least 1"),
+        ({"threads": 0}, "threads of at least 1"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"draft": None}, "needs a draft"),
+        ({"max_new_tokens": 510}, "exceeds the context of 512 tokens"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_before_anything_is_measured(disk, tmp_path, changes, complaint):
+    with pytest.raises(UserError) as error:
+        run_bench(**disk.options(tmp_path / "out", **changes))
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "raw.jsonl").exists()
+
+
+def test_suites_of_the_same_name_are_refused(disk, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"id": "x", "turns": ["w3"]}\n')
+    with pytest.raises(UserError, match="two suites are called sums"):
+        run_bench(**disk.options(tmp_path / "out", suites=[disk.suites[0], str(tmp_path / "sums.jsonl")]))
+
+
+def test_a_changed_draft_or_suite_is_another_configuration(disk, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("settings.json", "raw.jsonl"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    settings = json.loads((out / "settings.json").read_text())
+    for name in ("draft_digest", "prompts_digest", "device_name"):
+        changed = settings | {"configuration": settings["configuration"] | {name: "another"}}
+        (out / "settings.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"holds measurements with {name} 'another'"):
+            run_bench(**disk.options(out))
+    assert len(read_raw(out)) == len(read_raw(finished))
+
+
+def test_a_bench_without_a_draft_needs_none(disk, tmp_path):
+    report = run_bench(**disk.options(tmp_path / "out", draft=None, methods=["none", "ngram"], breakdown=True, limit=1))
+    assert report["settings"]["draft"] is None and report["breakdown"] == []
+    assert report["settings"]["num_drafts"] == [2, 4] and report["measured_runs"] == 2 * 3 * 2 * 2
+
+
+def test_a_profile_writes_its_stages(disk, tmp_path):
+    found = run_profile(target=disk.target, draft=disk.draft, out=tmp_path / "p", context=12, num_drafts=[2], repeats=2)
+    (stored,) = json.loads((tmp_path / "p" / "breakdown.json").read_text())
+    assert stored["stages"] == found[0].stages and stored["num_drafts"] == 2 and stored["context"] == 12
+    assert "head rollout" in (tmp_path / "p" / "breakdown.md").read_text()

@@ -1,0 +1,215 @@
+"""Temperature > 0: the joint distribution of three tokens is the target's own, whatever drafted them.
+
+Each case decodes `REQUESTS` requests of the same prompt, seeds 0 .. REQUESTS - 1, and compares the counts of the 12^3
+possible texts with exact probabilities, computed from transformers' own model and processors. The statistic is
+Pearson's chi-square over texts expected at least 5 times, the rest pooled. `FALSE_ALARM` is the probability, over all
+cases together, that a lossless decoder would fail (Bonferroni); seeds are fixed, so the tests always give the same
+answer. The same statistic detects three deliberately wrong verifiers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from domino_spec.api import make_drafter
+from domino_spec.decoding import verify as verify_module
+from domino_spec.decoding.sampling import SamplingSettings, draw
+from domino_spec.decoding.state import Proposal
+from domino_spec.decoding.verify import accept_chain
+from domino_spec.drafters.plain import PlainDecoding
+from tests.tiny import as_sequences, as_target, fit, random_prompts, run, tiny_draft, tiny_model
+
+VOCAB, TOKENS, REQUESTS = 12, 3, 4000
+PROMPT = [9, 1, 9, 9, 9, 1]  # prompt look-up drafts 9 9 9 1, each of which has about even odds
+FALSE_ALARM = 1e-4
+
+PLAIN = dict(temperature=1.0)
+NUCLEUS = dict(temperature=0.9, top_p=0.85)
+TOP_K = dict(temperature=0.8, top_k=6)
+BOTH = dict(temperature=1.0, top_k=8, top_p=0.9)
+PENALISED = dict(temperature=0.8, repetition_penalty=1.6, min_p=0.05)
+
+DRAFTERS = {
+    "none": ("none", {}),
+    "ngram": ("ngram", {}),
+    "dflash chosen": ("dflash", {}),
+    "dflash sampled": ("dflash", dict(sample_drafts=True, candidates=None)),
+    "domino chosen, K=4": ("domino", dict(candidates=4)),
+    "domino chosen, all": ("domino", dict(candidates=None)),
+    "domino sampled, K=4": ("domino", dict(sample_drafts=True, candidates=4)),
+    "domino sampled, all": ("domino", dict(sample_drafts=True, candidates=None)),
+    "domino sampled, colder": ("domino", dict(sample_drafts=True, candidates=6, draft_temperature=0.5)),
+    "domino subset": ("domino subset", dict(sample_drafts=True, candidates=3)),
+    "domino+ngram": ("domino", {}),
+}
+CASES = [
+    ("none", NUCLEUS, {}),
+    ("ngram", PLAIN, {}),
+    ("ngram", BOTH, {"num_drafts": 2}),
+    ("dflash chosen", NUCLEUS, {"num_drafts": 2}),
+    ("dflash sampled", TOP_K, {}),
+    ("dflash sampled", BOTH, {"num_drafts": 2}),
+    ("domino chosen, K=4", NUCLEUS, {}),
+    ("domino chosen, all", TOP_K, {"num_drafts": 2}),
+    ("domino chosen, K=4", PENALISED, {"num_drafts": 2}),
+    ("domino sampled, K=4", NUCLEUS, {}),
+    ("domino sampled, K=4", BOTH, {"num_drafts": 2}),
+    ("domino sampled, all", PLAIN, {"num_drafts": 1}),
+    ("domino sampled, all", TOP_K, {}),
+    ("domino sampled, all", PENALISED, {"num_drafts": 2}),
+    ("domino sampled, colder", NUCLEUS, {"num_drafts": 2}),
+    ("domino subset", BOTH, {}),
+    ("domino+ngram", NUCLEUS, {}),
+    ("domino sampled, K=4", NUCLEUS, {"matching_rule": True}),
+    ("domino chosen, K=4", TOP_K, {"matching_rule": True, "num_drafts": 2}),
+]
+"""Fewer drafts than tokens let the token after a fully accepted chain fall within the three."""
+ALARM = FALSE_ALARM / len(CASES)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A target over 12 tokens whose distributions are neither flat nor sharp, and drafts trained to be often right."""
+    model = tiny_model(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, initializer_range=0.35, seed=2
+    )
+    target = as_target(model)
+    prompts = [PROMPT] * 16 + random_prompts([5] * 48, vocab=VOCAB)
+    sampled = run(target, PlainDecoding(), prompts, 16, settings=SamplingSettings(temperature=1.0))
+    sequences = as_sequences(prompts, [g.token_ids for g in sampled])
+    options = dict(taps=(0, 1), block_size=4, std=0.2)
+    drafts = {
+        "domino": tiny_draft(target, **options),
+        "dflash": tiny_draft(target, head=False, shift_label=False, **options),
+        "domino subset": tiny_draft(target, draft_vocab_ids=torch.tensor([1, 2, 3, 7, 9, 10]), **options),
+    }
+    for draft in drafts.values():
+        fit(target, draft, sequences, 40)
+    return model, target, drafts
+
+
+@torch.inference_mode()
+def exact_joint(model, settings: dict) -> torch.Tensor:
+    """[12, 12, 12], probability of every text of three tokens after `PROMPT`, by transformers alone."""
+    kinds = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "temperature": TemperatureLogitsWarper,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    processors = LogitsProcessorList([kind(settings[name]) for name, kind in kinds.items() if name in settings])
+    joint = torch.ones(1, dtype=torch.double)
+    texts = torch.tensor([PROMPT])
+    for _ in range(TOKENS):
+        probs = processors(texts, model(texts).logits[:, -1]).softmax(-1).double()
+        joint = (joint[:, None] * probs).flatten()
+        following = torch.arange(VOCAB).repeat(len(texts))[:, None]
+        texts = torch.cat((texts.repeat_interleave(VOCAB, dim=0), following), dim=1)
+    return joint.view((VOCAB,) * TOKENS)
+
+
+def sample_texts(target, drafts, name: str, settings: dict, **decoding):
+    """Decode all requests together; returns counts [12, 12, 12] and the generations."""
+    method, options = DRAFTERS[name]
+    sampling = SamplingSettings(**settings)
+    drafter = make_drafter(
+        name.split()[0],
+        drafts.get(method),
+        requests=REQUESTS,
+        settings=sampling,
+        device=target.device,
+        **options,
+    )
+    prompts = [PROMPT] * REQUESTS
+    generations = run(target, drafter, prompts, TOKENS, settings=sampling, **decoding)
+    texts = torch.tensor([g.token_ids for g in generations])
+    place = (texts * torch.tensor([VOCAB**2, VOCAB, 1])).sum(-1)
+    return place.bincount(minlength=VOCAB**TOKENS).view((VOCAB,) * TOKENS), generations
+
+
+def p_value(counts: torch.Tensor, joint: torch.Tensor) -> float:
+    """Pearson's chi-square test; a text of probability zero that occurred has p-value 0."""
+    counts, expected = counts.flatten().double(), joint.flatten() * counts.sum()
+    if counts[expected == 0].any():
+        return 0.0
+    large = expected >= 5
+    pooled_counts = torch.cat((counts[large], counts[~large].sum()[None]))
+    pooled = torch.cat((expected[large], expected[~large].sum()[None]))
+    pooled_counts, pooled = pooled_counts[pooled > 0], pooled[pooled > 0]
+    statistic = ((pooled_counts - pooled) ** 2 / pooled).sum()
+    freedom = len(pooled) - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.double), statistic / 2).item()
+
+
+@pytest.mark.parametrize("name, settings, decoding", CASES, ids=[f"{n}-{s}-{d}" for n, s, d in CASES])
+def test_the_joint_distribution_is_the_targets_own(small, name, settings, decoding):
+    model, target, drafts = small
+    counts, generations = sample_texts(target, drafts, name, settings, **decoding)
+    assert p_value(counts, exact_joint(model, settings)) > ALARM
+    if name != "none":
+        accepted = torch.tensor([n for g in generations for n in g.acceptance_lengths]).bincount(minlength=4)
+        reached = min(3, decoding.get("num_drafts", 3) + 1)
+        assert (accepted[1 : reached + 1] > 0.01 * accepted.sum()).all(), "every branch of the rule must be taken"
+
+
+def test_the_exact_joint_is_a_distribution_with_many_texts(small):
+    model, _, _ = small
+    for settings in (PLAIN, NUCLEUS, TOP_K, BOTH, PENALISED):
+        joint = exact_joint(model, settings)
+        assert joint.sum().item() == pytest.approx(1, abs=1e-5)
+        assert (joint * REQUESTS >= 5).sum() > 40, "too few texts to compare"
+
+
+# Power: the same test notices verifiers that are wrong.
+
+
+def residual_not_subtracted(probs, proposal, streams, positions):
+    """Accepts rightly, but draws the token after a rejection from the target instead of the residual."""
+    tokens, accepted = accept_chain(probs, proposal, streams, positions)
+    row = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
+    uniform = streams.uniform(positions.gather(1, accepted[:, None]), streams.RESIDUAL)[:, 0]
+    bonus = draw(probs.gather(1, row)[:, 0], uniform)
+    return tokens.scatter(1, accepted[:, None], bonus[:, None]), accepted
+
+
+def chosen_taken_for_sampled(probs, proposal, streams, positions):
+    """Treats an argmax draft as if it had been drawn from a distribution over its neighbours."""
+    ids = torch.stack((proposal.tokens, (proposal.tokens + 1) % VOCAB), dim=-1)
+    claimed = torch.tensor([0.7, 0.3]).expand(ids.shape)
+    wrong = Proposal(proposal.tokens, proposal.num_drafts, None, ids, claimed)
+    return accept_chain(probs, wrong, streams, positions)
+
+
+def first_candidate_only(probs, proposal, streams, positions):
+    """Ignores that the draft was drawn from K tokens: its probability is misreported."""
+    flattened = torch.full_like(proposal.draft_probs, 1 / proposal.draft_probs.shape[-1])
+    wrong = Proposal(proposal.tokens, proposal.num_drafts, None, proposal.candidate_ids, flattened)
+    return accept_chain(probs, wrong, streams, positions)
+
+
+@pytest.mark.parametrize(
+    "name, wrong_rule",
+    [
+        ("domino chosen, K=4", residual_not_subtracted),
+        ("domino sampled, K=4", residual_not_subtracted),
+        ("ngram", residual_not_subtracted),
+        ("domino chosen, K=4", chosen_taken_for_sampled),
+        ("domino sampled, K=4", first_candidate_only),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_wrong_verifier_is_detected(small, monkeypatch, name, wrong_rule):
+    model, target, drafts = small
+    monkeypatch.setattr(verify_module, "accept_chain", wrong_rule)
+    counts, _ = sample_texts(target, drafts, name, NUCLEUS, num_drafts=2)
+    assert p_value(counts, exact_joint(model, NUCLEUS)) < ALARM

@@ -1,0 +1,52 @@
+"""Prompt look-up proposes what followed the last occurrence of the text's end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from domino_spec.drafters.ngram import NgramIndex, PromptLookup
+from tests.tiny import as_target, plain_greedy, run, tiny_model
+
+
+def naive_continuation(text: list[int], longest: int, shortest: int, count: int) -> list[int]:
+    """The definition: the longest suffix that occurred before (and was followed by something), its latest occurrence."""
+    for size in range(min(longest, len(text) - 1), shortest - 1, -1):
+        suffix = text[-size:]
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == suffix:
+                return text[start + size : start + size + count]
+    return []
+
+
+@pytest.mark.parametrize("longest, shortest", [(4, 1), (3, 2), (1, 1)])
+def test_index_equals_a_search_through_the_text(longest, shortest):
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 4, (80,), generator=generator).tolist()
+    index, found = NgramIndex(longest), 0
+    for i, token in enumerate(text):
+        index.extend([token])
+        expected = naive_continuation(text[: i + 1], longest, shortest, 5)
+        assert index.continuation(shortest, 5) == expected
+        found += bool(expected)
+    assert found > 40
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="n-gram lengths"):
+        PromptLookup(longest=2, shortest=3)
+
+
+def test_a_text_in_a_loop_is_drafted_and_accepted():
+    model = tiny_model(initializer_range=0.1)  # narrow weights fall into a loop at once
+    text = plain_greedy(model, [5, 6], 60)
+    assert len(set(text[-30:])) == 1
+    (generation,) = run(as_target(model), PromptLookup(max_drafts=8), [[5, 6]], 60)
+    assert generation.token_ids == text
+    assert min(generation.acceptance_lengths[-5:]) >= 2
+
+
+def test_requests_without_a_match_get_no_drafts(target):
+    (first, second) = run(target, PromptLookup(), [[1, 2, 3], [7, 8, 7, 8, 7]], 1)
+    assert first.num_drafts == [0]
+    assert second.num_drafts[0] >= 2

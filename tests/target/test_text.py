@@ -1,0 +1,91 @@
+"""Text in and text out: chat prompts, streaming without broken characters, stop strings."""
+
+from __future__ import annotations
+
+import pytest
+
+from domino_spec.config import UserError
+from domino_spec.target.text import StopStrings, TextStream, encode_prompt
+from tests.tiny import byte_tokenizer, word_tokenizer
+
+
+def test_a_text_becomes_a_user_turn_of_the_chat_template():
+    tokenizer = word_tokenizer()
+    assert encode_prompt(tokenizer, "w7 w8") == [1, 7, 8, 2]
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w9"}]) == [
+        *(1, 7, 2),
+        *(1, 9, 2),
+    ]
+
+
+def test_raw_text_is_not_wrapped():
+    assert encode_prompt(word_tokenizer(), "w7 w8", chat=False) == [7, 8]
+    assert encode_prompt(word_tokenizer(chat=False), "w7 w8") == [7, 8]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", []])
+def test_an_empty_prompt_is_refused(prompt):
+    with pytest.raises(UserError, match="prompt"):
+        encode_prompt(word_tokenizer(), prompt)
+
+
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(UserError, match="chat template"):
+        encode_prompt(word_tokenizer(chat=False), [{"role": "user", "content": "w7"}])
+
+
+TEXT = "Grüße, 你好!\nline two\n\n🙂 end\n"
+
+
+def test_streamed_pieces_add_up_to_the_decoded_text():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = tokenizer(TEXT)["input_ids"]
+    assert len(ids) > len(TEXT), "some characters must take several tokens"
+    pieces = [stream.push([i], final=n == len(ids) - 1) for n, i in enumerate(ids)]
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_are_given_out_as_soon_as_their_bytes_are_there():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    first, second = tokenizer("ü")["input_ids"]
+    assert [stream.push([first]), stream.push([second])] == ["", "ü"]
+
+
+def test_an_unfinished_character_is_given_out_at_the_end():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    first, _ = tokenizer("ü")["input_ids"]
+    assert stream.push([first], final=True) == "\ufffd"
+
+
+def test_words_keep_their_spaces_when_streamed():
+    tokenizer = word_tokenizer()
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push([i]) for i in (5, 6, 7)) == "w5 w6 w7"
+
+
+def test_stop_strings_are_found_across_pieces():
+    stop = StopStrings(["END", "halt"])
+    text = ""
+    found = None
+    for piece in ["so E", "N", "D and halt"]:
+        text += piece
+        found = stop.find(text)
+        if found is not None:
+            break
+    assert found == text.index("END")
+
+
+def test_the_earliest_stop_string_wins():
+    assert StopStrings(["zz", "b"]).find("abczz") == 1
+    assert StopStrings([]).find("abc") is None
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
+    stop = StopStrings(["END"])
+    assert stop.safe_length("so EN") == 3
+    assert stop.safe_length("so far") == 6
+    assert stop.safe_length("E") == 0

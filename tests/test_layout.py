@@ -1,0 +1,123 @@
+"""The shape of the package: rooms, the direction of imports between them, and the habits that keep it readable."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "domino_spec"
+ROOMS = [
+    {"config", "files"},
+    {"kernels"},
+    {"target"},
+    {"draft"},
+    {"decoding"},
+    {"drafters"},
+    {"api"},
+    {"training"},
+    {"bench"},
+    {"serving"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+"""DESIGN section 2, top first: a module imports from its own room and from rooms above it."""
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+
+def _level(room: str) -> int:
+    return next(i for i, rooms in enumerate(ROOMS) if room in rooms)
+
+
+def _room(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING:`, whose imports never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _run_time_nodes(node)
+
+
+def _imports(source: str, package: str) -> set[str]:
+    """Absolute names of all modules that a source imports when it runs, functions' bodies included."""
+    names: set[str] = set()
+    for node in _run_time_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def _file_imports(file: Path) -> set[str]:
+    return _imports(file.read_text("utf-8"), ".".join(["domino_spec", *file.relative_to(PACKAGE).parts[:-1]]))
+
+
+def _rooms_imported(names: set[str]) -> set[str]:
+    parts = [n.split(".") for n in names]
+    known = set().union(*ROOMS)
+    return {p[1] for p in parts if p[0] == "domino_spec" and len(p) > 1 and p[1] in known}
+
+
+def test_every_module_belongs_to_a_room():
+    assert FILES
+    known = set().union(*ROOMS)
+    assert {_room(f) for f in FILES} <= known
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_only_to_rooms_above(file):
+    level = _level(_room(file))
+    below = {room for room in _rooms_imported(_file_imports(file)) if _level(room) > level}
+    assert not below, f"{file.relative_to(PACKAGE)} imports from {below}, which stand below it"
+
+
+def test_the_import_check_sees_every_form_of_import():
+    source = (
+        "import domino_spec.cli\nfrom domino_spec import bench\nfrom ..drafters import ngram\n"
+        "def f():\n    from domino_spec.training.loop import train\n"
+        "if TYPE_CHECKING:\n    from domino_spec.serving import x\n"
+    )
+    assert _rooms_imported(_imports(source, "domino_spec.target")) == {"cli", "bench", "drafters", "training"}
+
+
+def test_only_kernels_import_triton():
+    users = {_room(f) for f in FILES if any(n.split(".")[0] == "triton" for n in _file_imports(f))}
+    assert users <= {"kernels"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_file_is_too_long_to_read(file):
+    assert len(file.read_text("utf-8").splitlines()) <= MAX_LINES
+
+
+def _public_names_without_docstring(node: ast.AST, prefix: str) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or child.name.startswith("_"):
+            continue
+        if ast.get_docstring(child) is None:
+            yield f"{prefix}{child.name}"
+        if isinstance(child, ast.ClassDef):
+            yield from _public_names_without_docstring(child, f"{prefix}{child.name}.")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_every_module_and_public_name_has_a_docstring(file):
+    tree = ast.parse(file.read_text("utf-8"))
+    assert ast.get_docstring(tree), "the module says nothing about itself"
+    # nn.Module.forward and autograd.Function's pair are named by PyTorch, so a private class may leave them bare.
+    assert not list(_public_names_without_docstring(tree, ""))

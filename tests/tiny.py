@@ -1,0 +1,252 @@
+"""Tiny random models that the tests share: targets of several architectures, drafts, a tokenizer, an oracle drafter.
+
+Everything is made from fixed seeds, on CPU, in float32, without the network.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from domino_spec.config import DraftConfig, HeadConfig, OptimizationRecipe
+from domino_spec.decoding.generate import Generation, Limits, decode
+from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.draft.model import Draft
+from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.model import Target
+from domino_spec.training.data import Sequence
+from domino_spec.training.features import Batch, compute_features, pad_batch
+from domino_spec.training.loop import Trainer
+
+VOCAB = 60
+MASK, EOS = 59, 58
+
+_SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    # Wide enough that logits differ clearly and random texts do not fall into a short loop at once.
+    initializer_range=0.25,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-mixed": (Qwen2Config, dict(use_sliding_window=True, sliding_window=6, layer_types=_ALTERNATING, initializer_range=0.4)),
+    "qwen3": (Qwen3Config, dict(head_dim=16)),
+    "mistral": (MistralConfig, dict(sliding_window=6)),
+    "gemma3": (
+        Gemma3TextConfig,
+        dict(head_dim=8, sliding_window=5, layer_types=_ALTERNATING, query_pre_attn_scalar=8, initializer_range=0.1),
+    ),
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **overrides) -> PreTrainedModel:
+    """A random causal LM in float32 with transformers' own attention: the outside truth."""
+    config_class, specific = _CONFIGS[kind]
+    torch.manual_seed(seed)
+    config = config_class(**{**_SHAPE, **specific, **overrides})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+
+
+def as_target(model: PreTrainedModel, tokenizer=None, name: str = "tiny") -> Target:
+    """The same weights behind this package's engine."""
+    config = copy.deepcopy(model.config)
+    ours = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=model.dtype)
+    ours.load_state_dict(model.state_dict())
+    ours.generation_config = copy.deepcopy(model.generation_config)
+    return Target(ours.requires_grad_(False), tokenizer, name)
+
+
+def tiny_target(kind: str = "llama", seed: int = 0, tokenizer=None, **overrides) -> Target:
+    """`as_target(tiny_model(...))`."""
+    return as_target(tiny_model(kind, seed, **overrides), tokenizer)
+
+
+def tiny_draft(
+    target: Target,
+    *,
+    head: bool = True,
+    shift_label: bool = True,
+    block_size: int = 5,
+    layers: int = 2,
+    prefix: int = 1,
+    draft_vocab_ids: Tensor | None = None,
+    taps: tuple[int, ...] = (0, 3),
+    seed: int = 1,
+    std: float = 0.3,
+) -> Draft:
+    """A random draft bound to `target`, every weight of it (W2 included) far from its neutral start."""
+    config = DraftConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=target.vocab_size,
+        num_target_layers=target.num_layers,
+        target_layer_ids=taps,
+        mask_token_id=min(MASK, target.vocab_size - 1),
+        block_size=block_size,
+        shift_label=shift_label,
+        head=HeadConfig(gru_hidden_dim=12, low_rank=6, pure_draft_prefix_len=prefix) if head else None,
+        draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
+        target_fingerprint=target.fingerprint,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    draft = Draft(config, draft_vocab_ids)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return draft.requires_grad_(False).eval().bind(target)
+
+
+def random_prompts(lengths: list[int], vocab: int = VOCAB - 2, seed: int = 3) -> list[list[int]]:
+    """Token ids below `vocab`, so that mask and stop token do not occur."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+_greedy_texts: dict[tuple[int, tuple[int, ...]], tuple[PreTrainedModel, list[int]]] = {}
+
+
+@torch.inference_mode()
+def plain_greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """What transformers' own greedy generation writes after `prompt` (kept, as many tests ask for the same)."""
+    key = (id(model), tuple(prompt))
+    _, known = _greedy_texts.get(key, (model, []))
+    if len(known) < count:
+        ids = torch.tensor([prompt])
+        options = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        known = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        _greedy_texts[key] = (model, known)
+    return known[:count]
+
+
+def run(target: Target, drafter, prompts: list[list[int]], count: int, **options) -> list[Generation]:
+    """Decode to the end with any drafter; `temperature`, `seed`, .. may be given for `SamplingSettings`."""
+    settings = options.pop("settings", SamplingSettings())
+    limits = options.pop("limits", Limits(count, stop_token_ids=frozenset()))
+    generations: list[Generation] = []
+    for generations in decode(target, drafter, prompts, settings=settings, limits=limits, **options):
+        pass
+    return generations
+
+
+class MemoryCache:
+    """A feature cache without a disk."""
+
+    def __init__(self, target: Target, sequences: list[Sequence], layers: tuple[int, ...]) -> None:
+        self._features = dict(zip((s.id for s in sequences), compute_features(target, sequences, layers), strict=True))
+
+    def read(self, sequence: Sequence) -> Tensor:
+        return self._features[sequence.id]
+
+    def batch(self, sequences: list[Sequence]) -> Batch:
+        return pad_batch(sequences, [self.read(s) for s in sequences])
+
+
+def as_sequences(prompts: list[list[int]], answers: list[list[int]]) -> list[Sequence]:
+    """Training sequences from prompts and answers."""
+    pairs = enumerate(zip(prompts, answers, strict=True))
+    return [Sequence(f"s{i}", torch.tensor(prompt + answer), len(prompt)) for i, (prompt, answer) in pairs]
+
+
+def fit(target: Target, draft: Draft, sequences: list[Sequence], steps: int, **recipe) -> Trainer:
+    """Train `draft` in place on `sequences` for a few steps in float32; returns the trainer."""
+    options = dict(batch_size=8, micro_batch_size=8, anchors=8, learning_rate=1e-2, precision="float32", clip_norm=1e3)
+    settings = OptimizationRecipe(steps=steps, **{**options, **recipe})
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    trainer = Trainer(draft.train().requires_grad_(True), settings, sequences, cache)
+    for _ in range(steps):
+        trainer.train_step()
+    draft.eval().requires_grad_(False)
+    return trainer
+
+
+class Oracle:
+    """Drafts the known continuation, spoiled at one place per cycle so that every acceptance length comes up.
+
+    Args:
+        texts: prompt and continuation of every request, longer than what will be decoded.
+        max_drafts: N.
+        vocab: V.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, texts: list[list[int]], max_drafts: int, vocab: int = VOCAB) -> None:
+        self.texts, self.max_drafts, self.vocab, self._cycle = texts, max_drafts, vocab, 0
+
+    def start(self, state: State) -> None:
+        pass
+
+    def propose(self, state: State, own: None, num_drafts: int) -> Proposal:
+        drafts = torch.zeros(len(self.texts), num_drafts, dtype=torch.long)
+        for r, (text, length) in enumerate(zip(self.texts, state.lengths.tolist(), strict=True)):
+            right = text[length : length + num_drafts]
+            right += [0] * (num_drafts - len(right))
+            spoiled = (self._cycle + r) % (num_drafts + 1)  # num_drafts: none
+            drafts[r] = torch.tensor([(t + (i == spoiled)) % self.vocab for i, t in enumerate(right)])
+        self._cycle += 1
+        return Proposal(drafts, torch.full_like(state.lengths, num_drafts))
+
+    def advance(self, own: None, verdict: Verdict) -> None:
+        pass
+
+
+def word_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """One word per token: w0 .. w57, then <eos> and <mask>; a chat template that marks the user's turn with w1, w2."""
+    vocab = {f"w{i}": i for i in range(VOCAB - 2)} | {"<eos>": EOS, "<mask>": MASK}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", mask_token="<mask>", pad_token="<eos>")
+    if chat:
+        fast.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    return fast
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One byte per token, so that characters beyond ASCII take several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def assert_close(actual: Tensor, expected: Tensor, units: float = 400) -> None:
+    """Equal up to float32 rounding: `units` machine epsilons of the largest value.
+
+    Sums of a few dozen products in another order differ by tens of epsilons, and four layers add up a few of those.
+    """
+    assert actual.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item())
+    difference = (actual - expected).abs().max().item()
+    allowed = units * torch.finfo(torch.float32).eps * scale
+    assert difference <= allowed, f"differs by {difference:.2e}, allowed is {allowed:.2e}"

@@ -26,11 +26,22 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 
 def _block_drafter(use_head: bool) -> Callable[..., Drafter]:
-    def make(draft: Draft | None, streams: RandomStreams, candidates: int | None, draft_temperature: float) -> Drafter:
+    def make(
+        draft: Draft | None,
+        streams: RandomStreams,
+        candidates: int | None,
+        draft_temperature: float,
+        min_confidence: float,
+    ) -> Drafter:
         if draft is None:
             raise UserError(f"method {'domino' if use_head else 'dflash'} needs a draft")
         return BlockDrafter(
-            draft, use_head=use_head, candidates=candidates, temperature=draft_temperature, streams=streams
+            draft,
+            use_head=use_head,
+            candidates=candidates,
+            temperature=draft_temperature,
+            streams=streams,
+            min_confidence=min_confidence,
         )
 
     return make
@@ -43,7 +54,7 @@ METHODS: dict[str, Callable[..., Drafter]] = {
     "domino": _block_drafter(use_head=True),
     "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(use_head=True)(*arguments)),
 }
-"""Drafting methods by name; each makes a drafter from (draft, streams, candidates, draft_temperature)."""
+"""Drafting methods by name; each makes a drafter from (draft, streams, candidates, draft_temperature, min_confidence)."""
 
 DEFAULT_CANDIDATES = 512
 """K: how many of the best base logits the head corrects (DESIGN section 5)."""
@@ -59,6 +70,7 @@ def make_drafter(
     candidates: int | None = DEFAULT_CANDIDATES,
     sample_drafts: bool = False,
     draft_temperature: float | None = None,
+    min_confidence: float = 0.0,
 ) -> Drafter:
     """A drafter by its method's name.
 
@@ -71,12 +83,15 @@ def make_drafter(
         candidates: K, or None for the whole draft vocabulary.
         sample_drafts: sample drafts instead of choosing the most probable token (only at temperature > 0).
         draft_temperature: of sampled drafts.
+        min_confidence: see `BlockDrafter`.
 
     Raises:
         UserError: an unknown method, or one whose draft is missing.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
+    if not 0 <= min_confidence < 1:
+        raise UserError(f"min_confidence must be at least 0 and less than 1, got {min_confidence}")
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates must be at least 1, got {candidates}")
     temperature = 0.0
@@ -85,7 +100,12 @@ def make_drafter(
     if sample_drafts and not settings.greedy:
         temperature = settings.temperature if draft_temperature is None else draft_temperature
     streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)
-    return METHODS[method](draft, streams, candidates, temperature)
+    return METHODS[method](draft, streams, candidates, temperature, min_confidence)
+
+
+def default_min_confidence(device: torch.device) -> float:
+    """The confidence below which a draft is not worth its row of a verify pass, by measurement (docs/benchmarks.md)."""
+    return 0.1 if device.type == "cpu" else 0.0
 
 
 def load_draft(
@@ -181,6 +201,7 @@ def stream(
     num_drafts: int | None = None,
     candidates: int | None = DEFAULT_CANDIDATES,
     sample_drafts: bool = False,
+    min_confidence: float | None = None,
     matching_rule: bool = False,
     settings: SamplingSettings | None = None,
     chat: bool = True,
@@ -190,6 +211,7 @@ def stream(
     """As `generate`, yielding the growing generations after every cycle (the same list each time).
 
     Args:
+        min_confidence: see `BlockDrafter`; None takes the device's default.
         generations: filled in place, so that partial text survives an interrupt.
     """
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -207,6 +229,7 @@ def stream(
         device=target.device,
         candidates=candidates,
         sample_drafts=sample_drafts,
+        min_confidence=default_min_confidence(target.device) if min_confidence is None else min_confidence,
     )
     yield from decode(
         target,
@@ -228,7 +251,7 @@ def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **o
         draft: from `load_draft`; None decodes plainly with the same engine.
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
-            `num_drafts`, `candidates`, `sample_drafts`, `settings` (all warpers), `chat`, `enable_thinking`.
+            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `settings` (all warpers), `chat`, `enable_thinking`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.

@@ -56,6 +56,7 @@ def cli(context: click.Context) -> None:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @num_drafts_option
 @click.option("--candidates", type=int, default=512, show_default=True, help="Logits the head corrects; 0 for all.")
+@click.option("--min-confidence", type=float, help="End a draft where its token is less probable; measured default.")
 @click.option("--sample-drafts", is_flag=True, help="Sample drafts instead of choosing the likeliest tokens.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--show-drafts", is_flag=True, help="Set drafted and accepted text apart from what the target supplied.")
@@ -73,6 +74,7 @@ def generate(
     stop: tuple[str, ...],
     num_drafts: int | None,
     candidates: int,
+    min_confidence: float | None,
     sample_drafts: bool,
     raw: bool,
     show_drafts: bool,
@@ -111,6 +113,7 @@ def generate(
         stop=stop,
         num_drafts=num_drafts,
         candidates=candidates or None,
+        min_confidence=min_confidence,
         sample_drafts=sample_drafts,
         chat=not raw,
         generations=generations,
@@ -308,11 +311,17 @@ def inspect(draft: str, target: str | None, verbose: bool, as_json: bool) -> Non
 @cli.command()
 @pair_options
 @click.option("--suite", "suites", required=True, help="Names (gsm8k,...) or JSONL files of prompts, comma-separated.")
-@click.option("--methods", default="none,ngram,domino", show_default=True, help="Comma-separated; an unknown one lists all.")
+@click.option(
+    "--methods",
+    default="none,ngram,domino",
+    show_default=True,
+    help="Comma-separated: none, ngram, dflash, domino, domino+ngram, transformers, ....",
+)
 @click.option("--prompts", "--limit", "limit", type=int, help="Prompts per suite; all by default.")
 @max_new_tokens_option(default=128)
 @click.option("--temperatures", default="0", show_default=True, help="Comma-separated; 0 is greedy.")
 @click.option("--num-drafts", help="Drafts per cycle, comma-separated; every method's most by default.")
+@click.option("--candidates", type=int, default=512, show_default=True, help="Logits the head corrects; 0 for all.")
 @click.option("--repeats", type=int, default=1, show_default=True, help="Measure everything this often.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; repeat r uses seed + r.")
 @click.option("--out", type=Path, required=True, help="Directory of the measurements and the report.")
@@ -326,6 +335,7 @@ def bench(
     max_new_tokens: int,
     temperatures: str,
     num_drafts: str | None,
+    candidates: int,
     repeats: int,
     seed: int,
     out: Path,
@@ -337,10 +347,10 @@ def bench(
     Writes raw.jsonl, report.json, report.md and plots to a directory.
 
     \b
-    domino-spec bench --suite gsm8k,mtbench --methods none,ngram,domino --limit 4 --out bench
+    domino-spec bench --suite gsm8k,mt-bench --methods none,ngram,domino --limit 4 --out bench
     domino-spec bench --suite my-prompts.jsonl --draft my-draft --threads 2 --out bench
     """
-    names = comma_separated(methods)
+    names = comma_separated(methods, str, "--methods")
     draft = pair.draft_for(names)
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
@@ -350,7 +360,7 @@ def bench(
     report = run_bench(
         target=pair.target,
         draft=draft,
-        suites=comma_separated(suites),
+        suites=comma_separated(suites, str, "--suite"),
         methods=names,
         out=out,
         limit=limit,
@@ -362,6 +372,8 @@ def bench(
         seed=seed,
         device=machine.device,
         dtype=machine.dtype,
+        candidates=candidates or None,
+        allow_other_target=pair.allow_other_target,
     )
     if as_json:
         print_json(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.touch()
+        mode = scratch.stat().st_mode
         yield scratch
+        os.chmod(scratch, mode)  # safetensors makes files that only their owner may read
         with open(scratch, "rb") as written:
             os.fsync(written.fileno())
         os.replace(scratch, path)
@@ -34,7 +37,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

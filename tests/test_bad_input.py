@@ -22,6 +22,7 @@ from tests.cli_fixtures import (  # noqa: F401
     make_target_dir,
     make_trained_run,
     new_draft,
+    run,
     save_target,
     succeed,
     write_jsonl,
@@ -50,8 +51,9 @@ def corrupt(directory: Path) -> None:
 
 
 def pickle_weights(directory: Path, name: str = "pytorch_model.bin") -> None:
+    tensors, _ = files.load_tensors(directory / WEIGHTS)
+    torch.save(tensors, directory / name)
     (directory / WEIGHTS).unlink()
-    torch.save({"weight": torch.zeros(2)}, directory / name)
 
 
 def edit_json(path: Path, **values: object) -> None:
@@ -88,6 +90,7 @@ def test_an_empty_prompt(prompt):
         ("--max-new-tokens", "0", "max_new_tokens must be at least 1, got 0"),
         ("--num-drafts", "-1", "num_drafts must not be negative, got -1"),
         ("--candidates", "-1", "candidates must be at least 1, got -1"),
+        ("--min-confidence", "1", "min_confidence must be at least 0 and less than 1, got 1.0"),
         ("--stop", "", "stop string"),
         ("--threads", "0", "--threads must be at least 1, got 0"),
         ("--device", "abacus", "'abacus'"),
@@ -132,7 +135,11 @@ def test_a_domino_method_with_a_draft_without_a_head(tmp_path, target_dir):
 @pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", "gpt9", "nobody/no-such-model"])
 def test_a_target_that_does_not_exist(name):
     assert name in fail("generate", PROMPT, "--target", name)
-    assert name in fail("inspect", "/dev/null", "--target", name) or True
+
+
+def test_inspect_names_a_target_that_does_not_exist(draft_dir):
+    result = run("inspect", draft_dir, "--target", "/no/such/model")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "/no/such/model" in result.stderr
 
 
 def test_a_directory_that_is_not_a_model(tmp_path):

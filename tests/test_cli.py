@@ -153,8 +153,9 @@ def test_raw_leaves_the_chat_template_out(target_dir):
 
 
 def test_the_number_of_drafts_can_be_chosen(target_dir, draft_dir):
-    options = ("--target", target_dir, "--draft", draft_dir, "--num-drafts", 2, "--candidates", 0)
-    assert set(succeed_json("generate", PROMPT, *options, "--max-new-tokens", 20)["num_drafts"]) == {2}
+    pair = ("--target", target_dir, "--draft", draft_dir, "--max-new-tokens", 20)
+    options = ("--num-drafts", 2, "--candidates", 0, "--min-confidence", 0)
+    assert set(succeed_json("generate", PROMPT, *pair, *options)["num_drafts"]) == {2}
 
 
 def test_ctrl_c_leaves_the_text_so_far_and_says_nothing(tmp_path):
@@ -245,7 +246,7 @@ def test_prompts_that_exceed_the_context_are_left_out_with_a_word(tmp_path, targ
 
 
 def test_a_trained_draft_can_be_exported_inspected_and_used(tmp_path, target_dir, trained_run):
-    directory, recipe = trained_run
+    directory, _ = trained_run
     for name in ("state.safetensors", "metrics.jsonl", "recipe.yaml", "draft/config.json"):
         assert (directory / name).is_file()
     assert (directory / "training.png").read_bytes().startswith(b"\x89PNG")

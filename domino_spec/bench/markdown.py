@@ -99,7 +99,7 @@ def _decoding_line(settings: Record) -> str:
     return (
         f"{settings['max_new_tokens']} new tokens at most, seed {settings['seed']}, repeats {settings['repeats']}, "
         f"batch {settings['batch']}, candidates {settings['candidates'] or 'all'}, "
-        f"thinking {'on' if settings['thinking'] else 'off'}"
+        f"thinking {'on' if settings['thinking'] else 'off'}, min_confidence {settings['min_confidence']} where used"
     )
 
 
@@ -231,7 +231,7 @@ def _positions(entries: Sequence[Record]) -> str:
         ]
         for entry in entries
     ]
-    return "Share of passes whose first k drafts were all accepted:\n\n" + table(
+    return "Of the passes with at least k drafts, the share whose first k were all accepted:\n\n" + table(
         ["method", *(str(k) for k in range(1, most + 1))], rows
     )
 

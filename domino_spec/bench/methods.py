@@ -30,6 +30,8 @@ class Method:
     sample_drafts: bool = False
     matching_rule: bool = False
     """Accept drafts by the released implementation's rule."""
+    all_drafts: bool = True
+    """Propose the whole budget every time; False leaves out drafts below the device's default confidence."""
 
     @property
     def only_sampled(self) -> bool:
@@ -43,12 +45,14 @@ METHODS: dict[str, Method] = {
     "dflash": Method("dflash"),
     "dflash-sampled": Method("dflash", sample_drafts=True),
     "domino": Method("domino"),
+    "domino-confident": Method("domino", all_drafts=False),
+    "domino+ngram": Method("domino+ngram", all_drafts=False),
     "domino-sampled": Method("domino", sample_drafts=True),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
     TRANSFORMERS: Method(None),
 }
 """Methods of the bench by name. Plain names choose the most probable draft; `-sampled` samples it; `-matching` samples
-it and accepts by the released rule."""
+it and accepts by the released rule; `-confident` proposes fewer drafts where the draft doubts them."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def runner(target: Target, draft: Draft | None, baseline: Any, candidates: int |
             max_new_tokens=max_new_tokens,
             candidates=candidates,
             sample_drafts=method.sample_drafts,
+            min_confidence=0.0 if method.all_drafts else None,
             matching_rule=method.matching_rule,
         )
         return generation

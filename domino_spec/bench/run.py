@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from domino_spec.api import DEFAULT_CANDIDATES
+from domino_spec.api import DEFAULT_CANDIDATES, default_min_confidence
 from domino_spec.bench import environment
 from domino_spec.bench.baseline import load_baseline
 from domino_spec.bench.breakdown import Breakdown, measure_breakdown, render_breakdown, synthetic_context
@@ -102,6 +102,7 @@ def run_bench(
         "temperatures": temperatures,
         "num_drafts": sorted({c.budget for c in plan.contenders if c.budget}),
         "candidates": candidates,
+        "min_confidence": default_min_confidence(loaded.device),
         "max_new_tokens": max_new_tokens,
         "repeats": repeats,
         "planned_runs": planned,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
@@ -152,7 +152,8 @@ def _load_benchmark(name: str, benchmark: Benchmark, limit: int | None) -> list[
 
     # What `datasets` raises without a network depends on where it notices. These are the bases of all of it: beside
     # Python's own, the base error of whichever HTTP client this version of the hub's library uses.
-    failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    client_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, *client_errors)
     try:
         rows = datasets.load_dataset(
             benchmark.path,

@@ -134,7 +134,9 @@ def accept_chain(
             removed_ids = proposal.candidate_ids.gather(1, at_row)[:, 0]  # [R, K]
             removed = proposal.draft_probs.gather(1, at_row)[:, 0].double()
         removed = torch.where(rejected[:, None], removed, 0.0)
-        residual = residual.scatter_add(1, removed_ids, -removed).clamp_(min=0)
+        left = residual.scatter_add(1, removed_ids, -removed).clamp_(min=0)
+        # Rounding can leave nothing where the two distributions are all but equal; a rejection there has no weight.
+        residual = torch.where(left.sum(1, keepdim=True) > 0, left, residual)
     bonus_position = positions.gather(1, num_accepted[:, None])
     bonus = draw(residual, streams.uniform(bonus_position, RandomStreams.RESIDUAL)[:, 0])
     return _with_bonus(proposal, num_accepted, bonus), num_accepted

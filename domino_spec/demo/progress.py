@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from domino_spec.training.evaluate import SimulatedTau
@@ -15,6 +17,28 @@ if TYPE_CHECKING:
     from domino_spec.training.regenerate import RegenerateProgress
 
 PLAIN_LINE_SECONDS = 30.0
+
+View = TypeVar("View", bound="ProgressView")
+
+
+class _Bars(Progress):
+    """A bar for each kind of work, with its figures on a line of their own below it while it lasts."""
+
+    def __init__(self, console: Console, refresh_per_second: float) -> None:
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        super().__init__(*columns, console=console, refresh_per_second=refresh_per_second)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if not task.finished:
+                yield Text("         " + task.fields["figures"], style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class ProgressView:
@@ -30,19 +54,13 @@ class ProgressView:
         self._bar: Progress | None = None
         self._plain = shown and not console.is_terminal
         if shown and console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-            )
             # Drawing seldom leaves the cores to the work.
-            self._bar = Progress(*columns, console=console, refresh_per_second=2)
+            self._bar = _Bars(console=console, refresh_per_second=2)
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
         self._plain_at = 0.0
 
-    def __enter__(self) -> ProgressView:
+    def __enter__(self: View) -> View:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -63,15 +81,16 @@ class ProgressView:
         now = time.monotonic()
         started, first = self._started.setdefault(what, (now, done))
         left = ""
-        if done > first and done < total:
-            left = f", {duration((now - started) / (done - first) * (total - done))} left"
+        if first < done < total:
+            left = f"{duration((now - started) / (done - first) * (total - done))} left"
         if self._bar is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bar.add_task(what, total=total, figures="")
-            self._bar.update(self._tasks[what], completed=done, total=total, figures=figures + left)
+                self._tasks[what] = self._bar.add_task(what, total=total, figures="", left="")
+            self._bar.update(self._tasks[what], completed=done, total=total, figures=figures, left=left)
         elif self._plain and (done >= total or now - self._plain_at >= PLAIN_LINE_SECONDS):
             self._plain_at = now
-            self._console.print(f"{what} {done}/{total}: {figures}{left}", highlight=False, soft_wrap=True)
+            line = f"{what} {done}/{total}: {figures}" + (f", {left}" if left else "")
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class TrainingView(ProgressView):

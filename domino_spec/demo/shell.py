@@ -26,7 +26,7 @@ class OneLineErrors(click.Group):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> NoReturn:
         """Run a command and exit: 0 when it did what it should, 2 on a user's mistake, 130 on Ctrl-C."""
         try:
-            status = super().main(*args, standalone_mode=False, **extra)
+            status: Any = super().main(*args, **{**extra, "standalone_mode": False})
         except click.Abort:  # click has ended the unfinished line already
             sys.exit(130)
         except click.ClickException as error:
@@ -49,7 +49,8 @@ class _StandardError(logging.Handler):
     """Writes this package's messages as single lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"domino-spec: {record.levelname.lower()}: {record.getMessage()}", err=True)
+        # Not click.echo, which would write past a progress bar that is on the screen.
+        print(f"domino-spec: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def prepare(verbose: bool, threads: int | None = None) -> None:
@@ -98,7 +99,7 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def comma_separated(value: str, kind: Callable[[str], T] = str, option: str = "") -> list[T]:  # type: ignore[assignment]
+def comma_separated(value: str, kind: Callable[[str], T], option: str) -> list[T]:
     """The parts of an option such as `none,domino` or `0,0.7`, empty ones left out.
 
     Raises:

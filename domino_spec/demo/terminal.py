@@ -168,7 +168,8 @@ class RaceView:
                 heading = f"\n{title[0].upper()}{title[1:]}: {_counters(racer)}\n"
                 write(Text(heading + racer.generation.text), soft_wrap=True)
             write()
-        write(Text(f"Speed-up {result.speed_up:.2f}", "bold"), Text("(decode time)."), comparison(target, result))
+        speed_up = Text.assemble((f"Speed-up {result.speed_up:.2f}", "bold"), " (decode time). ")
+        write(speed_up.append(comparison(target, result)), soft_wrap=not self._console.is_terminal)
 
 
 def _counters(racer: Racer) -> str:

@@ -49,6 +49,9 @@ class BlockDrafter:
         temperature: 0 chooses the most probable token (a *chosen* draft); above 0 tokens are sampled, and reported
             with their probabilities.
         streams: random numbers for sampled drafts.
+        min_confidence: leave out drafts whose path the draft itself believes in less than this (the product of its
+            largest probabilities); 0 proposes always as many as asked for. A draft that will be rejected still costs a
+            row of the verify pass.
 
     Raises:
         UserError: the head is asked for and the draft has none.
@@ -62,6 +65,7 @@ class BlockDrafter:
         candidates: int | None = None,
         temperature: float = 0.0,
         streams: RandomStreams | None = None,
+        min_confidence: float = 0.0,
     ) -> None:
         if use_head and draft.head is None:
             raise UserError("method domino needs a draft with a Domino head; this one is a plain DFlash draft (use dflash)")
@@ -71,6 +75,7 @@ class BlockDrafter:
         self.candidates = candidates
         self.temperature = temperature
         self.streams = streams
+        self.min_confidence = min_confidence
         self.feature_layers = draft.config.target_layer_ids
         self.max_drafts = draft.config.max_drafts
 
@@ -118,10 +123,16 @@ class BlockDrafter:
             self.candidates,
             self.temperature,
             lambda probs, i: self._draw(probs, state.lengths + i),
+            self.min_confidence,
         )
+        counts = torch.full_like(state.lengths, num_drafts)
+        if rollout.confidence is not None:
+            counts = (rollout.confidence >= self.min_confidence).sum(1)  # confidence only falls along a path
+        if rollout.choices.shape[1] == 0:
+            return Proposal.empty(requests, anchors.device)
         return Proposal(
             tokens=draft.to_token_ids(rollout.choices),
-            num_drafts=torch.full_like(state.lengths, num_drafts),
+            num_drafts=counts,
             candidate_ids=None if rollout.candidates is None else draft.to_token_ids(rollout.candidates),
             draft_probs=rollout.probs,
         )

@@ -30,6 +30,8 @@ class Rollout:
     """[R, N, K] indices into the logits; None for greedy drafts."""
     probs: Tensor | None
     """[R, N, K] probability of each candidate; None for greedy drafts."""
+    confidence: Tensor | None
+    """[R, N], product of the largest probabilities up to each draft; None where none was asked for."""
 
 
 def head_rollout(
@@ -41,6 +43,7 @@ def head_rollout(
     candidates: int | None = None,
     temperature: float = 0.0,
     draw: Callable[[Tensor, int], Tensor] | None = None,
+    min_confidence: float = 0.0,
 ) -> Rollout:
     """Choose or sample N drafts one after another.
 
@@ -54,6 +57,7 @@ def head_rollout(
             that of the full vocabulary whenever the corrected argmax is among them.
         temperature: of the draft; 0 chooses the argmax.
         draw: for temperature > 0: probabilities [R, K] and draft index to drawn positions [R].
+        min_confidence: on CPU the rollout ends early once no request's confidence reaches this; N is then smaller.
     """
     num_drafts = hidden.shape[1]
     if candidates is None or candidates >= base_logits.shape[-1]:
@@ -67,6 +71,7 @@ def head_rollout(
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
     choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
     all_probs = []
+    confidence = hidden.new_ones(len(hidden), num_drafts + 1, dtype=torch.float32)
     for i in range(num_drafts):
         logits = top_logits[:, i]
         if head is not None and i >= head.config.pure_draft_prefix_len:
@@ -76,6 +81,12 @@ def head_rollout(
             else:
                 rows = head.correction_weight[top_ids[:, i]]  # [R, K, L]
                 logits = logits + torch.einsum("rkl,rl->rk", rows, low_rank)
+        if min_confidence > 0:
+            # The largest probability, not the drawn token's: whether a token is proposed must not depend on its value.
+            confidence[:, i + 1] = confidence[:, i] * logits.float().softmax(-1).amax(-1)
+            if hidden.device.type == "cpu" and not (confidence[:, i + 1] >= min_confidence).any():
+                num_drafts = i
+                break
         if temperature == 0:
             position = logits.argmax(-1)
         else:
@@ -87,9 +98,9 @@ def head_rollout(
         choices[:, i] = choice
         if head is not None and i + 1 < num_drafts:
             state = head.step(embed_choice(choice), state)
-    ids = None
+    choices, ids = choices[:, :num_drafts], None
     if temperature > 0:
-        if top_ids is None:
-            top_ids = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
-        ids = top_ids
-    return Rollout(choices, ids, torch.stack(all_probs, dim=1) if all_probs else None)
+        everything = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
+        ids = everything if top_ids is None else top_ids[:, :num_drafts]
+    probs = torch.stack(all_probs, dim=1) if all_probs else None
+    return Rollout(choices, ids, probs, confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None)

@@ -56,7 +56,9 @@ def load_target(
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises many types here; all mean that this is not a loadable model
         if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):

@@ -24,6 +24,11 @@ class Sequence:
     """[T] int64, prompt then answer."""
     prompt_length: int
 
+    @property
+    def digest(self) -> str:
+        """Identifies the tokens."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+
 
 def load_sequences(path: str | Path, max_length: int, vocab_size: int) -> list[Sequence]:
     """Sequences of a JSONL of answers, cut to `max_length`; those with less than two answer tokens are left out.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domino_spec.config import UserError
 from domino_spec.draft.model import Draft
 from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.data import Sequence
@@ -52,6 +53,9 @@ def simulated_tau(
         cache: their features.
         anchors_per_sequence: at most this many blocks each.
         batch_size: sequences per pass.
+
+    Raises:
+        UserError: every sequence is too short.
     """
     num_drafts = draft.config.max_drafts
     usable, anchors = [], []
@@ -61,6 +65,8 @@ def simulated_tau(
             count = min(anchors_per_sequence, last - first + 1)
             usable.append(sequence)
             anchors.append(torch.linspace(first, last, count).round().long())
+    if not usable:
+        raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
     accepted, accepted_off = [], []
     for start in range(0, len(usable), batch_size):
         chunk = slice(start, start + batch_size)

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Sequence as SequenceType
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from domino_spec.config import UserError
@@ -38,6 +39,16 @@ class Batch:
     """[S, T, layers * H]; zero past a sequence's length."""
 
 
+class _Place(NamedTuple):
+    """Where a sequence's features are."""
+
+    shard: Path
+    start: int
+    end: int
+    digest: str | None = None
+    """Of the tokens: a sequence of the same id and other tokens is captured anew. Absent in older shards."""
+
+
 class FeatureCache:
     """Features of a list of sequences, on disk.
 
@@ -51,7 +62,7 @@ class FeatureCache:
 
     def __init__(self, directory: Path, settings: dict) -> None:
         self.directory = directory
-        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._places: dict[str, _Place] = {}
         self._open: dict[Path, safe_open] = {}
         known = directory / "settings.json"
         if known.exists():
@@ -59,33 +70,40 @@ class FeatureCache:
                 raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
         else:
             write_json(settings, known)
-        self._shards = sorted(directory.glob("shard-*.safetensors"))
-        for shard in self._shards:
+        shards = sorted(directory.glob("shard-*.safetensors"))
+        for shard in shards:
             self._index(shard)
+        self._next_number = int(shards[-1].stem.removeprefix("shard-")) + 1 if shards else 0
 
     def _index(self, shard: Path) -> None:
-        self._open[shard] = file = safe_open(shard, framework="pt")
-        for id_, start, end in json.loads(file.metadata()["sequences"]):
-            self._places[id_] = (shard, start, end)
+        try:
+            self._open[shard] = file = safe_open(shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard} is damaged ({error}); remove it, and what it held is captured again") from None
+        for id_, *place in json.loads(file.metadata()["sequences"]):
+            self._places[id_] = _Place(shard, *place)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.id in self._places
+        place = self._places.get(sequence.id)
+        if place is None or place.end - place.start != len(sequence.tokens):
+            return False
+        return place.digest in (None, sequence.digest)
 
-    def write_shard(self, features: dict[str, Tensor]) -> None:
+    def write_shard(self, sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> None:
         """Add the features [T, F] of some sequences as one shard."""
-        shard = self.directory / f"shard-{len(self._shards):05d}.safetensors"
+        shard = self.directory / f"shard-{self._next_number:05d}.safetensors"
         table, start = [], 0
-        for id_, rows in features.items():
-            table.append((id_, start, start + len(rows)))
+        for sequence, rows in zip(sequences, features, strict=True):
+            table.append((sequence.id, start, start + len(rows), sequence.digest))
             start += len(rows)
-        save_tensors({"features": torch.cat(list(features.values()))}, shard, {"sequences": json.dumps(table)})
-        self._shards.append(shard)
+        save_tensors({"features": torch.cat(list(features))}, shard, {"sequences": json.dumps(table)})
+        self._next_number += 1
         self._index(shard)
 
     def read(self, sequence: Sequence) -> Tensor:
         """Features [T, F] of one sequence."""
-        shard, start, end = self._places[sequence.id]
-        return self._open[shard].get_slice("features")[start:end]
+        place = self._places[sequence.id]
+        return self._open[place.shard].get_slice("features")[place.start : place.end]
 
     def batch(self, sequences: SequenceType[Sequence]) -> Batch:
         """Read and pad some sequences."""
@@ -148,16 +166,17 @@ def capture_features(
     on_progress(sum(len(s.tokens) for s in sequences if s in cache))
     # Sequences of like length share a batch, so that little of it is padding.
     missing = sorted((s for s in sequences if s not in cache), key=lambda s: len(s.tokens))
-    pending: dict[str, Tensor] = {}
+    pending: list[Sequence] = []
+    rows: list[Tensor] = []
     for batch in _batches(missing, BATCH_TOKENS):
-        for sequence, rows in zip(batch, compute_features(target, batch, layers), strict=True):
-            pending[sequence.id] = rows
-        if sum(map(len, pending.values())) >= SHARD_TOKENS:
-            cache.write_shard(pending)
-            pending = {}
+        pending += batch
+        rows += compute_features(target, batch, layers)
+        if sum(map(len, rows)) >= SHARD_TOKENS:
+            cache.write_shard(pending, rows)
+            pending, rows = [], []
         on_progress(sum(len(s.tokens) for s in batch))
     if pending:
-        cache.write_shard(pending)
+        cache.write_shard(pending, rows)
     return cache
 
 

@@ -106,6 +106,8 @@ def run_training(
     draft = new_draft(recipe.draft, target, vocabulary, recipe.training.seed).float().to(target.device)
     if recipe.training.objective == "kl" and target.num_layers - 1 not in draft.config.target_layer_ids:
         raise UserError(f"objective kl needs the target's last layer {target.num_layers - 1} in target_layer_ids")
+    if all(len(s.tokens) - s.prompt_length < draft.config.max_drafts for s in held_out):
+        raise UserError(f"no held-out answer is long enough for {draft.config.max_drafts} drafts; raise data.held_out")
 
     out.mkdir(parents=True, exist_ok=True)
     _save_recipe(recipe, out, target.fingerprint)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from domino_spec.config import UserError
 from domino_spec.draft.model import Draft
@@ -23,7 +24,7 @@ def save_state(draft: Draft, optimizer: torch.optim.AdamW, step: int, recipe_dig
     Raises:
         UserError: it could not be written; the previous state survives.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in draft.named_parameters():
         tensors[f"weight/{name}"] = parameter
         for moment, value in optimizer.state.get(parameter, {}).items():

@@ -14,7 +14,9 @@ from domino_spec.draft.checkpoint import save_draft
 from domino_spec.target.load import load_target
 from tests import tiny
 
-PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21", "w30 w31 w32 w33 w34"]}
+METHODS = ["none", "domino", "dflash", "ngram", "domino-sampled", "domino-matching", "transformers"]
+MAX_NEW_TOKENS = 7
+PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21"]}
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Disk:
     suites: list[str]
 
     def options(self, out: Path, **changes: Any) -> dict[str, Any]:
-        """Options of a small bench of every method."""
+        """Options of a small bench."""
         return {
             "target": self.target,
             "draft": self.draft,
             "suites": self.suites,
-            "methods": ["none", "domino", "dflash", "ngram", "domino-sampled", "domino-matching", "transformers"],
+            "methods": METHODS,
             "out": out,
-            "max_new_tokens": 9,
+            "max_new_tokens": MAX_NEW_TOKENS,
             "temperatures": [0.0, 1.0],
             "num_drafts": [2, 4],
             "repeats": 2,
@@ -46,11 +48,11 @@ class Disk:
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory) -> Disk:
     root = tmp_path_factory.mktemp("bench")
-    model = tiny.tiny_model(eos_token_id=tiny.EOS)
+    model = tiny.tiny_model(eos_token_id=tiny.EOS, num_hidden_layers=2)
     model.save_pretrained(root / "target")
     tiny.word_tokenizer().save_pretrained(root / "target")
     target = load_target(root / "target", pack=False)
-    save_draft(tiny.tiny_draft(target), root / "draft")
+    save_draft(tiny.tiny_draft(target, taps=(0, 1)), root / "draft")
     suites = []
     for name, prompts in PROMPTS.items():
         path = root / f"{name}.jsonl"

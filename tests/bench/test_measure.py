@@ -135,23 +135,29 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
         start_or_resume(tmp_path / "file", CONFIGURATION)
 
 
+@pytest.mark.slow
 def test_a_real_bench_killed_in_the_middle_goes_on(disk, finished, tmp_path):
     out = tmp_path / "bench"
     said = []
 
     def dying(line):
         said.append(line)
-        if len(said) == 3:
+        if len(said) == 2:
             raise KeyboardInterrupt
 
+    fewer = {"methods": ["none", "domino", "domino-sampled"], "repeats": 1}
     with pytest.raises(KeyboardInterrupt):
-        run_bench(**disk.options(out, say=dying))
+        run_bench(**disk.options(out, say=dying, **fewer))
     before = read_raw(out)
     with open(out / "raw.jsonl", "a", encoding="utf-8") as file:
         file.write('{"suite": "su')
-    report = run_bench(**disk.options(out))
-    rows, expected = read_raw(out), read_raw(finished)
+    report = run_bench(**disk.options(out, **fewer))
+    rows = read_raw(out)
     assert rows[: len(before)] == before and 0 < len(before) < len(rows)
-    timeless = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
-    assert timeless == [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in expected]
+
+    def runs(rows):
+        timeless = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+        return sorted(json.dumps(row) for row in timeless if row["method"] in fewer["methods"] and row["repeat"] == 0)
+
+    assert runs(rows) == runs(read_raw(finished))
     assert [s["rows_before"] for s in report["sessions"]] == [0, len(before)]

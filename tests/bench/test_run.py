@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from domino_spec.bench.baseline import load_baseline, transformers_generate
-from domino_spec.bench.methods import METHODS, Contender, contenders
+from domino_spec.bench.methods import Contender, contenders
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.run import run_bench, run_profile
 from domino_spec.config import UserError
 from domino_spec.target.load import load_target
 from tests import tiny
-from tests.bench.conftest import PROMPTS, read_raw
+from tests.bench.conftest import MAX_NEW_TOKENS, METHODS, PROMPTS, read_raw
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,7 @@ def test_every_run_is_measured_once(finished):
     for suite, prompts in PROMPTS.items():
         for i in range(len(prompts)):
             for method in METHODS:
-                if method == "dflash-sampled":
-                    continue
-                for temperature in (0.0, 1.0):
-                    if temperature == 0 and METHODS[method].only_sampled:
-                        continue
+                for temperature in (1.0,) if method in ("domino-sampled", "domino-matching") else (0.0, 1.0):
                     for budget in budgets.get(method, [2, 4]):
                         expected |= {(suite, f"{suite}/{i}", method, budget, temperature, r) for r in (0, 1)}
     assert {row.key for row in rows} == expected
@@ -43,7 +39,7 @@ def test_every_run_is_measured_once(finished):
 def test_rows_hold_what_decoding_did(finished):
     for row in read_raw(finished):
         assert row["num_verify_passes"] == len(row["acceptance_lengths"]) == len(row["num_drafts"])
-        assert 1 <= len(row["token_ids"]) <= 9 and row["batch"] == 1 and row["threads"] == 1
+        assert 1 <= len(row["token_ids"]) <= MAX_NEW_TOKENS and row["batch"] == 1 and row["threads"] == 1
         assert max(row["num_drafts"], default=0) <= row["budget"]
         assert all(1 <= a <= d + 1 for a, d in zip(row["acceptance_lengths"], row["num_drafts"], strict=True))
         assert row["seconds_prefill"] > 0 and row["seconds_decode"] >= 0
@@ -61,8 +57,8 @@ def test_greedy_texts_of_all_methods_equal_plain_decoding_and_transformers(finis
         if row.temperature == 0:
             prompt = texts[row.suite][int(row.id.split("/")[1])]
             assert row.prompt_tokens == len(prompt)
-            assert list(row.token_ids) == tiny.plain_greedy(model, prompt, 9)[: len(row.token_ids)]
-            assert len(row.token_ids) == 9 or row.token_ids[-1] == tiny.EOS
+            assert list(row.token_ids) == tiny.plain_greedy(model, prompt, MAX_NEW_TOKENS)[: len(row.token_ids)]
+            assert len(row.token_ids) == MAX_NEW_TOKENS or row.token_ids[-1] == tiny.EOS
 
 
 def test_seeds_move_on_with_repeats_and_change_sampled_texts_only(finished):
@@ -161,9 +157,10 @@ def test_a_changed_draft_or_suite_is_another_configuration(disk, finished, tmp_p
 
 
 def test_a_bench_without_a_draft_needs_none(disk, tmp_path):
-    report = run_bench(**disk.options(tmp_path / "out", draft=None, methods=["none", "ngram"], breakdown=True, limit=1))
+    fewer = {"methods": ["none", "ngram"], "limit": 1, "repeats": 1, "temperatures": [0.0]}
+    report = run_bench(**disk.options(tmp_path / "out", draft=None, breakdown=True, **fewer))
     assert report["settings"]["draft"] is None and report["breakdown"] == []
-    assert report["settings"]["num_drafts"] == [2, 4] and report["measured_runs"] == 2 * 3 * 2 * 2
+    assert report["settings"]["num_drafts"] == [2, 4] and report["measured_runs"] == 2 * 3
 
 
 def test_a_profile_writes_its_stages(disk, tmp_path):

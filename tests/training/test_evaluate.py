@@ -1,0 +1,176 @@
+"""Simulated tau is the tau of decoding, anchor by anchor; and a draft learns what it is shown, not what is next to it.
+
+Misaligned labels are this field's commonest trap. A target is trained on a cycle, in which every token has one
+successor, so that a draft trained on the target's own text must reach nearly the longest possible acceptance when it
+decodes for real, under both label conventions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import save_draft
+from domino_spec.draft.load import load_draft
+from domino_spec.draft.model import Draft
+from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.training.evaluate import simulated_tau
+from tests.tiny import MemoryCache, as_sequences, as_target, fit, plain_greedy, random_prompts, run, tiny_draft, tiny_model
+
+CYCLE = torch.randperm(57, generator=torch.Generator().manual_seed(0))[:16]
+"""Tokens in the order in which they follow each other."""
+
+STARTS = range(0, 16)
+
+
+def cycle_text(start: int, length: int) -> list[int]:
+    return [int(CYCLE[(start + i) % len(CYCLE)]) for i in range(length)]
+
+
+@pytest.fixture(scope="module")
+def cyclic():
+    """A target that has learned the cycle by heart."""
+    model = tiny_model(seed=5, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    texts = torch.tensor([cycle_text(s, 24) for s in STARTS])
+    for _ in range(40):
+        loss = model(texts, labels=texts).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().requires_grad_(False)
+    for start in range(0, 16, 5):
+        assert plain_greedy(model, cycle_text(start, 5), 30) == cycle_text(start + 5, 30)
+    return model, as_target(model)
+
+
+def other_convention(draft: Draft, target) -> Draft:
+    config = dataclasses.replace(draft.config, shift_label=not draft.config.shift_label)
+    other = Draft(config).requires_grad_(False).eval()
+    other.load_state_dict(draft.state_dict())
+    return other.bind(target)
+
+
+@pytest.mark.parametrize("shift_label, prefix", [(True, 1), (False, 0)], ids=["shifted", "unshifted"])
+def test_a_draft_of_a_cycle_is_accepted_in_whole_blocks(cyclic, shift_label, prefix):
+    _, target = cyclic
+    draft = tiny_draft(target, shift_label=shift_label, prefix=prefix, std=0.1)
+    prompts = [cycle_text(s, 4) for s in STARTS]
+    training = as_sequences(prompts, [cycle_text(s + 4, 36) for s in STARTS])
+    fit(target, draft, training, 80, position_decay=20.0, learning_rate=5e-3, anchors=24)
+    held_out = [cycle_text(s, 4) for s in (1, 6, 11)]
+    generations = run(target, BlockDrafter(draft), held_out, 30)
+    longest = draft.config.max_drafts + 1
+    for s, generation in zip((1, 6, 11), generations, strict=True):
+        assert generation.token_ids == cycle_text(s + 4, 30)
+    passes = [n for g in generations for n in g.acceptance_lengths]
+    assert sum(passes) / len(passes) > 0.9 * longest
+    sequences = as_sequences(held_out, [cycle_text(s + 4, 30) for s in (1, 6, 11)])
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    assert simulated_tau(draft, sequences, cache).tau > 0.9 * longest
+    # The same weights read under the other convention accept next to nothing, so a misalignment would show.
+    for generation in run(target, BlockDrafter(other_convention(draft, target)), held_out, 30):
+        assert generation.acceptance_length < 2
+
+
+@pytest.fixture(scope="module")
+def greedy_texts(model):
+    """Prompts and the target's own greedy answers."""
+    prompts = random_prompts([3, 6, 4, 5, 7, 4, 5, 3], seed=31)
+    return prompts, [plain_greedy(model, p, 48) for p in prompts]
+
+
+OPTIONS = [
+    dict(shift_label=True, prefix=1),
+    dict(shift_label=True, prefix=0, draft_vocab_ids=torch.arange(0, 60, 2)),
+    dict(shift_label=True, prefix=2),
+    dict(shift_label=False, prefix=1),
+    dict(shift_label=False, prefix=0, draft_vocab_ids=torch.arange(5, 60)),
+    dict(shift_label=False, head=False),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items() if k != "draft_vocab_ids"))
+def test_simulated_acceptance_equals_decoding_from_every_anchor(target, greedy_texts, options):
+    """On the target's greedy text, cycle by cycle, with the head on and off."""
+    prompts, answers = greedy_texts
+    draft = tiny_draft(target, std=0.1, **options)
+    sequences = as_sequences(prompts, answers)
+    fit(target, draft, sequences, 40)
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    simulated = simulated_tau(draft, sequences, cache, anchors_per_sequence=10**6, batch_size=3)
+    drafts = draft.config.max_drafts
+    per_sequence = [len(s.tokens) - drafts - s.prompt_length + 1 for s in sequences]
+    heads = {False: simulated.accepted_head_off} | ({True: simulated.accepted} if draft.head else {})
+    for use_head, accepted in heads.items():
+        tables = accepted.split(per_sequence)
+        generations = run(target, BlockDrafter(draft, use_head=use_head), prompts, 48)
+        seen = []
+        for table, generation in zip(tables, generations, strict=True):
+            place = 0
+            for length in generation.acceptance_lengths:
+                if place >= len(table):
+                    break  # too near the end for a whole block of labels
+                assert table[place] + 1 == length
+                seen.append(length)
+                place += length
+        assert len(seen) > 40
+        assert len(set(seen)) >= 3, "acceptance must vary for the comparison to mean something"
+    assert simulated.tau == pytest.approx(1 + simulated.accepted.double().mean().item())
+    assert simulated.tau_head_off == pytest.approx(1 + simulated.accepted_head_off.double().mean().item())
+    assert 1 + sum(simulated.acceptance) == pytest.approx(simulated.tau)
+    if draft.head is None:
+        assert simulated.tau == simulated.tau_head_off
+
+
+def test_labels_outside_the_draft_vocabulary_are_misses(target):
+    draft = tiny_draft(target, draft_vocab_ids=torch.arange(30))
+    sequences = as_sequences([[1, 2]], [[40, 41, 42, 43, 44, 45, 46, 47]])
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    assert simulated_tau(draft, sequences, cache).tau == 1
+
+
+def test_answers_too_short_for_a_block_are_passed_over(target):
+    draft = tiny_draft(target)
+    short, long = [[1, 2], [3, 4]], random_prompts([3, 12])
+    sequences = as_sequences(short, long)
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    both, one = (simulated_tau(draft, s, cache) for s in (sequences, sequences[1:]))
+    assert torch.equal(both.accepted, one.accepted) and len(one.accepted) == 12 - 5 + 1
+    with pytest.raises(UserError, match="long enough"):
+        simulated_tau(draft, sequences[:1], cache)
+
+
+def test_the_number_of_anchors_is_bounded_and_spread_over_the_answer(target):
+    draft = tiny_draft(target)
+    sequences = as_sequences(random_prompts([3]), random_prompts([40]))
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    everything = simulated_tau(draft, sequences, cache, anchors_per_sequence=10**6).accepted
+    few = simulated_tau(draft, sequences, cache, anchors_per_sequence=5).accepted
+    assert len(everything) == 40 - 5 + 1 and len(few) == 5
+    assert few[0] == everything[0] and few[-1] == everything[-1]
+
+
+def test_evaluation_does_not_depend_on_the_batch(target, greedy_texts):
+    draft = tiny_draft(target)
+    sequences = as_sequences(*greedy_texts)
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    first, second = (simulated_tau(draft, sequences, cache, batch_size=b) for b in (1, 8))
+    assert torch.equal(first.accepted, second.accepted)
+
+
+def test_a_trained_draft_keeps_its_acceptance_through_its_checkpoint(tmp_path, target, greedy_texts):
+    """Head and configuration must be in the file: the loaded draft decodes as the trained one did."""
+    prompts, answers = greedy_texts
+    draft = tiny_draft(target, std=0.1, prefix=0)
+    fit(target, draft, as_sequences(prompts, answers), 40)
+    save_draft(draft, tmp_path)
+    trained, loaded = (
+        [g.acceptance_lengths for g in run(target, BlockDrafter(d), prompts, 48)] for d in (draft, load_draft(tmp_path, target))
+    )
+    assert loaded == trained
+    head_off = [g.acceptance_lengths for g in run(target, BlockDrafter(draft, use_head=False), prompts, 48)]
+    assert head_off != trained, "the head must matter, or losing it would not show"

@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[..., Drafter]] = {
     "domino": _block_drafter(use_head=True),
     "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(use_head=True)(*arguments)),
 }
-"""Drafting methods by name; each makes a drafter from (draft, streams, candidates, draft_temperature, min_confidence)."""
+"""Drafting methods by name; each is called with (draft, streams, candidates, draft_temperature, min_confidence)."""
 
 DEFAULT_CANDIDATES = 512
 """K: how many of the best base logits the head corrects (DESIGN section 5)."""
@@ -251,12 +251,13 @@ def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **o
         draft: from `load_draft`; None decodes plainly with the same engine.
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
-            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `settings` (all warpers), `chat`, `enable_thinking`.
+            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `settings` (all warpers), `chat`,
+            `enable_thinking`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.
     """
     generations: list[Generation] = []
-    for generations in stream(target, draft, prompts, **options):
+    for _ in stream(target, draft, prompts, generations=generations, **options):
         pass
     return generations

@@ -123,7 +123,7 @@ class DraftConfig:
     block_size: int = 16
     """B, slots of a block, the anchor's included."""
     shift_label: bool = False
-    """True: slot k predicts the token one position later, so all B slots draft. False: its own position, B - 1 draft."""
+    """True: slot k predicts the token one position later, so B slots draft. False: its own position, B - 1 draft."""
     head: HeadConfig | None = None
     """None for a plain DFlash draft."""
     draft_vocab_size: int | None = None
@@ -296,7 +296,7 @@ class OptimizationRecipe:
         _require(self.position_decay > 0, f"position_decay must be positive, got {self.position_decay}")
         _require(0 <= self.warmup_ratio < 1, f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         _require(
-            all(2 <= size for size in self.block_schedule),
+            all(size >= 2 for size in self.block_schedule),
             f"block_schedule must hold sizes of at least 2, got {list(self.block_schedule)}",
         )
         for name in ("lambda_base_start", "lambda_base_end"):

@@ -53,7 +53,10 @@ _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "ful
 _CONFIGS = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
-    "qwen2-mixed": (Qwen2Config, dict(use_sliding_window=True, sliding_window=6, layer_types=_ALTERNATING, initializer_range=0.4)),
+    "qwen2-mixed": (
+        Qwen2Config,
+        dict(use_sliding_window=True, sliding_window=6, layer_types=_ALTERNATING, initializer_range=0.4),
+    ),
     "qwen3": (Qwen3Config, dict(head_dim=16)),
     "mistral": (MistralConfig, dict(sliding_window=6)),
     "gemma3": (
@@ -225,7 +228,9 @@ def word_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     vocab = {f"w{i}": i for i in range(VOCAB - 2)} | {"<eos>": EOS, "<mask>": MASK}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", mask_token="<mask>", pad_token="<eos>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", mask_token="<mask>", pad_token="<eos>"
+    )
     if chat:
         fast.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
     return fast

@@ -7,7 +7,7 @@ down or warms up does so for all of them alike.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +71,13 @@ class Plan:
 def encode_requests(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Request]:
     """Prompts in the target's chat template, thinking off; the first turn of each.
 
+    Suites take turns, so that an interrupted bench has measured something of every one.
+
     Raises:
         UserError: one leaves no room for the answer.
     """
     requests = []
-    for prompt in prompts:
+    for prompt in _in_turns(prompts):
         ids = prompt_ids(target, prompt.turns[0])
         if len(ids) + max_new_tokens > target.max_length:
             raise UserError(
@@ -84,6 +86,16 @@ def encode_requests(target: Target, prompts: Sequence[Prompt], max_new_tokens: i
             )
         requests.append(Request(prompt.suite, prompt.id, ids))
     return requests
+
+
+def _in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of every suite, then the second of every suite, and so on."""
+    place: Counter[str] = Counter()
+    keyed = []
+    for prompt in prompts:
+        keyed.append((place[prompt.suite], prompt))
+        place[prompt.suite] += 1
+    return [prompt for _, prompt in sorted(keyed, key=lambda entry: entry[0])]
 
 
 def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> list[Row]:

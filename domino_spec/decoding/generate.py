@@ -113,6 +113,7 @@ def prefill(target: Target, prompts: Sequence[Sequence[int]], drafter: Drafter, 
     return State(tokens, lengths, lengths.clone(), torch.ones_like(lengths, dtype=torch.bool), cache, features)
 
 
+@torch.inference_mode()  # as a decorator it leaves the caller's code between two cycles alone
 def decode(
     target: Target,
     drafter: Drafter,
@@ -143,27 +144,30 @@ def decode(
     endings = [Ending(target, limits, stop_ids) for _ in prompts]
     streams = RandomStreams(torch.arange(len(prompts), device=target.device) + settings.seed)
 
-    with torch.inference_mode():
-        started = time.perf_counter()
-        state = prefill(target, prompts, drafter, limits.max_new_tokens)
-        own = drafter.start(state)
-        first_cycle = time.perf_counter()
-        for generation in generations:
-            generation.seconds_prefill = first_cycle - started
-        while state.active.any():
-            proposal = drafter.propose(state, own, num_drafts)
-            verdict = verify(target, state, proposal, settings, streams, drafter.feature_layers, matching_rule)
-            before = state.active.tolist()
-            commit(state, verdict)
-            own = drafter.advance(own, verdict)
+    started = time.perf_counter()
+    state = prefill(target, prompts, drafter, limits.max_new_tokens)
+    own = drafter.start(state)
+    first_cycle = time.perf_counter()
+    for generation in generations:
+        generation.seconds_prefill = first_cycle - started
+    while state.active.any():
+        proposal = drafter.propose(state, own, num_drafts)
+        verdict = verify(target, state, proposal, settings, streams, drafter.feature_layers, matching_rule)
+        before = state.active.tolist()
+        commit(state, verdict)
+        own = drafter.advance(own, verdict)
 
-            tokens, accepted, proposed = verdict.tokens.tolist(), verdict.num_accepted.tolist(), proposal.num_drafts.tolist()
-            for r in (r for r, active in enumerate(before) if active):
-                endings[r].append(generations[r], tokens[r][: accepted[r] + 1], proposed[r])
-                generations[r].seconds_decode = time.perf_counter() - first_cycle
-                if generations[r].finish_reason is not None:
-                    state.active[r] = False
-            yield generations
+        tokens, accepted, proposed = (
+            verdict.tokens.tolist(),
+            verdict.num_accepted.tolist(),
+            proposal.num_drafts.tolist(),
+        )
+        for r in (r for r, active in enumerate(before) if active):
+            endings[r].append(generations[r], tokens[r][: accepted[r] + 1], proposed[r])
+            generations[r].seconds_decode = time.perf_counter() - first_cycle
+            if generations[r].finish_reason is not None:
+                state.active[r] = False
+        yield generations
 
 
 class Ending:

@@ -3,7 +3,7 @@
 Lossless for any proposal (DESIGN section 5). A *chosen* draft x is accepted with probability target_probs[x] and, once
 rejected, is removed from the distribution that the next token is drawn from. A *sampled* draft is accepted with
 probability min(1, target_prob / draft_prob), else the next token comes from norm(max(0, target_probs - draft_probs))
-(Leviathan et al. 2023). Temperature 0 is the one-hot case of the same rules, for which `_greedy_chain` is a faster twin.
+(Leviathan et al. 2023). Temperature 0 is the one-hot case of the same rules; `_greedy_chain` is its faster twin.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def _greedy_chain(logits: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     return _with_bonus(proposal, num_accepted, bonus), num_accepted
 
 
-def accept_chain(
-    probs: Tensor, proposal: Proposal, streams: RandomStreams, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def accept_chain(probs: Tensor, proposal: Proposal, streams: RandomStreams, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Speculative sampling of a chain.
 
     Args:

@@ -59,14 +59,10 @@ class Racer:
     def cycle(self) -> None:
         """Run one cycle (the first includes prefill)."""
         started = time.perf_counter()
-        # Two suspended decoding loops would otherwise leave inference mode in the wrong order.
-        with torch.inference_mode():
-            next(self._cycles)
-            self.total_seconds += time.perf_counter() - started
-            assert self.generation is not None
-            self.finished = self.generation.finish_reason is not None
-            if self.finished:
-                next(self._cycles, None)  # nothing is left but to leave the loop
+        next(self._cycles)
+        self.total_seconds += time.perf_counter() - started
+        assert self.generation is not None
+        self.finished = self.generation.finish_reason is not None
 
 
 @dataclass(frozen=True)

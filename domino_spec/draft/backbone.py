@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
-        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and to itself; `mask` [R, 1, n, T + n] is True where seen."""
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n]: True is seen."""
         requests, slots, _ = x.shape
         query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
         key = self.k_proj(x).view(requests, slots, self.kv_heads, self.head_dim)

@@ -33,7 +33,9 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
     architectures = published.get("architectures") or ["none"]
     nested = published.get("dflash_config")
     if architectures[0] not in ARCHITECTURES or not isinstance(nested, Mapping):
-        raise UserError(f"{where} is not a DFlash or Domino draft (architectures {architectures}); it may be an ordinary model")
+        raise UserError(
+            f"{where} is not a DFlash or Domino draft (architectures {architectures}); it may be an ordinary model"
+        )
 
     def need(source: Mapping[str, Any], key: str) -> Any:
         if source.get(key) is None:
@@ -203,7 +205,9 @@ def read_draft(directory: Path) -> Draft:
     tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in tensors.items()}
     vocabulary = tensors.pop(_VOCABULARY, None)
     if (vocabulary is None) != (config.draft_vocab_size is None):
-        raise UserError(f"{directory}: draft_vocab_size and the tensor draft_vocab_ids must both be there or both be missing")
+        raise UserError(
+            f"{directory}: draft_vocab_size and the tensor draft_vocab_ids must both be there or both be missing"
+        )
     with torch.device("meta"):
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
@@ -237,5 +241,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         return tensors
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
     if pickles:
-        raise UserError(f"{directory} holds a pickle checkpoint ({pickles[0]}), which is never loaded; convert it to safetensors")
+        raise UserError(
+            f"{directory} holds a pickle checkpoint ({pickles[0]}), which is never loaded; convert it to safetensors"
+        )
     raise UserError(f"{directory} holds no {WEIGHTS_FILE}")

@@ -22,7 +22,8 @@ def draft_config(recipe: DraftRecipe, target: Target) -> DraftConfig:
         mask_token_id = getattr(target.tokenizer, "mask_token_id", None)
     if mask_token_id is None:
         raise UserError(
-            f"{target.name} has no mask token: set draft.mask_token_id to an id that its tokenizer reserves and never produces"
+            f"{target.name} has no mask token: set draft.mask_token_id to an id that its tokenizer reserves and "
+            "never produces"
         )
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
@@ -81,7 +82,9 @@ def _copy_layers(draft: Draft, target: Target, layer_ids: tuple[int, ...]) -> No
         )
     for layer, source_id in zip(draft.backbone.layers, layer_ids, strict=True):
         if not 0 <= source_id < target.num_layers:
-            raise UserError(f"init_layers_from_target holds {source_id}; the target's layers are 0 to {target.num_layers - 1}")
+            raise UserError(
+                f"init_layers_from_target holds {source_id}; the target's layers are 0 to {target.num_layers - 1}"
+            )
         source = dict(target.layers[source_id].named_parameters())
         for name, module in target.layers[source_id].named_modules():
             if name.endswith("norm"):

@@ -31,13 +31,17 @@ def draft_directory(name_or_path: str | Path) -> Path:
     path = Path(name)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         if not path.is_dir():
-            raise UserError(f"draft {name} does not exist: give a directory, a hub id such as owner/name, or {EMBEDDED_DRAFT}")
+            raise UserError(
+                f"draft {name} does not exist: give a directory, a hub id such as owner/name, or {EMBEDDED_DRAFT}"
+            )
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+        )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot get draft {name} from the hub and it is not a directory here: {reason}") from None

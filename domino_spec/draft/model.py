@@ -104,7 +104,7 @@ class Draft(nn.Module):
         return F.linear(hidden, self.ends.lm_head.to(hidden.dtype))
 
     def pack(self) -> Draft:
-        """Pack the backbone and the LM head's rows for decoding on CPU; the draft can no longer be saved. Returns self."""
+        """Pack backbone and LM head for decoding on CPU; the draft can no longer be saved. Returns self."""
         self.backbone.pack()
         self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
         return self

@@ -68,7 +68,9 @@ class BlockDrafter:
         min_confidence: float = 0.0,
     ) -> None:
         if use_head and draft.head is None:
-            raise UserError("method domino needs a draft with a Domino head; this one is a plain DFlash draft (use dflash)")
+            raise UserError(
+                "method domino needs a draft with a Domino head; this one is a plain DFlash draft (use dflash)"
+            )
         assert temperature == 0 or streams is not None
         self.draft = draft
         self.head = draft.head if use_head else None
@@ -147,7 +149,7 @@ class BlockDrafter:
         counts = verdict.num_accepted + 1
         features = verdict.features[:, : int(counts.max())].to(self.draft.dtype)
         positions = verdict.anchor_positions[:, None] + torch.arange(features.shape[1], device=features.device)
-        # The text of a request that has ended stays where it is, and so must its context, or it would outgrow the cache.
+        # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
         own.lengths = verdict.anchor_positions
         own.append(self.draft.backbone.project_context(features, positions), counts)
         return own

@@ -71,7 +71,7 @@ class NgramIndex:
             self._text.append(token)
 
     def continuation(self, shortest: int, count: int) -> list[int]:
-        """Up to `count` tokens that followed the longest n-gram (of at least `shortest`) ending the text, if it recurs."""
+        """Up to `count` tokens that followed the longest recurring n-gram (`shortest` or more) that ends the text."""
         for size in range(min(self._longest, len(self._text) - 1), shortest - 1, -1):
             end = self._ends.get(tuple(self._text[-size:]))
             if end is not None:

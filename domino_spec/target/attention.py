@@ -15,7 +15,9 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION_NAME = "domino_spec"
 
 
-def pass_mask(lengths: Tensor, num_tokens: int, extent: int, ancestors: Tensor | None = None, window: int | None = None) -> Tensor:
+def pass_mask(
+    lengths: Tensor, num_tokens: int, extent: int, ancestors: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """What each token of a pass may attend to.
 
     Args:

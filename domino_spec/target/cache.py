@@ -57,7 +57,9 @@ class TargetCache(Cache):
         self._contiguous = slice(longest, self._extent) if equal else None
         return self._extent
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Write new rows [R, kv_heads, N, D] of one layer; returns all rows up to `extent` [R, kv_heads, extent, D]."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self._contiguous is not None:

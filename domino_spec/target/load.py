@@ -91,7 +91,8 @@ def _resolve(name: str) -> str:
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") != 1
     if looks_like_path:
         raise UserError(
-            f"target {name} does not exist: give a model directory, a hub id such as Qwen/Qwen3-4B, or {EMBEDDED_TARGET}"
+            f"target {name} does not exist: give a model directory, a hub id such as Qwen/Qwen3-4B, "
+            f"or {EMBEDDED_TARGET}"
         )
     return name
 

@@ -199,7 +199,9 @@ class Target:
         )
         return TargetPass(output.last_hidden_state, self._taps.take(feature_layers))
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TargetCache, feature_layers: Sequence[int] = ()) -> Tensor | None:
+    def prefill(
+        self, tokens: Tensor, lengths: Tensor, cache: TargetCache, feature_layers: Sequence[int] = ()
+    ) -> Tensor | None:
         """Fill an empty cache with right-padded texts, in chunks; sets `cache.lengths` to `lengths`.
 
         Args:

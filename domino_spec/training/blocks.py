@@ -44,9 +44,7 @@ def forward_blocks(draft: Draft, batch: Batch, anchors: list[Tensor], block_size
     blocks = gather_blocks(batch.tokens, batch.lengths, padded, counts, config.max_drafts)
 
     rows = batch.tokens.shape[1]
-    context = draft.backbone.project_context(
-        batch.features, torch.arange(rows, device=device).expand(len(anchors), -1)
-    )
+    context = draft.backbone.project_context(batch.features, torch.arange(rows, device=device).expand(len(anchors), -1))
     anchor_tokens = batch.tokens.gather(1, padded)
     hidden = draft.backbone(
         draft.block_embeddings(anchor_tokens, config.block_size).flatten(1, 2),

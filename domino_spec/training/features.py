@@ -7,7 +7,8 @@ A shard holds whole sequences; it is written atomically, so an interrupted captu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence as SequenceType
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence as SequenceType
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def train(
     digest: str,
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, SimulatedTau], None] = lambda step, tau: None,
+    on_save: Callable[[], None] = lambda: None,
 ) -> Draft:
     """Run from the trainer's step to the recipe's last.
 
@@ -221,6 +223,7 @@ def train(
 
     def save() -> None:
         save_state(trainer.draft, trainer.optimizer, trainer.step, digest, directory)
+        on_save()
 
     try:
         while trainer.step < recipe.steps:

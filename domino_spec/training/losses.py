@@ -51,9 +51,7 @@ def blended_loss_reference(
         )
     else:
         soft = F.linear(target_hidden, lm_head).float().softmax(-1)
-        base_loss, final_loss = (
-            (-(soft * x.log_softmax(-1)).sum(-1) * weights).sum() for x in (base, final)
-        )
+        base_loss, final_loss = ((-(soft * x.log_softmax(-1)).sum(-1) * weights).sum() for x in (base, final))
     blended = base_loss if low_rank is None else (1 - lambda_base) * final_loss + lambda_base * base_loss
     return BlendedLoss(blended, base_loss.detach(), final_loss.detach())
 

@@ -1,12 +1,12 @@
 """A whole training run from a recipe: data, features, loop, logs, and the finished draft in its directory.
 
-    OUT/recipe.yaml          the recipe as run, with versions
-    OUT/features/            the feature cache (may be shared or removed afterwards)
-    OUT/state.safetensors    weights and optimizer, to resume
-    OUT/metrics.jsonl        losses, lambda, learning rate, simulated tau
-    OUT/tensorboard/         the same for TensorBoard
-    OUT/training.png         the same as plots
-    OUT/draft/               the draft with the weights of the last save, in the published layout
+OUT/recipe.yaml          the recipe as run, with versions
+OUT/features/            the feature cache (may be shared or removed afterwards)
+OUT/state.safetensors    weights and optimizer, to resume
+OUT/metrics.jsonl        losses, lambda, learning rate, simulated tau
+OUT/tensorboard/         the same for TensorBoard
+OUT/training.png         the same as plots
+OUT/draft/               the draft with the weights of the last save, in the published layout
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def run_training(
         metrics.evaluation(step, tau)
         on_evaluation(step, tau)
 
-    try:
-        train(trainer, held_out, out, digest, record_step, record_evaluation)
-    finally:
+    def save() -> None:
         save_draft(draft, out / "draft", dtype=torch.bfloat16)
+
+    train(trainer, held_out, out, digest, record_step, record_evaluation, save)
     return draft
 
 

@@ -126,7 +126,9 @@ def test_drafts_past_a_requests_own_number_are_ignored():
 def test_without_drafts_the_token_is_drawn_from_the_target():
     requests = GRID * GRID
     probs = torch.tensor([[0.5, 0.3, 0.2]]).expand(requests, 1, -1)
-    tokens, accepted = accept_chain(probs, Proposal.empty(requests, probs.device), Grid(), torch.zeros(requests, 1).long())
+    tokens, accepted = accept_chain(
+        probs, Proposal.empty(requests, probs.device), Grid(), torch.zeros(requests, 1).long()
+    )
     assert not accepted.any()
     close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
 

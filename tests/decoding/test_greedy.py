@@ -12,7 +12,17 @@ from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.domino import BlockDrafter
 from domino_spec.drafters.ngram import PromptLookup
 from domino_spec.drafters.plain import PlainDecoding
-from tests.tiny import ARCHITECTURES, VOCAB, Oracle, as_target, plain_greedy, random_prompts, run, tiny_draft, tiny_model
+from tests.tiny import (
+    ARCHITECTURES,
+    VOCAB,
+    Oracle,
+    as_target,
+    plain_greedy,
+    random_prompts,
+    run,
+    tiny_draft,
+    tiny_model,
+)
 
 COUNT = 24
 LENGTHS = {1: [7], 4: [1, 5, 17, 9]}

@@ -22,7 +22,9 @@ PROMPTS = random_prompts([6, 1, 11, 4])
 
 def texts(target, prompts, method, **options) -> list[list[int]]:
     settings = dict(temperature=0.9, top_p=0.95, max_new_tokens=14)
-    return [g.token_ids for g in generate(target, tiny_draft(target), prompts, method=method, **{**settings, **options})]
+    return [
+        g.token_ids for g in generate(target, tiny_draft(target), prompts, method=method, **{**settings, **options})
+    ]
 
 
 @pytest.mark.parametrize("method, options", METHODS, ids=IDS)

@@ -124,7 +124,9 @@ def test_fewer_drafts_are_the_first_of_more(draft):
     hidden, base, anchor = inputs(draft)
     full = head_rollout(draft.head, hidden, base, anchor, draft.embed).choices
     for n in range(1, DRAFTS):
-        assert torch.equal(head_rollout(draft.head, hidden[:, :n], base[:, :n], anchor, draft.embed).choices, full[:, :n])
+        assert torch.equal(
+            head_rollout(draft.head, hidden[:, :n], base[:, :n], anchor, draft.embed).choices, full[:, :n]
+        )
 
 
 @torch.inference_mode()

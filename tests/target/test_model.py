@@ -76,8 +76,10 @@ def test_features_are_the_outputs_of_the_layers_asked_for(pair):
     hidden_states = model(tokens, output_hidden_states=True).hidden_states
     # transformers norms the last entry, so the last layer's own output comes from a hook.
     last = []
-    hook = model.get_decoder().layers[-1].register_forward_hook(
-        lambda module, args, out: last.append(out[0] if isinstance(out, tuple) else out)
+    hook = (
+        model.get_decoder()
+        .layers[-1]
+        .register_forward_hook(lambda module, args, out: last.append(out[0] if isinstance(out, tuple) else out))
     )
     model(tokens)
     hook.remove()

@@ -18,7 +18,17 @@ from domino_spec.draft.load import load_draft
 from domino_spec.draft.model import Draft
 from domino_spec.drafters.domino import BlockDrafter
 from domino_spec.training.evaluate import simulated_tau
-from tests.tiny import MemoryCache, as_sequences, as_target, fit, plain_greedy, random_prompts, run, tiny_draft, tiny_model
+from tests.tiny import (
+    MemoryCache,
+    as_sequences,
+    as_target,
+    fit,
+    plain_greedy,
+    random_prompts,
+    run,
+    tiny_draft,
+    tiny_model,
+)
 
 CYCLE = torch.randperm(57, generator=torch.Generator().manual_seed(0))[:16]
 """Tokens in the order in which they follow each other."""
@@ -93,7 +103,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items() if k != "draft_vocab_ids"))
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items() if k != "draft_vocab_ids")
+)
 def test_simulated_acceptance_equals_decoding_from_every_anchor(target, greedy_texts, options):
     """On the target's greedy text, cycle by cycle, with the head on and off."""
     prompts, answers = greedy_texts
@@ -169,7 +181,8 @@ def test_a_trained_draft_keeps_its_acceptance_through_its_checkpoint(tmp_path, t
     fit(target, draft, as_sequences(prompts, answers), 40)
     save_draft(draft, tmp_path)
     trained, loaded = (
-        [g.acceptance_lengths for g in run(target, BlockDrafter(d), prompts, 48)] for d in (draft, load_draft(tmp_path, target))
+        [g.acceptance_lengths for g in run(target, BlockDrafter(d), prompts, 48)]
+        for d in (draft, load_draft(tmp_path, target))
     )
     assert loaded == trained
     head_off = [g.acceptance_lengths for g in run(target, BlockDrafter(draft, use_head=False), prompts, 48)]

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from domino_spec import files
-from domino_spec.api import load_draft, load_target
+from domino_spec import load_draft, load_target
 from domino_spec.config import UserError, load_recipe
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.files import load_tensors
@@ -61,7 +61,7 @@ def test_a_run_leaves_draft_state_metrics_and_recipe(setup, finished):
     assert [r["step"] for r in rows if "final_loss" in r] == list(range(1, 13))
     assert [r["step"] for r in rows if "tau" in r] == [5, 10, 12]
     assert all(1 <= r["tau"] <= 5 and 1 <= r["tau_head_off"] <= 5 for r in rows if "tau" in r)
-    assert [r["lambda_base"] for r in rows if "final_loss" in r][:: 11] == [1.0, 0.0]
+    assert [r["lambda_base"] for r in rows if "final_loss" in r][::11] == [1.0, 0.0]
     assert list((finished / "tensorboard").iterdir())
 
 
@@ -136,7 +136,12 @@ def test_other_data_is_another_run(setup, finished, tmp_path):
 def test_the_digest_sees_everything_that_changes_a_number(setup):
     recipe = setup.recipe()
     digests = {recipe_digest(recipe, [], "f"), recipe_digest(recipe, [], "g")}
-    for change in (dict(position_decay=2.0), dict(lambda_base_end=0.1), dict(precision="bfloat16"), dict(objective="kl")):
+    for change in (
+        dict(position_decay=2.0),
+        dict(lambda_base_end=0.1),
+        dict(precision="bfloat16"),
+        dict(objective="kl"),
+    ):
         digests.add(recipe_digest(setup.recipe(**change), [], "f"))
     draft = dataclasses.replace(recipe.draft, block_size=5)
     digests.add(recipe_digest(dataclasses.replace(recipe, draft=draft), [], "f"))
@@ -292,7 +297,9 @@ def test_a_missing_key_is_named(setup, tmp_path):
         load_recipe(tmp_path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("text, message", [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")])
+@pytest.mark.parametrize(
+    "text, message", [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")]
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:

@@ -156,7 +156,7 @@ def run(target: Target, drafter, prompts: list[list[int]], count: int, **options
     settings = options.pop("settings", SamplingSettings())
     limits = options.pop("limits", Limits(count, stop_token_ids=frozenset()))
     generations: list[Generation] = []
-    for generations in decode(target, drafter, prompts, settings=settings, limits=limits, **options):
+    for _ in decode(target, drafter, prompts, settings=settings, limits=limits, generations=generations, **options):
         pass
     return generations
 

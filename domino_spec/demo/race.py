@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from domino_spec.api import default_method, stream
 from domino_spec.bench.ties import first_difference
 from domino_spec.config import UserError

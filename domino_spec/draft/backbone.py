@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
-        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n]: True is seen."""
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n] says where."""
         requests, slots, _ = x.shape
         query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
         key = self.k_proj(x).view(requests, slots, self.kv_heads, self.head_dim)
@@ -150,8 +150,11 @@ class Backbone(nn.Module):
 
     def _context_weight(self) -> Tensor:
         """Keys' and values' projections of all layers, one under the other."""
-        attentions = [layer.self_attn for layer in self.layers]
-        return torch.cat([w for a in attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+        return torch.cat([w for a in self._attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
     def pack(self) -> None:
         """Keep the linear layers only in the form the CPU's matrix library likes best; for inference."""
@@ -171,7 +174,7 @@ class Backbone(nn.Module):
             positions: [R, T], absolute positions of those tokens.
         """
         requests, rows, _ = features.shape
-        config, attentions = self.config, [layer.self_attn for layer in self.layers]
+        config, attentions = self.config, self._attentions
         if self.feature_scale is not None:
             features = features * self.feature_scale
         context = self.hidden_norm(self.fc(features))  # [R, T, H]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
 from domino_spec.draft.model import Draft
@@ -65,8 +66,11 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
         raise UserError(f"{where}: projector_type {projector!r} is not supported, only domino")
     rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or published.get("rope_theta") or 10000.0
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+    rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))  # older configurations say "type"
+    if rope_type == "default":
         rope = {}
+    elif rope_type not in ROPE_INIT_FUNCTIONS:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported in a draft")
     try:
         return DraftConfig(
             hidden_size=hidden_size,

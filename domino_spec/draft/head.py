@@ -62,6 +62,11 @@ class DominoHead(nn.Module):
         nn.init.zeros_(self.correction_weight)
 
     @property
+    def input_weight(self) -> Tensor:
+        """W1 [L, H + G]."""
+        return self.embed_proj[0].weight  # type: ignore[return-value]
+
+    @property
     def correction_weight(self) -> Tensor:
         """W2 [V, L]."""
         return self.embed_proj[2].weight  # type: ignore[return-value]

@@ -85,7 +85,7 @@ def _copy_layers(draft: Draft, target: Target, layer_ids: tuple[int, ...]) -> No
             raise UserError(
                 f"init_layers_from_target holds {source_id}; the target's layers are 0 to {target.num_layers - 1}"
             )
-        source = dict(target.layers[source_id].named_parameters())
+        source: dict[str, Tensor] = dict(target.layers[source_id].named_parameters())
         for name, module in target.layers[source_id].named_modules():
             if name.endswith("norm"):
                 source[f"{name}.weight"] = _norm_scale(module)

@@ -67,5 +67,6 @@ def load_draft(
     """
     draft = read_draft(draft_directory(name_or_path))
     check_pairing(draft.config, str(name_or_path), target, allow_other_target)
-    draft = draft.to(target.device, target.dtype if dtype == "auto" else dtype).bind(target)
+    own_dtype = target.dtype if isinstance(dtype, str) else dtype
+    draft = draft.to(target.device, own_dtype).bind(target)
     return draft.pack() if target.packed and can_pack(draft.device, draft.dtype) else draft

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.state import Proposal, State, Verdict
@@ -42,17 +43,17 @@ class LookupFirst:
         for index, row, length in zip(indices, state.tokens, state.lengths.tolist(), strict=True):
             index.extend(row[index.length : length].tolist())
             copied.append(index.continuation(self.shortest, num_drafts))
-        device = state.tokens.device
         if all(copied):
-            tokens = torch.zeros(len(copied), max(map(len, copied)), dtype=torch.long, device=device)
-            counts = torch.zeros(len(copied), dtype=torch.long, device=device)
+            proposal = Proposal.empty(len(copied), state.tokens.device)
         else:
             proposal = self.inner.propose(state, inner_own, num_drafts)
             assert proposal.draft_probs is None, "look-up mixes with chosen drafts only"
-            tokens, counts = proposal.tokens.clone(), proposal.num_drafts.clone()
+        # A copy may be longer than what the draft proposes, which leaves out what it doubts.
+        missing = max(map(len, copied)) - proposal.tokens.shape[1]
+        tokens, counts = F.pad(proposal.tokens, (0, max(0, missing))).clone(), proposal.num_drafts.clone()
         for r, draft in enumerate(copied):
             if draft:
-                tokens[r, : len(draft)] = torch.tensor(draft, device=device)
+                tokens[r, : len(draft)] = torch.tensor(draft, device=tokens.device)
                 counts[r] = len(draft)
         return Proposal(tokens, counts)
 

@@ -66,7 +66,7 @@ def head_rollout(
         top_logits, top_ids = base_logits.topk(candidates, dim=-1)  # [R, N, K]
     if head is not None:
         hidden_width = hidden.shape[-1]
-        w1_hidden, w1_state = head.embed_proj[0].weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
+        w1_hidden, w1_state = head.input_weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
         from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
     choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
@@ -102,5 +102,5 @@ def head_rollout(
     if temperature > 0:
         everything = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
         ids = everything if top_ids is None else top_ids[:, :num_drafts]
-    probs = torch.stack(all_probs, dim=1) if all_probs else None
-    return Rollout(choices, ids, probs, confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None)
+    drawn_from = torch.stack(all_probs, dim=1) if all_probs else None
+    return Rollout(choices, ids, drawn_from, confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None)

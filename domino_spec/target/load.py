@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from domino_spec.config import UserError
@@ -60,11 +61,12 @@ def load_target(
             source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises many types here; all mean that this is not a loadable model
-        if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"cannot load target {name}: {_first_line(error)}") from error
-    target = Target(model.to(device).requires_grad_(False), tokenizer, name)
+    frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
+    target = Target(frozen.to(device), tokenizer, name)
     return target.pack() if pack and can_pack(target.device, target.dtype) else target
 
 
@@ -134,7 +136,7 @@ def embedded_target_directory() -> str:
 
 
 def _convert_gguf(gguf_file: Path, directory: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     # transformers refuses to save a model that still claims to be GGUF-quantised.
     model.hf_quantizer = None
     for attribute in ("quantization_config", "_pre_quantization_dtype"):

@@ -74,7 +74,7 @@ class Target:
         self.name = name
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
-        self.embedding = model.get_input_embeddings()
+        self.embedding: nn.Module = model.get_input_embeddings()
         self._lm_head = model.get_output_embeddings()
         self.packed = False
         layers = getattr(self.decoder, "layers", None)
@@ -92,14 +92,20 @@ class Target:
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
 
     @property
+    def _embedding_weight(self) -> Tensor:
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def device(self) -> torch.device:
         """Where tokens go in."""
-        return self.embedding.weight.device
+        return self._embedding_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
-        return self.embedding.weight.dtype
+        return self._embedding_weight.dtype
 
     @property
     def hidden_size(self) -> int:
@@ -109,7 +115,7 @@ class Target:
     @property
     def vocab_size(self) -> int:
         """V, rows of the embedding table (tokenizers may use fewer)."""
-        return self.embedding.weight.shape[0]
+        return self._embedding_weight.shape[0]
 
     @property
     def num_layers(self) -> int:

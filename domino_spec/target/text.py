@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,10 +39,10 @@ def encode_prompt(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template is None:
         raise UserError("chat messages need a chat template, and this target's tokenizer has none")
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, enable_thinking=enable_thinking
     )
-    return encoded["input_ids"]
+    return list(encoded["input_ids"])
 
 
 class TextStream:
@@ -56,7 +57,7 @@ class TextStream:
     def push(self, token_ids: Sequence[int], final: bool = False) -> str:
         """The text that these tokens complete; `final` gives out what was held back."""
         self._ids.extend(token_ids)
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._text()
         if text.endswith("\ufffd") and not final:
             return ""
         piece = text[self._shown :]
@@ -65,8 +66,11 @@ class TextStream:
             # A line end is a safe place to start a fresh window, which keeps decoding cheap on long texts. One token
             # stays: some tokenizers drop the space before the first word of a text.
             self._ids = self._ids[-1:]
-            self._shown = len(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+            self._shown = len(self._text())
         return piece
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
 
 class StopStrings:

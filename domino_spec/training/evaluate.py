@@ -67,7 +67,8 @@ def simulated_tau(
             anchors.append(torch.linspace(first, last, count).round().long())
     if not usable:
         raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
-    accepted, accepted_off = [], []
+    accepted: list[Tensor] = []
+    accepted_off: list[Tensor] = []
     for start in range(0, len(usable), batch_size):
         chunk = slice(start, start + batch_size)
         batch = cache.batch(usable[chunk])
@@ -75,7 +76,7 @@ def simulated_tau(
         drafted = forward_blocks(draft, replace(batch, features=features), anchors[chunk])
         base = draft.base_logits(drafted.hidden)
         final = base
-        if draft.head is not None:
+        if draft.head is not None and drafted.low_rank is not None:
             final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
         real = drafted.blocks.valid.all(-1)  # padding blocks have no valid label
         for logits, into in ((final, accepted), (base, accepted_off)):

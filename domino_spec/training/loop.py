@@ -51,8 +51,7 @@ class StepResult:
 
 def recipe_digest(recipe: Recipe, sequences: SequenceType[Sequence], target_fingerprint: str) -> str:
     """Identifies a run: recipe, target and the sequences trained on. Cadences that change no number are left out."""
-    cadence = {"checkpoint_minutes": 0.0, "eval_every": 1, "log_every": 1}
-    training = dataclasses.replace(recipe.training, **cadence)
+    training = dataclasses.replace(recipe.training, checkpoint_minutes=0.0, eval_every=1, log_every=1)
     settings = dataclasses.asdict(dataclasses.replace(recipe, training=training))
     settings["data"] = {"ids": [s.id for s in sequences], "tokens": sum(len(s.tokens) for s in sequences)}
     settings["fingerprint"] = target_fingerprint

@@ -44,7 +44,9 @@ def blended_loss_reference(
 ) -> BlendedLoss:
     """Plain form of `blended_loss`, same arguments and returns; materialises all logits."""
     base = F.linear(hidden, lm_head).float()
-    final = base if low_rank is None else base + F.linear(low_rank, correction_weight).float()
+    final = base
+    if low_rank is not None and correction_weight is not None:
+        final = base + F.linear(low_rank, correction_weight).float()
     if target_hidden is None:
         base_loss, final_loss = (
             (F.cross_entropy(x, labels.clamp(min=0), reduction="none") * weights).sum() for x in (base, final)
@@ -82,6 +84,7 @@ class _Blended(torch.autograd.Function):
                 final_grad *= 1 - lambda_base
                 grad_base = base_grad.mul_(lambda_base).add_(final_grad)
                 final_grad = final_grad.to(low_rank.dtype)
+                assert grad_low_rank is not None
                 grad_low_rank[rows] = final_grad @ correction_weight
                 grad_correction += (final_grad.t() @ low_rank[rows]).float()
             grad_hidden[rows] = grad_base.to(hidden.dtype) @ lm_head

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.domino import BlockDrafter
 from domino_spec.drafters.ngram import PromptLookup
 from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.target.margin import top_two
 from tests.tiny import (
     ARCHITECTURES,
     VOCAB,
@@ -28,10 +31,11 @@ COUNT = 24
 LENGTHS = {1: [7], 4: [1, 5, 17, 9]}
 
 
-def drafter_for(method: str, target, requests: int, candidates: int | None = None):
-    draft = tiny_draft(target) if method in ("domino", "dflash") else None
+def drafter_for(method: str, target, requests: int, candidates: int | None = None, **options):
+    draft = None if method in ("none", "ngram") else tiny_draft(target)
+    settings = SamplingSettings()
     return make_drafter(
-        method, draft, requests=requests, settings=SamplingSettings(), device=target.device, candidates=candidates
+        method, draft, requests=requests, settings=settings, device=target.device, candidates=candidates, **options
     )
 
 
@@ -72,6 +76,18 @@ def test_restricted_candidates_change_no_text(model, target, candidates):
     prompts = random_prompts([6, 9])
     generations = run(target, drafter_for("domino", target, 2, candidates), prompts, COUNT)
     assert [g.token_ids for g in generations] == [plain_greedy(model, p, COUNT) for p in prompts]
+
+
+@pytest.mark.parametrize("method", ["domino", "dflash", "domino+ngram"])
+@pytest.mark.parametrize("min_confidence", [0.05, 0.3, 0.99])
+def test_leaving_out_doubtful_drafts_changes_no_text(model, target, method, min_confidence):
+    """Few, no, and different numbers of drafts in one batch, some requests with a match to copy."""
+    prompts = [*random_prompts([6, 9, 4]), [5, 6, 7, 8, 9] * 3]
+    drafter = drafter_for(method, target, 4, min_confidence=min_confidence)
+    generations = run(target, drafter, prompts, COUNT)
+    assert [g.token_ids for g in generations] == [plain_greedy(model, p, COUNT) for p in prompts]
+    proposed = {n for g in generations for n in g.num_drafts}
+    assert len(proposed) > 1 or min_confidence == 0.99
 
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 3, 99])
@@ -200,3 +216,17 @@ def test_the_python_surface_decodes_token_ids_with_any_method(model, target):
         assert [r.token_ids for r in results] == expected
         assert all(r.text == "" for r in results), "no tokenizer, no text"
     assert [r.token_ids for r in generate(target, None, prompts, max_new_tokens=10)] == expected
+
+
+@torch.inference_mode()
+def test_in_bfloat16_every_token_is_the_argmax_up_to_a_near_tie(model):
+    """Verify passes and single steps round differently, so texts may part, but only where logits nearly tie."""
+    target = as_target(copy.deepcopy(model).to(torch.bfloat16))
+    prompts = random_prompts([6, 9])
+    plain = run(target, PlainDecoding(), prompts, COUNT)
+    texts = [p + g.token_ids + [0] * 8 for p, g in zip(prompts, plain, strict=True)]
+    for drafter in (Oracle(texts, 5), BlockDrafter(tiny_draft(target).bfloat16().bind(target))):
+        for prompt, generation in zip(prompts, run(target, drafter, prompts, COUNT), strict=True):
+            for i, token in enumerate(generation.token_ids):
+                near = top_two(target, prompt, generation.token_ids[:i])
+                assert token == near.tokens[0] or (token == near.tokens[1] and near.near_tie)

@@ -49,7 +49,9 @@ DRAFTERS = {
     "domino sampled, all": ("domino", dict(sample_drafts=True, candidates=None)),
     "domino sampled, colder": ("domino", dict(sample_drafts=True, candidates=6, draft_temperature=0.5)),
     "domino subset": ("domino subset", dict(sample_drafts=True, candidates=3)),
-    "domino+ngram": ("domino", {}),
+    "domino+ngram": ("domino", dict(min_confidence=0.2)),
+    "domino chosen, sure": ("domino", dict(candidates=4, min_confidence=0.3)),
+    "domino sampled, sure": ("domino", dict(sample_drafts=True, candidates=None, min_confidence=0.15)),
 }
 CASES = [
     ("none", NUCLEUS, {}),
@@ -69,6 +71,9 @@ CASES = [
     ("domino sampled, colder", NUCLEUS, {"num_drafts": 2}),
     ("domino subset", BOTH, {}),
     ("domino+ngram", NUCLEUS, {}),
+    ("domino chosen, sure", BOTH, {"num_drafts": 2}),
+    ("domino sampled, sure", NUCLEUS, {}),
+    ("domino sampled, sure", PLAIN, {"num_drafts": 2}),
     ("domino sampled, K=4", NUCLEUS, {"matching_rule": True}),
     ("domino chosen, K=4", TOP_K, {"matching_rule": True, "num_drafts": 2}),
 ]

@@ -14,6 +14,9 @@ METHODS = [
     ("domino", {}),
     ("domino", dict(sample_drafts=True)),
     ("domino", dict(sample_drafts=True, candidates=5)),
+    ("domino", dict(min_confidence=0.15)),
+    ("domino", dict(min_confidence=0.15, sample_drafts=True)),
+    ("domino+ngram", {}),
     ("domino", dict(matching_rule=True)),
 ]
 IDS = [f"{m} {o}" for m, o in METHODS]

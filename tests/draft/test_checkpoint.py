@@ -20,7 +20,7 @@ HEAD_NAMES = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.
 
 
 def published_json(head: bool = True, **changes) -> dict:
-    """A config.json written by hand in the published layout (DESIGN section 4), with keys this package does not know."""
+    """A config.json by hand in the published layout (DESIGN section 4), with keys that this package does not know."""
     nested = {"mask_token_id": 59, "target_layer_ids": [0, 3]}
     if head:
         nested |= {
@@ -275,7 +275,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
 def test_directories_that_are_not_drafts_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         draft_directory(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match=r"has no config.json"):
         read_draft(tmp_path)
     (tmp_path / "config.json").write_text("{oops")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -284,7 +284,7 @@ def test_directories_that_are_not_drafts_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected an object"):
         read_draft(tmp_path)
     write(tmp_path, published_json(), None)
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no model.safetensors"):
         read_draft(tmp_path)
 
 
@@ -293,3 +293,21 @@ def test_saving_is_plain_safetensors_without_code(tmp_path, target):
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     _, metadata = load_tensors(tmp_path / "model.safetensors")
     assert metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_rope_scaling_is_honoured_under_its_old_and_new_names(tmp_path, key, place):
+    scaling = {key: "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    scaled = read_draft(write(tmp_path / "scaled", published_json() | {place: scaling}, published_tensors()))
+    plain = read_draft(write(tmp_path / "plain", published_json(), published_tensors()))
+    positions = torch.tensor([[2000]])
+    assert not torch.allclose(scaled.backbone.rotary(positions).cos, plain.backbone.rotary(positions).cos, atol=1e-2)
+    save_draft(scaled, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())[place] == scaling
+
+
+def test_a_rope_that_is_unknown_is_refused(tmp_path):
+    config = published_json(rope_scaling={"rope_type": "spiral", "factor": 2.0})
+    with pytest.raises(UserError, match="spiral"):
+        read_draft(write(tmp_path, config, published_tensors()))

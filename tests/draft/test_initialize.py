@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from domino_spec.config import DraftRecipe, HeadConfig, UserError
+from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.initialize import draft_config, new_draft
+from domino_spec.draft.load import load_draft
 from tests.tiny import ARCHITECTURES, MASK, assert_close, tiny_target, word_tokenizer
 
 HEAD = HeadConfig(gru_hidden_dim=8, low_rank=4)
@@ -25,7 +27,7 @@ def test_what_the_recipe_leaves_out_comes_from_the_target(text_target):
 
 
 def test_a_target_without_a_mask_token_needs_one_in_the_recipe(target):
-    with pytest.raises(UserError, match="set draft.mask_token_id"):
+    with pytest.raises(UserError, match=r"set draft.mask_token_id"):
         draft_config(recipe(mask_token_id=None), target)
 
 
@@ -80,3 +82,38 @@ def test_layers_can_start_from_the_targets(text_target):
 def test_a_warm_start_that_does_not_fit_is_refused(text_target, layers, message):
     with pytest.raises(UserError, match=message):
         new_draft(recipe(target_layer_ids=(0, 2), init_layers_from_target=layers), text_target, None, 0)
+
+
+ROPES = {
+    "default": dict(rope_type="default", rope_theta=5000.0),
+    "linear": dict(rope_type="linear", rope_theta=5000.0, factor=4.0),
+    "llama3": dict(
+        rope_type="llama3",
+        rope_theta=5000.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    ),
+    "yarn": dict(rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=64),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_positions_turn_in_the_draft_as_they_do_in_the_target(tmp_path, rope):
+    """RoPE settings pass from the target to a new draft, to its checkpoint, and back."""
+    target = tiny_target(rope_parameters=ROPES[rope], tokenizer=word_tokenizer())
+    draft = new_draft(recipe(target_layer_ids=(0, 2)), target, None, seed=0)
+    save_draft(draft, tmp_path)
+    positions = torch.tensor([[0, 1, 63, 64, 300]])
+    cos, sin = target.decoder.rotary_emb(torch.zeros(1), positions)
+    for made in (draft, load_draft(tmp_path, target)):
+        rotary = made.backbone.rotary(positions)
+        assert_close(rotary.cos, cos)
+        assert_close(rotary.sin, sin)
+
+
+def test_a_draft_for_gemma_turns_as_its_full_attention_layers():
+    target = tiny_target("gemma3", tokenizer=word_tokenizer())
+    draft = new_draft(recipe(target_layer_ids=(0, 2)), target, None, seed=0)
+    assert draft.config.rope_theta == target.config.rope_parameters["full_attention"]["rope_theta"]

@@ -10,7 +10,7 @@ from tests.tiny import as_target, plain_greedy, run, tiny_model
 
 
 def naive_continuation(text: list[int], longest: int, shortest: int, count: int) -> list[int]:
-    """The definition: the longest suffix that occurred before (and was followed by something), its latest occurrence."""
+    """The definition: the longest suffix that occurred before and was followed by something, where it last did."""
     for size in range(min(longest, len(text) - 1), shortest - 1, -1):
         suffix = text[-size:]
         for start in range(len(text) - size - 1, -1, -1):

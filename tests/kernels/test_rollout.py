@@ -135,3 +135,25 @@ def test_zero_drafts_are_an_empty_rollout(draft):
     rollout = head_rollout(draft.head, hidden[:, :0], base[:, :0], anchor, draft.embed)
     assert rollout.choices.shape == (REQUESTS, 0)
     assert rollout.choices.dtype == torch.long
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("candidates", [None, 7])
+def test_confidence_is_the_product_of_the_largest_probabilities(draft, candidates):
+    hidden, base, anchor = inputs(draft)
+    rollout = head_rollout(draft.head, hidden, base, anchor, draft.embed, candidates, min_confidence=1e-9)
+    final = naive_logits(draft, hidden, base, anchor, rollout.choices)
+    if candidates is not None:
+        final = final.gather(-1, base.topk(candidates, dim=-1).indices)
+    assert_close(rollout.confidence, final.softmax(-1).amax(-1).cumprod(-1))
+
+
+@torch.inference_mode()
+def test_a_rollout_ends_early_only_where_nobody_would_propose_more(draft):
+    hidden, base, anchor = inputs(draft)
+    whole = head_rollout(draft.head, hidden, base, anchor, draft.embed, min_confidence=1e-9)
+    for threshold in (0.01, 0.1, 0.5, 0.999):
+        short = head_rollout(draft.head, hidden, base, anchor, draft.embed, min_confidence=threshold)
+        n = short.choices.shape[1]
+        assert torch.equal(short.choices, whole.choices[:, :n])
+        assert torch.equal((short.confidence >= threshold).sum(1), (whole.confidence >= threshold).sum(1))

@@ -89,3 +89,11 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
     assert stop.safe_length("so EN") == 3
     assert stop.safe_length("so far") == 6
     assert stop.safe_length("E") == 0
+
+
+def test_thinking_is_off_unless_asked_for():
+    """A draft trained on answers without thinking must not meet prompts with it."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ 'w9' if enable_thinking else 'w8' }} {{ messages[0]['content'] }}"
+    assert encode_prompt(tokenizer, "w3") == [8, 3]
+    assert encode_prompt(tokenizer, "w3", enable_thinking=True) == [9, 3]

@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_one_line(tmp_path, target, sequences):
     capture_features(target, sequences, LAYERS, tmp_path)
     (shard,) = tmp_path.glob("shard-*.safetensors")
     shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(UserError, match="shard-00000.safetensors") as error:
+    with pytest.raises(UserError, match=r"shard-00000.safetensors") as error:
         capture_features(target, sequences, LAYERS, tmp_path)
     assert "\n" not in str(error.value)
 

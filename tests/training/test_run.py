@@ -16,8 +16,7 @@ import pytest
 import torch
 import yaml
 
-from domino_spec import files
-from domino_spec import load_draft, load_target
+from domino_spec import files, load_draft, load_target
 from domino_spec.config import UserError, load_recipe
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.files import load_tensors
@@ -174,7 +173,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(setup, tmp_path,
 
 def test_a_damaged_state_is_one_line(setup, finished, tmp_path):
     (tmp_path / "state.safetensors").write_bytes((finished / "state.safetensors").read_bytes()[:500])
-    with pytest.raises(UserError, match="state.safetensors is not a readable") as error:
+    with pytest.raises(UserError, match=r"state.safetensors is not a readable") as error:
         run_training(setup.recipe(), tmp_path, device="cpu", features=finished / "features")
     assert "\n" not in str(error.value)
 

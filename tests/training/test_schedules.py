@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +18,7 @@ def recipe(**settings) -> OptimizationRecipe:
 def test_lambda_goes_linearly_from_one_to_zero_over_the_run():
     values = [lambda_base(step, recipe()) for step in range(100)]
     assert values[0] == 1 and values[-1] == 0
-    steps = [a - b for a, b in zip(values, values[1:], strict=False)]
+    steps = [a - b for a, b in pairwise(values)]
     assert all(s == pytest.approx(1 / 99) for s in steps)
 
 
@@ -46,7 +47,7 @@ def test_learning_rate_warms_up_linearly_and_ends_near_zero():
     rates = [learning_rate(step, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([1e-4 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) in (9, 10)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert 0 < rates[-1] < 1e-6 * 10
 

@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_step(target, sequences):
     trainer = make_trainer(target, sequences, {})
     trainer.draft.backbone.norm.weight.data[0] = math.nan
     before = trainer.draft.backbone.fc.weight.clone()
-    with pytest.raises(UserError, match="loss is not finite at step 1; lower training.learning_rate"):
+    with pytest.raises(UserError, match=r"loss is not finite at step 1; lower training.learning_rate"):
         trainer.train_step()
     assert torch.equal(trainer.draft.backbone.fc.weight, before)
 

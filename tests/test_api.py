@@ -1,0 +1,79 @@
+"""The Python surface: imports, prompts of every kind, and the methods by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import domino_spec
+from domino_spec import UserError, generate
+from domino_spec.api import METHODS, default_method, make_drafter, prompt_ids
+from domino_spec.decoding.sampling import SamplingSettings
+from tests.tiny import plain_greedy, tiny_draft
+
+
+def test_every_exported_name_is_there():
+    for name in domino_spec.__all__:
+        assert getattr(domino_spec, name) is not None
+    assert set(domino_spec.__all__) <= set(dir(domino_spec))
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = domino_spec.nothing_of_the_kind
+
+
+def test_importing_the_package_does_not_import_pytorch():
+    """`domino-spec --help` must answer at once."""
+    code = "import sys, domino_spec; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_prompts_may_be_text_chats_or_token_ids(text_target):
+    assert prompt_ids(text_target, [4, 5]) == [4, 5]
+    assert prompt_ids(text_target, "w4 w5") == [1, 4, 5, 2]
+    assert prompt_ids(text_target, "w4 w5", chat=False) == [4, 5]
+    assert prompt_ids(text_target, [{"role": "user", "content": "w4"}]) == [1, 4, 2]
+
+
+def test_texts_of_several_prompts_come_back_in_order(model, text_target):
+    prompts = ["w3 w4 w5", [{"role": "user", "content": "w9"}], [7, 8]]
+    results = generate(text_target, tiny_draft(text_target), prompts, max_new_tokens=8)
+    for prompt, result in zip(([1, 3, 4, 5, 2], [1, 9, 2], [7, 8]), results, strict=True):
+        assert result.prompt_ids == prompt
+        expected = plain_greedy(model, prompt, 8)
+        assert result.token_ids == expected[: len(result.token_ids)]
+        assert result.text == " ".join(f"w{t}" for t in result.token_ids if t < 58)
+
+
+def test_the_default_method_is_what_the_draft_is(target):
+    assert default_method(None) == "none"
+    assert default_method(tiny_draft(target)) == "domino"
+    assert default_method(tiny_draft(target, head=False)) == "dflash"
+
+
+def test_every_method_makes_a_drafter(target):
+    for method in METHODS:
+        drafter = make_drafter(
+            method, tiny_draft(target), requests=2, settings=SamplingSettings(), device=target.device
+        )
+        assert drafter.max_drafts == (0 if method == "none" else drafter.max_drafts) >= 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(min_confidence=1.0), "min_confidence must be at least 0 and less than 1"),
+        (dict(min_confidence=-0.1), "min_confidence must be at least 0 and less than 1"),
+        (dict(method="domino+ngram", sample_drafts=True, temperature=1.0), "sample_drafts is for domino and dflash"),
+        (dict(method="dartflash"), "unknown method 'dartflash'; known methods are none, ngram"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(target, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(target, tiny_draft(target), [[1, 2]], max_new_tokens=2, **options)
+
+
+def test_a_head_can_be_asked_for_only_where_there_is_one(target):
+    with pytest.raises(UserError, match="needs a draft with a Domino head"):
+        generate(target, tiny_draft(target, head=False), [[1, 2]], method="domino")

@@ -237,3 +237,17 @@ def test_shorter_blocks_early_in_the_run_keep_the_compute(target, sequences):
     full = trainer._anchors(trainer.sequences)
     assert [len(a) for a in short] == [4] * 8 and [len(a) for a in full] == [2] * 8
     assert math.isfinite(trainer.train_step().final_loss)
+
+
+def test_anchors_change_from_step_to_step_and_repeat_with_the_seed(target, sequences):
+    def anchors(seed, steps):
+        trainer = make_trainer(target, sequences[-1:], dict(seed=seed, batch_size=1, micro_batch_size=1))
+        seen = []
+        for _ in range(steps):
+            seen.append(trainer._anchors(trainer.sequences)[0].tolist())
+            trainer.step += 1
+        return seen
+
+    first = anchors(0, 3)
+    assert first[0] != first[1] != first[2]
+    assert anchors(0, 3) == first and anchors(1, 3) != first

@@ -223,10 +223,10 @@ def test_in_bfloat16_every_token_is_the_argmax_up_to_a_near_tie(model):
     """Verify passes and single steps round differently, so texts may part, but only where logits nearly tie."""
     target = as_target(copy.deepcopy(model).to(torch.bfloat16))
     prompts = random_prompts([6, 9])
-    plain = run(target, PlainDecoding(), prompts, COUNT)
+    plain = run(target, PlainDecoding(), prompts, 12)
     texts = [p + g.token_ids + [0] * 8 for p, g in zip(prompts, plain, strict=True)]
     for drafter in (Oracle(texts, 5), BlockDrafter(tiny_draft(target).bfloat16().bind(target))):
-        for prompt, generation in zip(prompts, run(target, drafter, prompts, COUNT), strict=True):
+        for prompt, generation in zip(prompts, run(target, drafter, prompts, 12), strict=True):
             for i, token in enumerate(generation.token_ids):
                 near = top_two(target, prompt, generation.token_ids[:i])
                 assert token == near.tokens[0] or (token == near.tokens[1] and near.near_tie)

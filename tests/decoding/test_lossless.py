@@ -80,6 +80,8 @@ CASES = [
 """Fewer drafts than tokens let the token after a fully accepted chain fall within the three."""
 ALARM = FALSE_ALARM / len(CASES)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def small():

@@ -206,6 +206,20 @@ def test_fingerprint_survives_precision_and_tells_fine_tuned_weights_apart():
     assert fingerprint(tuned.get_decoder()) != original
 
 
+def test_fingerprint_notices_a_change_of_one_matrix_by_one_percent():
+    """As a merged adapter makes: every other weight is as it was."""
+    model = tiny_model()
+    prints = {fingerprint(model.get_decoder())}
+    for seed in range(12):
+        tuned = copy.deepcopy(model)
+        weight = tuned.get_decoder().layers[seed % 4].self_attn.q_proj.weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            weight.mul_(1 + 0.01 * noise)
+        prints.add(fingerprint(tuned.get_decoder()))
+    assert len(prints) == 13
+
+
 def test_stop_tokens_come_from_every_place_that_names_them(text_target):
     target = copy.copy(text_target)
     assert target.stop_token_ids == {58}

@@ -105,7 +105,7 @@ def make_drafter(
 
 def default_min_confidence(device: torch.device) -> float:
     """The confidence below which a draft is not worth its row of a verify pass, by measurement (docs/benchmarks.md)."""
-    return 0.1 if device.type == "cpu" else 0.0
+    return 0.3 if device.type == "cpu" else 0.0
 
 
 def load_draft(

@@ -157,7 +157,7 @@ class Backbone(nn.Module):
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
     def pack(self) -> None:
-        """Keep the linear layers only in the form the CPU's matrix library likes best; for inference."""
+        """Add packed copies of the linear layers for passes over several rows, on CPU; for inference."""
         self._context_projection = PackedLinear(self._context_weight())
         pack_linears(self)
 

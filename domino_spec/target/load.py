@@ -44,7 +44,7 @@ def load_target(
         name_or_path: the embedded default's name, a local directory, or a hub id.
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
         device: "auto" is CUDA where there is one, else CPU.
-        pack: on CPU, keep weights in the packed form that decodes fastest; False where the plain weights are needed.
+        pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
 
     Raises:
         UserError: it does not exist, is not a model, or its weights cannot be read.

@@ -139,7 +139,7 @@ class Target:
         return frozenset(ids)
 
     def pack(self) -> Target:
-        """Keep the linear layers only in the form the CPU's matrix library likes best; for inference. Returns self."""
+        """Add packed copies of the linear layers for passes over several rows, on CPU; for inference. Returns self."""
         pack_linears(self.model)
         self._lm_head = self.model.get_output_embeddings()
         self.packed = True

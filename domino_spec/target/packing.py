@@ -1,8 +1,8 @@
 """Linear layers with weights packed once for the CPU's matrix library.
 
 A verify pass multiplies 2 to 17 rows by every weight. The stock product re-arranges the weight on each call, which at
-that size costs more than the product itself; oneDNN can keep the arranged copy. Plain decoding uses the same packed
-layers, so a ratio between the two is fair.
+that size costs more than the product itself; oneDNN can keep the arranged copy. For the single row of plain decoding the
+stock product is faster, so both forms are kept and the number of rows decides: the baseline gets the best of the two.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
 PACK_ROWS = 8
 """Rows the packed layout is tuned for: a typical verify pass."""
+STOCK_ROWS = 3
+"""Up to this many rows the stock product is the faster one (docs/log.md); plain decoding multiplies a single row."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on CPU, its weight held only in packed form."""
+    """`nn.Linear` for inference on CPU: its weight as it is for a few rows, and packed for more."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
+        self.weight, self.bias = weight.detach(), bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""
+        if x.numel() <= STOCK_ROWS * self.in_features:
+            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -45,7 +50,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(module: nn.Module) -> int:
     """Replace every `nn.Linear` below `module` by its packed form; returns how many there were.
 
-    Only for frozen modules that are used for inference: the plain weights are given up.
+    Only for frozen modules that are used for inference. Weights then take twice their memory.
     """
     replaced = 0
     for parent in list(module.modules()):

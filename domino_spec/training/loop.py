@@ -53,7 +53,7 @@ def recipe_digest(recipe: Recipe, sequences: SequenceType[Sequence], target_fing
     """Identifies a run: recipe, target and the sequences trained on. Cadences that change no number are left out."""
     training = dataclasses.replace(recipe.training, checkpoint_minutes=0.0, eval_every=1, log_every=1)
     settings = dataclasses.asdict(dataclasses.replace(recipe, training=training))
-    settings["data"] = {"ids": [s.id for s in sequences], "tokens": sum(len(s.tokens) for s in sequences)}
+    settings["data"] = [s.digest for s in sequences]
     settings["fingerprint"] = target_fingerprint
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

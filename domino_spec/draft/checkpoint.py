@@ -149,7 +149,13 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:
-    """The draft's tensors under their published names."""
+    """The draft's tensors under their published names.
+
+    Raises:
+        ValueError: the draft is packed for decoding.
+    """
+    if draft.packed:
+        raise ValueError("a draft packed for decoding cannot be saved; load it with a target that is not packed")
     tensors = {name: p for name, p in draft.backbone.state_dict().items() if not name.startswith("rotary_emb.")}
     tensors["fc.weight"] = draft.backbone.fc_weight
     if draft.head is not None:

@@ -77,6 +77,11 @@ class Draft(nn.Module):
         return self._ends[0]
 
     @property
+    def packed(self) -> bool:
+        """True once `pack` was called."""
+        return self._packed_lm_head is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the draft's parameters are."""
         return self.backbone.hidden_norm.weight.device

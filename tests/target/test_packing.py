@@ -95,6 +95,6 @@ def setup_directory(tmp_path_factory, model):
 
 def test_a_packed_draft_is_not_saved_by_halves(tmp_path, target):
     draft = tiny_draft(target).pack()
-    with pytest.raises(Exception):  # noqa: B017
+    with pytest.raises(ValueError, match="packed for decoding cannot be saved"):
         save_draft(draft, tmp_path)
     assert not list(tmp_path.iterdir())

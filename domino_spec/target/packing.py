@@ -1,8 +1,8 @@
 """Linear layers with weights packed once for the CPU's matrix library.
 
 A verify pass multiplies 2 to 17 rows by every weight. The stock product re-arranges the weight on each call, which at
-that size costs more than the product itself; oneDNN can keep the arranged copy. For the single row of plain decoding the
-stock product is faster, so both forms are kept and the number of rows decides: the baseline gets the best of the two.
+that size costs more than the product itself; oneDNN can keep the arranged copy. For the single row of plain decoding
+the stock product is faster, so both forms are kept and the number of rows decides: the baseline gets the better one.
 """
 
 from __future__ import annotations

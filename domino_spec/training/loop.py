@@ -7,6 +7,7 @@ step, so a run that was killed continues exactly as if it had not been.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -67,16 +68,10 @@ def step_sequences(sequences: SequenceType[Sequence], step: int, recipe: Optimiz
     return chosen
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    key = (count, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _orders[key] = torch.randperm(count, generator=generator).tolist()
-    return _orders[key]
+@functools.lru_cache(maxsize=2)  # a step may straddle two epochs
+def _epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return tuple(torch.randperm(count, generator=generator).tolist())
 
 
 class Trainer:

@@ -19,6 +19,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import DraftConfig
+from domino_spec.kernels import cpu
+from domino_spec.target.fusing import fuse
 from domino_spec.target.packing import PackedLinear, pack_linears
 
 
@@ -157,8 +159,10 @@ class Backbone(nn.Module):
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
     def pack(self) -> None:
-        """Add packed copies of the linear layers for passes over several rows, on CPU; for inference."""
+        """Prepare for inference on CPU: weights laid out for few rows, small steps joined."""
         self._context_projection = PackedLinear(self._context_weight())
+        if cpu.is_available(self.fc.weight.device, self.fc.weight.dtype):
+            fuse(self)
         pack_linears(self)
 
     def rotary(self, positions: Tensor) -> Rotary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from domino_spec.config import UserError
+from domino_spec.files import cache_directory
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
@@ -104,12 +104,6 @@ def _first_line(error: Exception) -> str:
     return " ".join(text.splitlines()[0].split())[:300]
 
 
-def cache_directory() -> Path:
-    """Where converted models are kept: $DOMINO_SPEC_CACHE, else ~/.cache/domino-spec."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "domino-spec"
-    return Path(os.environ.get("DOMINO_SPEC_CACHE", default))
-
-
 def embedded_target_directory() -> str:
     """Directory of the embedded default as an ordinary model, converted from its GGUF file on first use.
 
@@ -129,7 +123,7 @@ def embedded_target_directory() -> str:
         _convert_gguf(gguf_file, Path(scratch))
         shutil.copytree(scratch, f"{scratch}.done")
     try:
-        os.rename(f"{scratch}.done", directory)
+        Path(f"{scratch}.done").rename(directory)
     except OSError:  # another process finished first
         shutil.rmtree(f"{scratch}.done")
     return str(directory)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
+from domino_spec.kernels import cpu
 from domino_spec.target.attention import pass_mask
 from domino_spec.target.cache import TargetCache
+from domino_spec.target.fusing import fuse
 from domino_spec.target.packing import pack_linears
 
 PREFILL_CHUNK = 512
@@ -139,7 +141,9 @@ class Target:
         return frozenset(ids)
 
     def pack(self) -> Target:
-        """Add packed copies of the linear layers for passes over several rows, on CPU; for inference. Returns self."""
+        """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self."""
+        if cpu.is_available(self.device, self.dtype):
+            fuse(self.decoder)
         pack_linears(self.model)
         self._lm_head = self.model.get_output_embeddings()
         self.packed = True

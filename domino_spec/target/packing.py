@@ -1,8 +1,9 @@
-"""Linear layers with weights packed once for the CPU's matrix library.
+"""Linear layers whose weights are laid out once for products with few rows, on CPU.
 
-A verify pass multiplies 2 to 17 rows by every weight. The stock product re-arranges the weight on each call, which at
-that size costs more than the product itself; oneDNN can keep the arranged copy. For the single row of plain decoding
-the stock product is faster, so both forms are kept and the number of rows decides: the baseline gets the better one.
+A verify pass multiplies 2 to 17 rows by every weight, and the stock product is slow at that size. In float32 the
+native loops (`kernels.cpu`) hold one layout that serves every number of rows. Without them, and in bfloat16, oneDNN's
+packed product is used beside the stock one, which is faster for the single row of plain decoding in float32: the number
+of rows decides, so the baseline gets the better one too.
 """
 
 from __future__ import annotations
@@ -13,25 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domino_spec.kernels import cpu
+
 _log = logging.getLogger(__name__)
 
 PACK_ROWS = 8
 """Rows the packed layout is tuned for: a typical verify pass."""
 STOCK_ROWS = 3
-"""Up to this many rows the stock product is the faster one (docs/log.md); plain decoding multiplies a single row."""
+"""Up to this many rows oneDNN's packed product is slower than the stock one (docs/log.md)."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on CPU: its weight as it is for a few rows, and packed for more."""
+    """`nn.Linear` for inference on CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight.detach(), bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_ROWS)
+        weight = weight.detach()
+        self.panels: Tensor | None = None
+        if cpu.is_available(weight.device, weight.dtype):
+            self.panels = cpu.pack(weight)
+            self.bias = None if bias is None else cpu.pack_bias(bias)
+        else:
+            self.weight, self.bias = weight, bias
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""
+        if self.panels is not None:
+            return cpu.linear(x, self.panels, self.out_features, self.bias)
         if x.numel() <= STOCK_ROWS * self.in_features:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -41,6 +52,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build and device have packed products for `dtype`; says once where they are missing."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if cpu.is_available(device, dtype):
+        return True
     available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if not available:
         _log.warning("this PyTorch build has no packed linear products; decoding on CPU will be slower")
@@ -50,7 +63,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(module: nn.Module) -> int:
     """Replace every `nn.Linear` below `module` by its packed form; returns how many there were.
 
-    Only for frozen modules that are used for inference. Weights then take twice their memory.
+    Only for frozen modules that are used for inference. oneDNN's form takes twice the memory, the native one no more.
     """
     replaced = 0
     for parent in list(module.modules()):

@@ -1,0 +1,306 @@
+/* Float32 loops of a decoder pass over few rows: products, norms, rotary positions, SwiGLU, attention.
+ *
+ * A verify pass multiplies a handful of rows by every weight, so the weights' way from memory is what costs; each
+ * weight is read once for all rows. And every output row is computed in the same order whatever the number of rows:
+ * a token verified among eight others gets the bits it would have got alone.
+ *
+ * Built and called by cpu.py, which says what the arguments are; nothing here checks them.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#if defined(__x86_64__) && !defined(__FMA__)
+#error "this processor is older than the instructions that these loops are made of"
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */
+#else
+#define LANES 8
+#define MAX_TILE 6
+#endif
+#define PANEL (2 * LANES)
+#define SUM_BLOCK 64 /* products summed up before they join the total: long sums would lose low bits */
+
+#define QUERY_ROWS 4     /* of attention, at once in registers */
+#define VALUE_VECTORS 4
+#define TOKENS 32        /* of one head, whose keys stay in the nearest cache */
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+int64_t panel_width(void) { return PANEL; }
+int64_t lanes(void) { return LANES; }
+
+ALWAYS_INLINE vec load(const float *p) { return *(const vec *)p; }
+ALWAYS_INLINE void store(float *p, vec v) { *(vec *)p = v; }
+ALWAYS_INLINE vec splat(float x) { return x - (vec){0}; }
+
+/* a * b + c, rounded once. Named, and contraction turned off: in `a * b + c * d` the compiler would choose which
+ * product to round, and choose anew wherever the function is inlined. */
+ALWAYS_INLINE vec fma_lanes(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+ALWAYS_INLINE float sum_lanes(vec v) {
+#if LANES == 16
+  typedef float half __attribute__((vector_size(32)));
+  half halves[2];
+  memcpy(halves, &v, sizeof halves);
+  half eight = halves[0] + halves[1];
+#else
+  vec eight = v;
+#endif
+  typedef float quarter __attribute__((vector_size(16)));
+  quarter quarters[2];
+  memcpy(quarters, &eight, sizeof quarters);
+  quarter four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+ALWAYS_INLINE vec larger(vec a, vec b) {
+  ivec first = a > b;
+  return (vec)(((ivec)a & first) | ((ivec)b & ~first));
+}
+
+/* exp: 2^n times a polynomial in the remainder (Cephes' coefficients); 0 below -87, and not beyond exp(88). */
+ALWAYS_INLINE vec exp_lanes(vec x) {
+  const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves no fraction bits */
+  ivec in_range = x > splat(-87.0f);
+  x = -larger(-x, splat(-88.0f));
+  vec n = fma_lanes(x, splat(1.44269504f), splat(round_to_integer)) - round_to_integer;
+  vec r = fma_lanes(n, splat(2.12194440e-4f), fma_lanes(n, splat(-0.693359375f), x));
+  const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+  vec p = splat(1.9875691500e-4f);
+#pragma GCC unroll 7
+  for (int i = 0; i < 7; i++) p = fma_lanes(p, r, splat(coefficients[i]));
+  ivec scale = (__builtin_convertvector(n, ivec) + 127) << 23;
+  return (vec)((ivec)(p * (vec)scale) & in_range);
+}
+
+/* y[rows, columns] = x[rows, inputs] times one panel [inputs, PANEL], plus bias[PANEL] where there is one. */
+ALWAYS_INLINE void tile(const int rows, const float *x, int64_t inputs, const float *panel, const float *bias,
+                        float *y, int64_t y_stride, int64_t columns) {
+  vec totals[MAX_TILE][2];
+  for (int r = 0; r < rows; r++)
+    for (int side = 0; side < 2; side++) totals[r][side] = bias ? load(bias + side * LANES) : splat(0.0f);
+  for (int64_t start = 0; start < inputs; start += SUM_BLOCK) {
+    int64_t end = start + SUM_BLOCK < inputs ? start + SUM_BLOCK : inputs;
+    vec sums[MAX_TILE][2];
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0.0f);
+    for (int64_t k = start; k < end; k++) {
+      vec left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        float input = x[r * inputs + k];
+        sums[r][0] = fma_lanes(left, splat(input), sums[r][0]);
+        sums[r][1] = fma_lanes(right, splat(input), sums[r][1]);
+      }
+    }
+    for (int r = 0; r < rows; r++)
+      for (int side = 0; side < 2; side++) totals[r][side] += sums[r][side];
+  }
+  for (int r = 0; r < rows; r++) memcpy(y + r * y_stride, totals[r], columns * sizeof(float));
+}
+
+static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
+                     int64_t y_stride, int64_t columns) {
+  switch (rows) {
+#define ROWS_CASE(n) \
+  case n: \
+    tile(n, x, inputs, panel, bias, y, y_stride, columns); \
+    break;
+    ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
+#if MAX_TILE == 12
+    ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
+#endif
+  }
+}
+
+void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
+            float *y) {
+  int64_t num_panels = (outputs + PANEL - 1) / PANEL, num_tiles = (rows + MAX_TILE - 1) / MAX_TILE;
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < num_panels; p++) {
+    int64_t columns = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
+    for (int64_t t = 0; t < num_tiles; t++) {
+      int64_t first = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
+      any_tile(end - first, x + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
+               y + first * outputs + p * PANEL, outputs, columns);
+    }
+  }
+}
+
+/* Rows of `width` values, `groups` of them side by side every `stride` values; y may be x. */
+void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t groups, int64_t width, const float *weight,
+              float eps, float *y) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t g = 0; g < groups; g++) {
+      const float *in = x + r * stride + g * width;
+      float *out = y + r * stride + g * width;
+      vec squares = splat(0.0f);
+      for (int64_t i = 0; i < width; i += LANES) squares = fma_lanes(load(in + i), load(in + i), squares);
+      float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / width + eps);
+      for (int64_t i = 0; i < width; i += LANES) store(out + i, load(in + i) * scale * load(weight + i));
+    }
+}
+
+/* RoPE in its half-split form, in place, on the first `rotary` values of `heads` heads at the start of every row. */
+void rotate(float *x, int64_t rows, int64_t stride, int64_t heads, int64_t width, int64_t rotary, const float *cos,
+            const float *sin) {
+  int64_t half = rotary / 2;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t h = 0; h < heads; h++) {
+      float *left = x + r * stride + h * width, *right = left + half;
+      const float *c = cos + r * rotary, *s = sin + r * rotary;
+      for (int64_t i = 0; i < half; i++) {
+        float a = left[i], b = right[i];
+        left[i] = a * c[i] - b * s[i];
+        right[i] = b * c[half + i] + a * s[half + i];
+      }
+    }
+}
+
+/* y[rows, width] = silu(x[:, :width]) * x[:, width:]. */
+void silu_mul(const float *x, int64_t rows, int64_t width, float *y) {
+#pragma omp parallel for schedule(static) if (rows * width > 65536)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *gate = x + r * 2 * width, *up = gate + width;
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec g = load(gate + i);
+      store(y + r * width + i, g / (1.0f + exp_lanes(-g)) * load(up + i));
+    }
+  }
+}
+
+/* Lanes without `bit` hold sums of pairs of a, those with it sums of pairs of b. */
+ALWAYS_INLINE vec fold(vec a, vec b, const int bit) {
+#if LANES == 16
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+  ivec of_b = (lane & bit) != 0;
+  ivec own = lane + (of_b & LANES), other = lane + bit + (of_b & (LANES - 2 * bit));
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+/* Products of a query with LANES neighbouring keys, of which only `present` exist. */
+ALWAYS_INLINE vec score_keys(const float *query, const float *keys, int64_t width, int64_t present) {
+  vec sums[LANES];
+  for (int k = 0; k < LANES; k++) sums[k] = splat(0.0f);
+  for (int64_t i = 0; i < width; i += LANES) {
+    vec part = load(query + i);
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) sums[k] = fma_lanes(part, load(keys + (k < present ? k : 0) * width + i), sums[k]);
+  }
+#if LANES == 16
+  for (int k = 0; k < 8; k++) sums[k] = fold(sums[k], sums[k + 8], 8);
+#endif
+  for (int k = 0; k < 4; k++) sums[k] = fold(sums[k], sums[k + 4], 4);
+  for (int k = 0; k < 2; k++) sums[k] = fold(sums[k], sums[k + 2], 2);
+  return fold(sums[0], sums[1], 1);
+}
+
+/* Scores of one row become weights, exactly 0 where the mask hides; returns one over their sum. */
+ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end) {
+  int64_t padded = (end + LANES - 1) / LANES * LANES;
+  for (int64_t t = 0; t < end; t++) scores[t] = seen[t] ? scores[t] : -1e30f;
+  for (int64_t t = end; t < padded; t++) scores[t] = -1e30f;
+  vec largest = load(scores);
+  for (int64_t t = LANES; t < padded; t += LANES) largest = larger(largest, load(scores + t));
+  float top = largest[0];
+  for (int i = 1; i < LANES; i++) top = largest[i] > top ? largest[i] : top;
+  vec total = splat(0.0f);
+  for (int64_t t = 0; t < padded; t += LANES) {
+    vec weight = exp_lanes(load(scores + t) - top);
+    store(scores + t, weight);
+    total += weight;
+  }
+  return 1.0f / sum_lanes(total);
+}
+
+/* out[rows] = weights[rows, end] times `vectors` vectors of values[end, width], scaled. */
+ALWAYS_INLINE void mix_rows(const int rows, const int vectors, const float *weights, int64_t stride,
+                            const float *inverse, const float *values, int64_t width, int64_t end, float *out,
+                            int64_t out_stride) {
+  vec sums[QUERY_ROWS][VALUE_VECTORS];
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < vectors; i++) sums[r][i] = splat(0.0f);
+  for (int64_t t = 0; t < end; t++)
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < vectors; i++)
+        sums[r][i] = fma_lanes(load(values + t * width + i * LANES), splat(weights[r * stride + t]), sums[r][i]);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < vectors; i++) store(out + r * out_stride + i * LANES, sums[r][i] * inverse[r]);
+}
+
+/* Attention of up to TOKENS tokens for one query head; `scores` is [TOKENS, stride]. */
+static void attend_head(const float *query, int64_t query_stride, const float *keys, const float *values,
+                        const uint8_t *seen, int64_t tokens, int64_t extent, int64_t width, float scale,
+                        float *scores, int64_t stride, float *out, int64_t out_stride) {
+  int64_t end = 1; /* keys that any of these tokens sees */
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t t = extent; t > end; t--)
+      if (seen[n * extent + t - 1]) end = t;
+  for (int64_t t = 0; t < end; t += LANES)
+    for (int64_t n = 0; n < tokens; n++) {
+      const float *row = query + n * query_stride, *some = keys + t * width;
+      vec dots = t + LANES <= end ? score_keys(row, some, width, LANES) : score_keys(row, some, width, end - t);
+      store(scores + n * stride + t, dots * scale);
+    }
+  float inverse[TOKENS];
+  for (int64_t n = 0; n < tokens; n++) inverse[n] = softmax_row(scores + n * stride, seen + n * extent, end);
+  for (int64_t i = 0; i < width / LANES; i += VALUE_VECTORS) {
+    int64_t n = 0;
+    const float *part = values + i * LANES;
+    float *to = out + i * LANES;
+    if (width / LANES - i < VALUE_VECTORS) {
+      for (; n < tokens; n++)
+        mix_rows(1, (int)(width / LANES - i), scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
+      continue;
+    }
+    for (; n + QUERY_ROWS <= tokens; n += QUERY_ROWS)
+      mix_rows(QUERY_ROWS, VALUE_VECTORS, scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
+    for (; n < tokens; n++)
+      mix_rows(1, VALUE_VECTORS, scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
+  }
+}
+
+/* query rows lie every `query_stride` values, `heads` heads side by side; keys and values of a request every
+ * `request_stride` values, of a head every `head_stride`; seen[requests, tokens, extent];
+ * y[requests, tokens, heads, width]. */
+void attend(const float *query, int64_t query_stride, const float *keys, const float *values, int64_t request_stride,
+            int64_t head_stride, const uint8_t *seen, int64_t requests, int64_t tokens, int64_t heads,
+            int64_t kv_heads, int64_t extent, int64_t width, float scale, float *y) {
+  int64_t stride = (extent + LANES - 1) / LANES * LANES, parts = (tokens + TOKENS - 1) / TOKENS;
+#pragma omp parallel
+  {
+    float *scores = malloc((tokens < TOKENS ? tokens : TOKENS) * stride * sizeof(float));
+#pragma omp for schedule(static) collapse(3)
+    for (int64_t r = 0; r < requests; r++)
+      for (int64_t h = 0; h < heads; h++)
+        for (int64_t part = 0; part < parts; part++) {
+          int64_t first = part * TOKENS, count = tokens - first < TOKENS ? tokens - first : TOKENS;
+          int64_t row = r * tokens + first, place = r * request_stride + h / (heads / kv_heads) * head_stride;
+          attend_head(query + row * query_stride + h * width, query_stride, keys + place, values + place,
+                      seen + row * extent, count, extent, width, scale, scores, stride,
+                      y + (row * heads + h) * width, heads * width);
+        }
+    free(scores);
+  }
+}

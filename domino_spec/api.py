@@ -68,7 +68,7 @@ def make_drafter(
     settings: SamplingSettings,
     device: torch.device,
     candidates: int | None = DEFAULT_CANDIDATES,
-    sample_drafts: bool = False,
+    sample_drafts: bool | None = None,
     draft_temperature: float | None = None,
     min_confidence: float = 0.0,
 ) -> Drafter:
@@ -81,8 +81,10 @@ def make_drafter(
         settings: of the target's distribution; sampled drafts use its seed and, by default, its temperature.
         device: of the target.
         candidates: K, or None for the whole draft vocabulary.
-        sample_drafts: sample drafts instead of choosing the most probable token (only at temperature > 0).
-        draft_temperature: of sampled drafts.
+        sample_drafts: at temperature > 0, True samples drafts and False takes the most probable tokens. None is what
+            the method does best: `domino` and `dflash` sample (docs/benchmarks.md), `domino+ngram` cannot. At
+            temperature 0 nothing is sampled.
+        draft_temperature: of sampled drafts; None for the target's.
         min_confidence: see `BlockDrafter`.
 
     Raises:
@@ -95,7 +97,9 @@ def make_drafter(
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates must be at least 1, got {candidates}")
     temperature = 0.0
-    if sample_drafts and method == "domino+ngram":
+    if sample_drafts is None:
+        sample_drafts = method != "domino+ngram"
+    elif sample_drafts and method == "domino+ngram":
         raise UserError("method domino+ngram chooses its drafts; sample_drafts is for domino and dflash")
     if sample_drafts and not settings.greedy:
         temperature = settings.temperature if draft_temperature is None else draft_temperature
@@ -200,7 +204,7 @@ def stream(
     stop: Sequence[str] = (),
     num_drafts: int | None = None,
     candidates: int | None = DEFAULT_CANDIDATES,
-    sample_drafts: bool = False,
+    sample_drafts: bool | None = None,
     min_confidence: float | None = None,
     matching_rule: bool = False,
     settings: SamplingSettings | None = None,
@@ -211,7 +215,9 @@ def stream(
     """As `generate`, yielding the growing generations after every cycle (the same list each time).
 
     Args:
+        sample_drafts: see `make_drafter`; None samples at temperature > 0, False takes the most probable tokens.
         min_confidence: see `BlockDrafter`; None takes the device's default.
+        matching_rule: see `verify`.
         generations: filled in place, so that partial text survives an interrupt.
     """
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -251,8 +257,8 @@ def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **o
         draft: from `load_draft`; None decodes plainly with the same engine.
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
-            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `settings` (all warpers), `chat`,
-            `enable_thinking`.
+            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `settings` (all warpers),
+            `chat`, `enable_thinking`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.

@@ -57,7 +57,9 @@ def cli(context: click.Context) -> None:
 @num_drafts_option
 @click.option("--candidates", type=int, default=512, show_default=True, help="Logits the head corrects; 0 for all.")
 @click.option("--min-confidence", type=float, help="End a draft where its token is less probable; measured default.")
-@click.option("--sample-drafts", is_flag=True, help="Sample drafts instead of choosing the likeliest tokens.")
+@click.option(
+    "--sample-drafts/--argmax-drafts", default=None, help="Above temperature 0, sample drafts (default) or not."
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--show-drafts", is_flag=True, help="Set drafted and accepted text apart from what the target supplied.")
 @machine_options
@@ -75,7 +77,7 @@ def generate(
     num_drafts: int | None,
     candidates: int,
     min_confidence: float | None,
-    sample_drafts: bool,
+    sample_drafts: bool | None,
     raw: bool,
     show_drafts: bool,
     machine: Machine,

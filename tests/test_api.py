@@ -60,6 +60,31 @@ def test_every_method_makes_a_drafter(target):
         assert drafter.max_drafts == (0 if method == "none" else drafter.max_drafts) >= 0
 
 
+def draft_temperature(target, method: str, temperature: float, **options) -> float:
+    settings = SamplingSettings(temperature=temperature)
+    draft = tiny_draft(target)
+    drafter = make_drafter(method, draft, requests=1, settings=settings, device=target.device, **options)
+    return getattr(drafter, "inner", drafter).temperature
+
+
+@pytest.mark.parametrize("method", ["domino", "dflash"])
+def test_drafts_are_sampled_where_the_text_is_unless_argmax_is_asked_for(target, method):
+    assert draft_temperature(target, method, 0.7) == 0.7
+    assert draft_temperature(target, method, 0.7, draft_temperature=0.5) == 0.5
+    assert draft_temperature(target, method, 0.7, sample_drafts=False) == 0
+    assert draft_temperature(target, method, 0.0) == draft_temperature(target, method, 0.0, sample_drafts=True) == 0
+    assert draft_temperature(target, "domino+ngram", 0.7) == 0
+
+
+def test_generate_draws_the_same_text_by_default_as_with_sampled_drafts(target):
+    def text(**options) -> list[int]:
+        """Every draft proposed, and hot, so that even an untrained draft is right now and then."""
+        options = dict(max_new_tokens=24, temperature=3.0, seed=2, min_confidence=0.0, **options)
+        return generate(target, tiny_draft(target), [[3, 4, 5]], **options)[0].token_ids
+
+    assert text() == text(sample_drafts=True) != text(sample_drafts=False)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -105,11 +105,13 @@ def test_every_method_writes_the_same_greedy_text(target_dir, draft_dir, method)
 
 def test_a_seed_repeats_a_sampled_text(target_dir, draft_dir):
     def sample(seed: int, *more: str) -> list[int]:
-        options = ("--temperature", 1, "--top-p", 0.9, "--top-k", 20, "--seed", seed, "--max-new-tokens", 20, *more)
-        return succeed_json("generate", PROMPT, "--target", target_dir, "--draft", draft_dir, *options)["token_ids"]
+        options = ("--temperature", 3, "--top-p", 0.95, "--top-k", 30, "--seed", seed, "--max-new-tokens", 20, *more)
+        pair = ("--target", target_dir, "--draft", draft_dir, "--min-confidence", 0)
+        return succeed_json("generate", PROMPT, *pair, *options)["token_ids"]
 
     assert sample(1) == sample(1) != sample(2)
-    assert sample(1, "--sample-drafts") == sample(1, "--sample-drafts")
+    assert sample(1) == sample(1, "--sample-drafts"), "the default above temperature 0"
+    assert sample(1, "--argmax-drafts") == sample(1, "--argmax-drafts") != sample(1)
 
 
 @pytest.fixture(scope="session")
@@ -261,6 +263,7 @@ def test_training_again_resumes_a_finished_run(trained_run):
     before = (directory / "state.safetensors").read_bytes()
     record = succeed_json("train", recipe, "--out", directory)
     assert record["step"] == 4 and record["tau"] >= 1 and record["draft"] == str(directory / "draft")
+    assert (record["candidates"], record["candidate_recall"]) == (512, 1)
     assert (directory / "state.safetensors").read_bytes() == before
 
 

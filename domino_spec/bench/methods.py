@@ -27,32 +27,34 @@ class Method:
 
     drafting: str | None
     """Key of `api.METHODS`; None for a baseline that runs outside this package."""
-    sample_drafts: bool = False
+    sample_drafts: bool | None = None
+    """At temperature > 0; None is the method's own default (see `api.make_drafter`)."""
     matching_rule: bool = False
     """Accept drafts by the released implementation's rule."""
     all_drafts: bool = True
     """Propose the whole budget every time; False leaves out drafts below the device's default confidence."""
 
     @property
-    def only_sampled(self) -> bool:
+    def needs_temperature(self) -> bool:
         """True where temperature 0 would make it another method's twin."""
-        return self.sample_drafts
+        return self.sample_drafts is not None
 
 
 METHODS: dict[str, Method] = {
     "none": Method("none"),
     "ngram": Method("ngram"),
     "dflash": Method("dflash"),
-    "dflash-sampled": Method("dflash", sample_drafts=True),
+    "dflash-argmax": Method("dflash", sample_drafts=False),
     "domino": Method("domino"),
     "domino-confident": Method("domino", all_drafts=False),
     "domino+ngram": Method("domino+ngram", all_drafts=False),
-    "domino-sampled": Method("domino", sample_drafts=True),
+    "domino-argmax": Method("domino", sample_drafts=False),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
     TRANSFORMERS: Method(None),
 }
-"""Methods of the bench by name. Plain names choose the most probable draft; `-sampled` samples it; `-matching` samples
-it and accepts by the released rule; `-confident` proposes fewer drafts where the draft doubts them."""
+"""Methods of the bench by name. Above temperature 0, plain `domino` and `dflash` sample their drafts; `-argmax` takes
+the most probable tokens; `-matching` samples, and accepts by the released rule. `-confident` proposes fewer drafts
+where the draft doubts them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def check_methods(methods: Sequence[str], temperatures: Sequence[float]) -> None
     for method in methods:
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
-        if METHODS[method].only_sampled and not any(temperatures):
+        if METHODS[method].needs_temperature and not any(temperatures):
             raise UserError(f"method {method} needs a temperature above 0; at 0 use {METHODS[method].drafting}")
 
 
@@ -110,7 +112,7 @@ def contenders(
         settings = SamplingSettings(temperature=temperature)  # refuses a negative one before anything is measured
         for name in methods:
             method = METHODS[name]
-            if method.only_sampled and temperature == 0:
+            if method.needs_temperature and temperature == 0:
                 continue
             most = 0
             if method.drafting is not None:

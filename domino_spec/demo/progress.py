@@ -119,7 +119,10 @@ class TrainingView(ProgressView):
     def evaluation(self, step: int, tau: SimulatedTau) -> None:
         """Callback of `run_training`: a held-out measurement."""
         self._tau = f", tau {tau.tau:.3f} (head off {tau.tau_head_off:.3f})"
-        self.note(f"step {step}: simulated tau {tau.tau:.3f}, head off {tau.tau_head_off:.3f}")
+        line = f"step {step}: simulated tau {tau.tau:.3f}, head off {tau.tau_head_off:.3f}"
+        if tau.candidate_recall is not None:
+            line += f", recall of {tau.candidates} candidates {tau.candidate_recall:.4f}"
+        self.note(line)
 
 
 class RegenerateView(ProgressView):

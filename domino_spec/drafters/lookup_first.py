@@ -1,7 +1,8 @@
 """`domino+ngram`: prompt look-up where its match is long, the draft everywhere else.
 
-A long repeat is copied for nothing, so on text that repeats itself the draft's own pass can be saved. It is a method of
-its own and reported apart: what look-up gains is never counted as the draft's.
+A long repeat is copied for nothing, so on text that repeats itself the draft's own pass can be saved; a text in a loop
+is copied in full blocks, however short the loop. It is a method of its own and reported apart: what look-up gains is
+never counted as the draft's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`ngram`: prompt look-up. The longest recent n-gram that occurred before is followed by what followed it then.
 
-Needs no training and no features; strong on text that repeats its prompt or itself. It runs on the host.
+A copy that reaches the end of the text goes on with what it has copied itself, so that a loop is drafted for as many
+turns as fit. Needs no training and no features; strong on text that repeats its prompt or itself. It runs on the host.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from domino_spec.decoding.state import Proposal, State, Verdict
 
 class PromptLookup:
     """Proposes the continuation of the most recent earlier occurrence of the text's last tokens.
+
+    Wherever there is such an occurrence, as many tokens are proposed as are asked for (see `NgramIndex.continuation`).
 
     Args:
         longest: longest n-gram to look for.
@@ -71,9 +74,17 @@ class NgramIndex:
             self._text.append(token)
 
     def continuation(self, shortest: int, count: int) -> list[int]:
-        """Up to `count` tokens that followed the longest recurring n-gram (`shortest` or more) that ends the text."""
+        """What followed the longest recurring n-gram (`shortest` or more) that ends the text, where it last occurred.
+
+        The copy runs on into itself: past the end of the text it repeats the tokens since that occurrence, so the tail
+        ..abcabc is continued abcabca.. for as long as asked.
+
+        Returns:
+            `count` tokens, or none where no such n-gram occurred before.
+        """
         for size in range(min(self._longest, len(self._text) - 1), shortest - 1, -1):
             end = self._ends.get(tuple(self._text[-size:]))
             if end is not None:
-                return self._text[end : end + count]
+                period = len(self._text) - end  # at least 1: an n-gram is indexed once something follows it
+                return [self._text[end + i % period] for i in range(count)]
         return []

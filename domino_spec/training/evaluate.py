@@ -2,7 +2,8 @@
 
 On the target's own greedy text, a chosen draft is accepted while it equals the text, and along that prefix the head
 has consumed exactly the text. So one teacher-forced pass gives the acceptance that decoding would see from every
-anchor, without decoding.
+anchor, without decoding. Here the head corrects every base logit; candidate recall says how often the token it then
+chooses is one that decoding, which corrects only the K best (DESIGN section 5), could have chosen too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domino_spec.api import DEFAULT_CANDIDATES
 from domino_spec.config import UserError
 from domino_spec.draft.model import Draft
 from domino_spec.training.blocks import forward_blocks
@@ -35,6 +37,11 @@ class SimulatedTau:
     """[blocks]."""
     acceptance: list[float]
     """Share of blocks whose first k drafts were all accepted, k = 1 .. N."""
+    candidates: int
+    """K of `candidate_recall`."""
+    candidate_recall: float | None
+    """Share of the corrected slots whose best final logit is among the K best base logits; None where the head corrects
+    nothing."""
 
 
 @torch.inference_mode()
@@ -44,6 +51,7 @@ def simulated_tau(
     cache: FeatureCache,
     anchors_per_sequence: int = 32,
     batch_size: int = 4,
+    candidates: int = DEFAULT_CANDIDATES,
 ) -> SimulatedTau:
     """Measure acceptance at evenly spaced anchors that are followed by a whole block of answer tokens.
 
@@ -53,6 +61,7 @@ def simulated_tau(
         cache: their features.
         anchors_per_sequence: at most this many blocks each.
         batch_size: sequences per pass.
+        candidates: K, for the recall of restricted candidates.
 
     Raises:
         UserError: every sequence is too short.
@@ -69,6 +78,7 @@ def simulated_tau(
         raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
     accepted: list[Tensor] = []
     accepted_off: list[Tensor] = []
+    recalled: list[Tensor] = []
     for start in range(0, len(usable), batch_size):
         chunk = slice(start, start + batch_size)
         batch = cache.batch(usable[chunk])
@@ -76,17 +86,31 @@ def simulated_tau(
         drafted = forward_blocks(draft, replace(batch, features=features), anchors[chunk])
         base = draft.base_logits(drafted.hidden)
         final = base
+        real = drafted.blocks.valid.all(-1)  # padding blocks have no valid label
         if draft.head is not None and drafted.low_rank is not None:
             final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
-        real = drafted.blocks.valid.all(-1)  # padding blocks have no valid label
+            corrected = slice(draft.head.config.pure_draft_prefix_len, None)
+            recalled.append(base_rank_of_best(base[:, :, corrected], final[:, :, corrected])[real] < candidates)
         for logits, into in ((final, accepted), (base, accepted_off)):
             correct = logits.argmax(-1) == drafted.choices  # a label of -1 is a miss
             into.append(correct.long().cumprod(-1).sum(-1)[real])
     with_head, head_off = torch.cat(accepted), torch.cat(accepted_off)
+    slots = sum(part.numel() for part in recalled)
     return SimulatedTau(
         tau=with_head.double().mean().item() + 1,
         tau_head_off=head_off.double().mean().item() + 1,
         accepted=with_head,
         accepted_head_off=head_off,
         acceptance=[(with_head >= k).double().mean().item() for k in range(1, num_drafts + 1)],
+        candidates=candidates,
+        candidate_recall=sum(int(part.sum()) for part in recalled) / slots if slots else None,
     )
+
+
+def base_rank_of_best(base: Tensor, final: Tensor) -> Tensor:
+    """How many base logits exceed that of the best final logit: [..., V] and [..., V] to [...].
+
+    Below K, the best token is among the K best base logits. Counting takes no sort and serves every K at once.
+    """
+    best = final.argmax(-1, keepdim=True)
+    return (base > base.gather(-1, best)).sum(-1)

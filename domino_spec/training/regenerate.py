@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from domino_spec.api import default_method, make_drafter
 from domino_spec.config import DataRecipe, UserError
-from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.plain import PlainDecoding
 from domino_spec.files import read_jsonl
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
@@ -170,17 +168,16 @@ def _answer_batch(
             conversation.turns = conversation.turns[: len(conversation.rows)]
         if ended:
             continue
+        drafter = make_drafter(
+            default_method(draft), draft, requests=len(ids), settings=settings, device=target.device, candidates=None
+        )
         generations: list[Generation] = []
-        for generations in decode(target, _drafter(draft), ids, settings=settings, limits=limits):
+        for generations in decode(target, drafter, ids, settings=settings, limits=limits):
             on_tokens(finished_tokens + sum(g.num_tokens for g in generations))
         finished_tokens += sum(g.num_tokens for g in generations)
         for conversation, generation in zip(waiting, generations, strict=True):
             conversation.answer(generation, recipe.temperature)
     return finished_tokens
-
-
-def _drafter(draft: Draft | None) -> Drafter:
-    return PlainDecoding() if draft is None else BlockDrafter(draft, use_head=draft.head is not None, candidates=None)
 
 
 def _seed(id_: str) -> int:

@@ -60,9 +60,9 @@ class Metrics:
             self._write(result.step, {k: v for k, v in dataclasses.asdict(result).items() if k != "step"})
 
     def evaluation(self, step: int, tau: SimulatedTau) -> None:
-        """Record simulated tau."""
+        """Record simulated tau and candidate recall."""
         values: dict[str, Any] = {"tau": tau.tau, "tau_head_off": tau.tau_head_off, "acceptance": tau.acceptance}
-        values["blocks"] = len(tau.accepted)
+        values |= {"blocks": len(tau.accepted), "candidates": tau.candidates, "candidate_recall": tau.candidate_recall}
         self._write(step, values)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ def test_a_real_bench_killed_in_the_middle_goes_on(disk, finished, tmp_path):
         if len(said) == 2:
             raise KeyboardInterrupt
 
-    fewer = {"methods": ["none", "domino", "domino-sampled"], "repeats": 1}
+    fewer = {"methods": ["none", "domino", "domino-matching"], "repeats": 1}
     with pytest.raises(KeyboardInterrupt):
         run_bench(**disk.options(out, say=dying, **fewer))
     before = read_raw(out)

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
+from domino_spec import generate
 from domino_spec.bench.baseline import load_baseline, transformers_generate
-from domino_spec.bench.methods import Contender, contenders
+from domino_spec.bench.methods import Contender, contenders, runner
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.run import run_bench, run_profile
 from domino_spec.config import UserError
+from domino_spec.draft.load import load_draft
 from domino_spec.target.load import load_target
 from tests import tiny
 from tests.bench.conftest import MAX_NEW_TOKENS, METHODS, PROMPTS, read_raw
@@ -29,7 +31,7 @@ def test_every_run_is_measured_once(finished):
     for suite, prompts in PROMPTS.items():
         for i in range(len(prompts)):
             for method in METHODS:
-                for temperature in (1.0,) if method in ("domino-sampled", "domino-matching") else (0.0, 1.0):
+                for temperature in (1.0,) if method in ("domino-argmax", "domino-matching") else (0.0, 1.0):
                     for budget in budgets.get(method, [2, 4]):
                         expected |= {(suite, f"{suite}/{i}", method, budget, temperature, r) for r in (0, 1)}
     assert {row.key for row in rows} == expected
@@ -95,6 +97,26 @@ def test_the_outside_baseline_samples_by_its_seed(loaded):
     assert first == second != other
 
 
+@pytest.mark.parametrize("method", ["domino", "dflash"])
+def test_names_say_how_drafts_are_made_and_accepted(loaded, disk, method):
+    """Above temperature 0, where the ways to draft and to accept are methods of their own."""
+    draft, prompt = load_draft(disk.draft, loaded), [1, 4, 5, 4, 2]
+    run = runner(loaded, draft, None, candidates=16)
+    ways = {method: dict(sample_drafts=True), f"{method}-argmax": dict(sample_drafts=False)}
+    if method == "domino":
+        ways["domino-matching"] = dict(sample_drafts=True, matching_rule=True)
+    seen = set()
+    for name, options in ways.items():
+        settings = dict(temperature=3.0, max_new_tokens=24, num_drafts=4, candidates=16, min_confidence=0.0, **options)
+        for seed in range(4):
+            found = run(Contender(name, 4, 3.0), prompt, seed, 24)
+            (expected,) = generate(loaded, draft, [prompt], method=method, seed=seed, **settings)
+            assert found.token_ids == expected.token_ids
+            assert found.acceptance_lengths == expected.acceptance_lengths
+        seen.add(tuple(found.token_ids))
+    assert len(seen) == len(ways), "if two of them wrote the same text, their names would not be told apart"
+
+
 def test_budgets_beyond_a_methods_most_are_measured_once(target):
     draft = tiny.tiny_draft(target)  # five drafts at most
     found = contenders(target, draft, ["none", "domino", "ngram"], [3, 7, 16], [0.0])
@@ -114,7 +136,8 @@ def test_budgets_beyond_a_methods_most_are_measured_once(target):
     [
         ({"methods": ["none", "domingo"]}, "unknown method 'domingo'; known methods are none, ngram"),
         ({"methods": []}, "no method given"),
-        ({"methods": ["domino-sampled"], "temperatures": [0.0]}, "needs a temperature above 0; at 0 use domino"),
+        ({"methods": ["domino-argmax"], "temperatures": [0.0]}, "needs a temperature above 0; at 0 use domino"),
+        ({"methods": ["domino-matching"], "temperatures": [0.0]}, "needs a temperature above 0; at 0 use domino"),
         ({"suites": ["gsm9k"]}, "unknown suite 'gsm9k'"),
         ({"suites": []}, "suites of at least 1"),
         ({"temperatures": []}, "temperatures of at least 1"),

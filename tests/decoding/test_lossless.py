@@ -41,16 +41,16 @@ PENALISED = dict(temperature=0.8, repetition_penalty=1.6, min_p=0.05)
 DRAFTERS = {
     "none": ("none", {}),
     "ngram": ("ngram", {}),
-    "dflash chosen": ("dflash", {}),
+    "dflash chosen": ("dflash", dict(sample_drafts=False)),
     "dflash sampled": ("dflash", dict(sample_drafts=True, candidates=None)),
-    "domino chosen, K=4": ("domino", dict(candidates=4)),
-    "domino chosen, all": ("domino", dict(candidates=None)),
+    "domino chosen, K=4": ("domino", dict(sample_drafts=False, candidates=4)),
+    "domino chosen, all": ("domino", dict(sample_drafts=False, candidates=None)),
     "domino sampled, K=4": ("domino", dict(sample_drafts=True, candidates=4)),
     "domino sampled, all": ("domino", dict(sample_drafts=True, candidates=None)),
     "domino sampled, colder": ("domino", dict(sample_drafts=True, candidates=6, draft_temperature=0.5)),
     "domino subset": ("domino subset", dict(sample_drafts=True, candidates=3)),
     "domino+ngram": ("domino", dict(min_confidence=0.2)),
-    "domino chosen, sure": ("domino", dict(candidates=4, min_confidence=0.3)),
+    "domino chosen, sure": ("domino", dict(sample_drafts=False, candidates=4, min_confidence=0.3)),
     "domino sampled, sure": ("domino", dict(sample_drafts=True, candidates=None, min_confidence=0.15)),
 }
 CASES = [

@@ -12,10 +12,10 @@ METHODS = [
     ("ngram", {}),
     ("dflash", {}),
     ("domino", {}),
-    ("domino", dict(sample_drafts=True)),
-    ("domino", dict(sample_drafts=True, candidates=5)),
+    ("domino", dict(sample_drafts=False)),
+    ("domino", dict(candidates=5)),
     ("domino", dict(min_confidence=0.15)),
-    ("domino", dict(min_confidence=0.15, sample_drafts=True)),
+    ("domino", dict(min_confidence=0.15, sample_drafts=False)),
     ("domino+ngram", {}),
     ("domino", dict(matching_rule=True)),
 ]

@@ -9,6 +9,7 @@ from transformers.generation import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from domino_spec import UserError, load_draft
+from domino_spec.decoding.transformers_hook import generate_with
 from domino_spec.draft.checkpoint import save_draft
 from tests.tiny import as_target, random_prompts, tiny_draft, tiny_model
 
@@ -91,6 +92,20 @@ def test_sampling_follows_pytorchs_seed(llama):
 
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
+
+
+@pytest.mark.parametrize("options", [dict(do_sample=True, temperature=0.7), dict(do_sample=False)], ids=str)
+def test_drafts_are_sampled_where_the_text_is(llama, monkeypatch, options):
+    model, draft = llama
+    drafters = []
+
+    def watched(drafter, *arguments, **settings):
+        drafters.append(drafter)
+        return generate_with(drafter, *arguments, **settings)
+
+    monkeypatch.setattr("domino_spec.api.generate_with", watched)
+    model.generate(**batch([5]), custom_generate=draft.custom_generate, max_new_tokens=2, **options)
+    assert [d.temperature for d in drafters] == [options.get("temperature", 0.0)]
 
 
 def test_sampling_never_leaves_the_top_k(llama):

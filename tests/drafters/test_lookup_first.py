@@ -36,6 +36,13 @@ def test_a_long_match_is_copied_without_running_the_draft(target):
     assert proposal.tokens[0].tolist() == [8, 9, 10, 11, 5] and inner.calls == 0
 
 
+@pytest.mark.parametrize("loop", [[7], [7, 8, 9]], ids=["period-1", "period-3"])
+def test_a_text_in_a_loop_is_copied_in_full_blocks_without_running_the_draft(target, loop):
+    inner = Counting(tiny_draft(target))
+    proposal = first_proposal(target, LookupFirst(inner), [[1, 2, *loop * 4]])
+    assert proposal.tokens[0].tolist() == (loop * 5)[:5] and inner.calls == 0
+
+
 def test_a_short_match_is_left_to_the_draft(target):
     prompt = [5, 6, 30, 31, 32, 5, 6]  # two tokens recur, three are asked for
     draft = tiny_draft(target)

@@ -17,6 +17,7 @@ from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.load import load_draft
 from domino_spec.draft.model import Draft
 from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.evaluate import simulated_tau
 from tests.tiny import (
     MemoryCache,
@@ -154,6 +155,43 @@ def test_answers_too_short_for_a_block_are_passed_over(target):
     assert torch.equal(both.accepted, one.accepted) and len(one.accepted) == 12 - 5 + 1
     with pytest.raises(UserError, match="long enough"):
         simulated_tau(draft, sequences[:1], cache)
+
+
+@pytest.mark.parametrize("prefix, vocabulary", [(0, None), (1, None), (2, torch.arange(0, 60, 2))])
+def test_recall_counts_the_slots_that_restricted_candidates_would_choose_alike(
+    target, greedy_texts, prefix, vocabulary
+):
+    """Against the definition, slot by slot: the K best base logits, corrected, beside all of them corrected."""
+    draft = tiny_draft(target, prefix=prefix, draft_vocab_ids=vocabulary, std=0.4)
+    sequences = as_sequences(*greedy_texts)
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    anchors = [torch.linspace(s.prompt_length - 1, len(s.tokens) - 6, 7).round().long() for s in sequences]
+    drafted = [forward_blocks(draft, cache.batch([s]), [a]) for s, a in zip(sequences, anchors, strict=True)]
+    recalls = []
+    for k in (1, 3, 12, draft.config.logits_size):
+        alike = []
+        for blocks in drafted:
+            for hidden, low_rank in zip(blocks.hidden[0], blocks.low_rank[0], strict=True):
+                for i in range(prefix, draft.config.max_drafts):
+                    base = draft.base_logits(hidden[i])
+                    correction = low_rank[i] @ draft.head.correction_weight.T
+                    top, ids = base.topk(k)
+                    alike.append(ids[(top + correction[ids]).argmax()] == (base + correction).argmax())
+        found = simulated_tau(draft, sequences, cache, anchors_per_sequence=7, batch_size=3, candidates=k)
+        assert found.candidates == k
+        assert found.candidate_recall == pytest.approx(sum(alike).item() / len(alike))
+        recalls.append(found.candidate_recall)
+    assert recalls == sorted(recalls) and recalls[0] < recalls[1] < recalls[2] and recalls[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [dict(head=False), dict(prefix=5)], ids=["no head", "pure prefix of the whole block"]
+)
+def test_there_is_no_recall_where_nothing_is_corrected(target, greedy_texts, options):
+    draft = tiny_draft(target, **options)
+    sequences = as_sequences(*greedy_texts)
+    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
+    assert simulated_tau(draft, sequences, cache).candidate_recall is None
 
 
 def test_the_number_of_anchors_is_bounded_and_spread_over_the_answer(target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -70,12 +71,12 @@ def test_answers_can_be_trained_on(tmp_path, prompts, text_target):
     assert {s.id for s in load_sequences(out, 100, text_target.vocab_size)} == set(read(out))
 
 
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "with a draft"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_an_interrupted_run_writes_what_a_whole_one_does(tmp_path, prompts, text_target, temperature, monkeypatch):
-    import dataclasses
-
+def test_an_interrupted_run_writes_what_a_whole_one_does(tmp_path, prompts, text_target, temperature, drafted):
     recipe = dataclasses.replace(RECIPE, temperature=temperature)
-    regenerate(text_target, None, prompts, tmp_path / "whole.jsonl", recipe)
+    draft = tiny_draft(text_target) if drafted else None
+    regenerate(text_target, draft, prompts, tmp_path / "whole.jsonl", recipe)
     out = tmp_path / "parts.jsonl"
     done = []
 
@@ -85,14 +86,14 @@ def test_an_interrupted_run_writes_what_a_whole_one_does(tmp_path, prompts, text
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        regenerate(text_target, None, prompts, out, recipe, interrupt)
+        regenerate(text_target, draft, prompts, out, recipe, interrupt)
     kept = out.read_text()
     assert len(read(out)) >= 3
-    result = regenerate(text_target, None, prompts, out, recipe)
+    result = regenerate(text_target, draft, prompts, out, recipe)
     assert out.read_text().startswith(kept), "what was there is left as it is"
     assert result.already_answered == 3 and result.answered == 2
     assert read(out) == read(tmp_path / "whole.jsonl")
-    again = regenerate(text_target, None, prompts, out, recipe)
+    again = regenerate(text_target, draft, prompts, out, recipe)
     assert (again.answered, again.already_answered, again.new_tokens) == (0, 5, 0)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from domino_spec.config import UserError
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
@@ -55,9 +55,6 @@ METHODS: dict[str, Callable[..., Drafter]] = {
     "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(use_head=True)(*arguments)),
 }
 """Drafting methods by name; each is called with (draft, streams, candidates, draft_temperature, min_confidence)."""
-
-DEFAULT_CANDIDATES = 512
-"""K: how many of the best base logits the head corrects (DESIGN section 5)."""
 
 
 def make_drafter(

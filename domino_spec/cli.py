@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from domino_spec import __version__
+from domino_spec.config import DEFAULT_CANDIDATES as K
 from domino_spec.config import UserError, load_recipe
 from domino_spec.demo.options import (
     METHODS,
@@ -55,7 +56,7 @@ def cli(context: click.Context) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @num_drafts_option
-@click.option("--candidates", type=int, default=512, show_default=True, help="Logits the head corrects; 0 for all.")
+@click.option("--candidates", type=int, default=K, show_default=True, help="Logits the head corrects; 0 for all.")
 @click.option("--min-confidence", type=float, help="End a draft where its token is less probable; measured default.")
 @click.option(
     "--sample-drafts/--argmax-drafts", default=None, help="Above temperature 0, sample drafts (default) or not."
@@ -323,7 +324,7 @@ def inspect(draft: str, target: str | None, verbose: bool, as_json: bool) -> Non
 @max_new_tokens_option(default=128)
 @click.option("--temperatures", default="0", show_default=True, help="Comma-separated; 0 is greedy.")
 @click.option("--num-drafts", help="Drafts per cycle, comma-separated; every method's most by default.")
-@click.option("--candidates", type=int, default=512, show_default=True, help="Logits the head corrects; 0 for all.")
+@click.option("--candidates", type=int, default=K, show_default=True, help="Logits the head corrects; 0 for all.")
 @click.option("--repeats", type=int, default=1, show_default=True, help="Measure everything this often.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; repeat r uses seed + r.")
 @click.option("--out", type=Path, required=True, help="Directory of the measurements and the report.")

@@ -16,8 +16,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from domino_spec.api import DEFAULT_CANDIDATES, make_drafter
-from domino_spec.config import UserError
+from domino_spec.api import make_drafter
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import RandomStreams, SamplingSettings

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from domino_spec.api import DEFAULT_CANDIDATES, default_min_confidence
+from domino_spec.api import default_min_confidence
 from domino_spec.bench import environment
 from domino_spec.bench.baseline import load_baseline
 from domino_spec.bench.breakdown import Breakdown, measure_breakdown, render_breakdown, synthetic_context
@@ -21,7 +21,7 @@ from domino_spec.bench.report import build_report, load_breakdowns, save_breakdo
 from domino_spec.bench.rows import Row, record_session, start_or_resume
 from domino_spec.bench.suites import Prompt, load_suite, prompts_digest
 from domino_spec.bench.ties import measure_ties, save_ties
-from domino_spec.config import UserError
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.draft.load import draft_directory, load_draft
 from domino_spec.draft.model import Draft
 from domino_spec.target.load import load_target

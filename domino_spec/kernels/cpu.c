@@ -27,6 +27,7 @@
 #define PANEL (2 * LANES)
 #define SUM_BLOCK 64 /* products summed up before they join the total: long sums would lose low bits */
 
+#define AHEAD 32         /* steps that weights are fetched in advance; processors do not look as far on their own */
 #define QUERY_ROWS 4     /* of attention, at once in registers */
 #define VALUE_VECTORS 4
 #define TOKENS 32        /* of one head, whose keys stay in the nearest cache */
@@ -92,9 +93,9 @@ ALWAYS_INLINE vec exp_lanes(vec x) {
   return (vec)((ivec)(p * (vec)scale) & in_range);
 }
 
-/* y[rows, columns] = x[rows, inputs] times one panel [inputs, PANEL], plus bias[PANEL] where there is one. */
-ALWAYS_INLINE void tile(const int rows, const float *x, int64_t inputs, const float *panel, const float *bias,
-                        float *y, int64_t y_stride, int64_t columns) {
+/* y[rows, columns] = inputs turned to x[inputs, rows], times one panel [inputs, PANEL], plus bias[PANEL] if there is one. */
+ALWAYS_INLINE void tile(const int rows, const float *restrict x, int64_t inputs, const float *restrict panel,
+                        const float *bias, float *y, int64_t y_stride, int64_t columns) {
   vec totals[MAX_TILE][2];
   for (int r = 0; r < rows; r++)
     for (int side = 0; side < 2; side++) totals[r][side] = bias ? load(bias + side * LANES) : splat(0.0f);
@@ -102,13 +103,15 @@ ALWAYS_INLINE void tile(const int rows, const float *x, int64_t inputs, const fl
     int64_t end = start + SUM_BLOCK < inputs ? start + SUM_BLOCK : inputs;
     vec sums[MAX_TILE][2];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0.0f);
-    for (int64_t k = start; k < end; k++) {
-      vec left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
+    for (int64_t k = start; k < end; k++, x += rows, panel += PANEL) {
+      __builtin_prefetch(panel + AHEAD * PANEL);
+      __builtin_prefetch(panel + AHEAD * PANEL + LANES);
+      vec left = load(panel), right = load(panel + LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
-        float input = x[r * inputs + k];
-        sums[r][0] = fma_lanes(left, splat(input), sums[r][0]);
-        sums[r][1] = fma_lanes(right, splat(input), sums[r][1]);
+        vec input = splat(x[r]);
+        sums[r][0] = fma_lanes(left, input, sums[r][0]);
+        sums[r][1] = fma_lanes(right, input, sums[r][1]);
       }
     }
     for (int r = 0; r < rows; r++)
@@ -119,7 +122,7 @@ ALWAYS_INLINE void tile(const int rows, const float *x, int64_t inputs, const fl
 
 static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
                      int64_t y_stride, int64_t columns) {
-  switch (rows) {
+  switch (rows) { /* a number known to the compiler keeps the sums in registers */
 #define ROWS_CASE(n) \
   case n: \
     tile(n, x, inputs, panel, bias, y, y_stride, columns); \
@@ -131,15 +134,21 @@ static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *
   }
 }
 
+/* `turned` is room for rows * inputs values. */
 void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
-            float *y) {
+            float *turned, float *y) {
   int64_t num_panels = (outputs + PANEL - 1) / PANEL, num_tiles = (rows + MAX_TILE - 1) / MAX_TILE;
+  for (int64_t t = 0; t < num_tiles; t++) { /* every tile's rows side by side, so that one pointer walks them all */
+    int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
+    for (int64_t k = 0; k < inputs; k++)
+      for (int64_t r = 0; r < count; r++) turned[first * inputs + k * count + r] = x[(first + r) * inputs + k];
+  }
 #pragma omp parallel for schedule(static)
   for (int64_t p = 0; p < num_panels; p++) {
     int64_t columns = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
     for (int64_t t = 0; t < num_tiles; t++) {
-      int64_t first = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
-      any_tile(end - first, x + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
+      int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
+      any_tile(count, turned + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
                y + first * outputs + p * PANEL, outputs, columns);
     }
   }

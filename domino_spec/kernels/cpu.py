@@ -74,7 +74,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.panel_width.restype = loaded.lanes.restype = integer
     for name, arguments in {
-        "linear": [pointer, integer, integer, pointer, pointer, integer, pointer],
+        "linear": [pointer, integer, integer, pointer, pointer, integer, pointer, pointer],
         "rms_norm": [pointer, integer, integer, integer, integer, pointer, real, pointer],
         "rotate": [pointer, *[integer] * 5, pointer, pointer],
         "silu_mul": [pointer, integer, integer, pointer],
@@ -117,10 +117,10 @@ def pack_bias(bias: Tensor) -> Tensor:
 def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x [..., inputs] and a packed weight (and bias) to [..., outputs]."""
     x = x.contiguous()
-    inputs = x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], outputs)
-    bias_pointer = None if bias is None else bias.data_ptr()
-    _loaded().linear(x.data_ptr(), x.numel() // inputs, inputs, panels.data_ptr(), bias_pointer, outputs, y.data_ptr())
+    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
+    turned, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs)
+    bias_at = None if bias is None else bias.data_ptr()
+    _loaded().linear(x.data_ptr(), rows, inputs, panels.data_ptr(), bias_at, outputs, turned.data_ptr(), y.data_ptr())
     return y
 
 

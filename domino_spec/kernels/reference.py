@@ -60,26 +60,24 @@ def head_rollout(
         min_confidence: on CPU the rollout ends early once no request's confidence reaches this; N is then smaller.
     """
     num_drafts = hidden.shape[1]
-    if candidates is None or candidates >= base_logits.shape[-1]:
-        top_logits, top_ids = base_logits, None
-    else:
-        top_logits, top_ids = base_logits.topk(candidates, dim=-1)  # [R, N, K]
     if head is not None:
         hidden_width = hidden.shape[-1]
         w1_hidden, w1_state = head.input_weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
         from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
     choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
-    all_probs = []
+    all_ids, all_probs = [], []
     confidence = hidden.new_ones(len(hidden), num_drafts + 1, dtype=torch.float32)
     for i in range(num_drafts):
-        logits = top_logits[:, i]
+        logits, ids = base_logits[:, i], None
+        if candidates is not None and candidates < base_logits.shape[-1]:
+            logits, ids = logits.topk(candidates, dim=-1)  # [R, K]
         if head is not None and i >= head.config.pure_draft_prefix_len:
             low_rank = F.silu(from_hidden[:, i] + F.linear(state, w1_state))  # [R, L]
-            if top_ids is None:
+            if ids is None:
                 logits = logits + F.linear(low_rank, head.correction_weight)
             else:
-                rows = head.correction_weight[top_ids[:, i]]  # [R, K, L]
+                rows = head.correction_weight[ids]  # [R, K, L]
                 logits = logits + torch.einsum("rkl,rl->rk", rows, low_rank)
         if min_confidence > 0:
             # The largest probability, not the drawn token's: whether a token is proposed must not depend on its value.
@@ -94,13 +92,16 @@ def head_rollout(
             probs = (logits.float() / temperature).softmax(-1)
             position = draw(probs, i)
             all_probs.append(probs)
-        choice = position if top_ids is None else top_ids[:, i].gather(1, position[:, None])[:, 0]
+            all_ids.append(
+                torch.arange(logits.shape[-1], device=logits.device).expand_as(probs) if ids is None else ids
+            )
+        choice = position if ids is None else ids.gather(1, position[:, None])[:, 0]
         choices[:, i] = choice
         if head is not None and i + 1 < num_drafts:
             state = head.step(embed_choice(choice), state)
-    choices, ids = choices[:, :num_drafts], None
-    if temperature > 0:
-        everything = torch.arange(base_logits.shape[-1], device=hidden.device).expand(len(hidden), num_drafts, -1)
-        ids = everything if top_ids is None else top_ids[:, :num_drafts]
-    drawn_from = torch.stack(all_probs, dim=1) if all_probs else None
-    return Rollout(choices, ids, drawn_from, confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None)
+    return Rollout(
+        choices=choices[:, :num_drafts],
+        candidates=torch.stack(all_ids, dim=1) if all_ids else None,
+        probs=torch.stack(all_probs, dim=1) if all_probs else None,
+        confidence=confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None,
+    )

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.api import DEFAULT_CANDIDATES
-from domino_spec.config import UserError
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.draft.model import Draft
 from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.data import Sequence

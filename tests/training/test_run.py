@@ -60,7 +60,7 @@ def test_a_run_leaves_draft_state_metrics_and_recipe(setup, finished):
     assert [r["step"] for r in rows if "final_loss" in r] == list(range(1, 13))
     assert [r["step"] for r in rows if "tau" in r] == [5, 10, 12]
     assert all(1 <= r["tau"] <= 5 and 1 <= r["tau_head_off"] <= 5 for r in rows if "tau" in r)
-    assert all(r["candidates"] == 512 and r["candidate_recall"] == 1 for r in rows if "tau" in r), "40 logits in all"
+    assert all(r["candidates"] == 128 and r["candidate_recall"] == 1 for r in rows if "tau" in r), "40 logits in all"
     assert [r["lambda_base"] for r in rows if "final_loss" in r][::11] == [1.0, 0.0]
     assert list((finished / "tensorboard").iterdir())
 

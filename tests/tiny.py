@@ -109,7 +109,7 @@ def tiny_draft(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         vocab_size=target.vocab_size,
         num_target_layers=target.num_layers,
         target_layer_ids=taps,

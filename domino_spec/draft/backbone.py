@@ -10,6 +10,7 @@ Shapes: R requests, B slots, T context rows, H hidden, D head_dim.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import DraftConfig
 from domino_spec.kernels import cpu
-from domino_spec.target.fusing import fuse
+from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_norm
 from domino_spec.target.packing import PackedLinear, pack_linears
 
 
@@ -87,6 +88,24 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, groups, 1))
         out = out.reshape(requests, self.heads, slots, self.head_dim).transpose(1, 2)
         return self.o_proj(out.reshape(requests, slots, self.heads * self.head_dim))
+
+
+class FusedBlockAttention(nn.Module):
+    """`Attention` for inference on CPU, in a few native steps."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.project = FusedProjection(attention)
+        self.o_proj = PackedLinear(attention.o_proj.weight)
+        self.k_norm = fused_norm(attention.k_norm)  # for the context's keys
+        self.scale = attention.head_dim**-0.5
+
+    def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
+        """As `Attention.forward`."""
+        query, key, value = self.project(x, rotary.cos, rotary.sin)
+        keys = torch.cat((context_keys, key.transpose(1, 2)), dim=2)
+        values = torch.cat((context_values, value.transpose(1, 2)), dim=2)
+        return self.o_proj(cpu.attend(query, keys, values, mask, self.scale).flatten(2))
 
 
 class MLP(nn.Module):
@@ -162,6 +181,9 @@ class Backbone(nn.Module):
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined."""
         self._context_projection = PackedLinear(self._context_weight())
         if cpu.is_available(self.fc.weight.device, self.fc.weight.dtype):
+            for layer, attention in zip(self.layers, self._attentions, strict=True):
+                with suppress(NotFusible):
+                    layer.self_attn = FusedBlockAttention(attention)
             fuse(self)
         pack_linears(self)
 

@@ -49,7 +49,7 @@ class FusedMLP(nn.Module):
     def __init__(self, mlp: Any) -> None:
         super().__init__()
         if not cpu.fits(mlp.gate_proj.out_features):
-            raise _NotFusible
+            raise NotFusible
         self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.down = PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias)
 
@@ -58,27 +58,49 @@ class FusedMLP(nn.Module):
         return self.down(cpu.silu_mul(self.gate_up(x)))
 
 
-class FusedAttention(nn.Module):
-    """Grouped-query attention with one product for queries, keys and values, rotated in place."""
+class FusedProjection(nn.Module):
+    """Queries, keys and values by one product, normed where the model norms heads, and rotated in place.
+
+    Args:
+        attention: has q_proj, k_proj, v_proj, `head_dim`, and maybe q_norm and k_norm.
+    """
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
-        if not cpu.fits(attention.head_dim):
-            raise _NotFusible
-        self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
         self.head_dim: int = attention.head_dim
+        if not cpu.fits(self.head_dim):
+            raise NotFusible
+        self.joined = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
-        self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
         self.head_norms: list[tuple[int, int, FusedNorm]] = []
         for first, count, name in ((0, self.heads, "q_norm"), (self.heads, self.kv_heads, "k_norm")):
             norm = getattr(attention, name, None)
             if norm is not None:
                 fused = fused_norm(norm)
                 if fused is None:
-                    raise _NotFusible
+                    raise NotFusible
                 self.head_norms.append((first, count, fused))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, N, H] to query [R, N, heads, D], key and value [R, N, kv_heads, D]; cos and sin are [R or 1, N, D]."""
+        joined = self.joined(x)  # [R, N, (heads + 2 kv_heads) * D]
+        for first, count, norm in self.head_norms:
+            cpu.rms_norm_heads_(joined, first, count, norm.weight, norm.eps)
+        cpu.rotate_(joined, self.heads + self.kv_heads, self.head_dim, cos, sin)
+        by_head = joined.view(*x.shape[:2], -1, self.head_dim)
+        query, key, value = by_head.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        return query, key, value
+
+
+class FusedAttention(nn.Module):
+    """A target's grouped-query attention, called as transformers calls its own."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.project = FusedProjection(attention)
+        self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
+        self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
 
     def forward(
         self,
@@ -88,14 +110,8 @@ class FusedAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """[R, N, H] to the same, as transformers' attention modules are called."""
-        requests, tokens, _ = hidden_states.shape
-        joined = self.qkv(hidden_states)  # [R, N, (heads + 2 kv_heads) * D]
-        for first, count, norm in self.head_norms:
-            cpu.rms_norm_heads_(joined, first, count, norm.weight, norm.eps)
-        cpu.rotate_(joined, self.heads + self.kv_heads, self.head_dim, *position_embeddings)
-        by_head = joined.view(requests, tokens, -1, self.head_dim)
-        query, key, value = by_head.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        """[R, N, H] to the same."""
+        query, key, value = self.project(hidden_states, *position_embeddings)
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
@@ -105,10 +121,10 @@ class FusedAttention(nn.Module):
             if past_key_values is None:
                 keys, values = keys.contiguous(), values.contiguous()
             out = cpu.attend(query, keys, values, attention_mask, self.scaling)
-        return self.output(out.reshape(requests, tokens, -1)), None
+        return self.output(out.reshape(*hidden_states.shape[:2], -1)), None
 
 
-class _NotFusible(Exception):
+class NotFusible(Exception):
     """A part of the module has no fused form."""
 
 
@@ -147,11 +163,11 @@ def _fused(module: Any) -> nn.Module | None:
             return mlp if _agree(module, mlp, x) else None
         if _has_linears(module, "q_proj", "k_proj", "v_proj", "o_proj"):
             attention, x = FusedAttention(module), _noise(2, 3, module.q_proj.in_features)
-            rotary = (_noise(2, 3, attention.head_dim), _noise(2, 3, attention.head_dim))
+            rotary = (_noise(2, 3, attention.project.head_dim), _noise(2, 3, attention.project.head_dim))
             mask = torch.ones(3, 3, dtype=torch.bool).tril().expand(2, 1, 3, 3)
             return attention if _agree(module, attention, x, position_embeddings=rotary, attention_mask=mask) else None
         return fused_norm(module)
-    except (_NotFusible, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (NotFusible, AttributeError, TypeError, ValueError, RuntimeError) as error:
         _log.debug("%s stays as it is: %r", type(module).__name__, error)
         return None
 
@@ -174,7 +190,7 @@ def _joined(*linears: nn.Linear) -> PackedLinear:
     """Several projections of the same input as one product, outputs side by side."""
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     if len(biases) not in (0, len(linears)):
-        raise _NotFusible
+        raise NotFusible
     return PackedLinear(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
 
 

@@ -16,6 +16,7 @@ from domino_spec.decoding.transformers_hook import calling_streamer, check_same_
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.model import Draft
 from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.domino_tree import TreeDrafter
 from domino_spec.drafters.lookup_first import LookupFirst
 from domino_spec.drafters.ngram import PromptLookup
 from domino_spec.drafters.plain import PlainDecoding
@@ -25,36 +26,45 @@ from domino_spec.target.text import Message, encode_prompt
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
-def _block_drafter(use_head: bool) -> Callable[..., Drafter]:
-    def make(
-        draft: Draft | None,
-        streams: RandomStreams,
-        candidates: int | None,
-        draft_temperature: float,
-        min_confidence: float,
-    ) -> Drafter:
-        if draft is None:
-            raise UserError(f"method {'domino' if use_head else 'dflash'} needs a draft")
-        return BlockDrafter(
-            draft,
-            use_head=use_head,
-            candidates=candidates,
-            temperature=draft_temperature,
-            streams=streams,
-            min_confidence=min_confidence,
-        )
+TREE_BUDGET = 11
+"""Drafts of a tree by default: with the anchor, as many rows as one tile of the CPU's products holds."""
 
-    return make
+
+def _block_drafter(
+    draft: Draft | None,
+    streams: RandomStreams,
+    candidates: int | None,
+    draft_temperature: float,
+    min_confidence: float,
+    *,
+    use_head: bool = True,
+) -> BlockDrafter:
+    if draft is None:
+        raise UserError(f"method {'domino' if use_head else 'dflash'} needs a draft")
+    return BlockDrafter(
+        draft,
+        use_head=use_head,
+        candidates=candidates,
+        temperature=draft_temperature,
+        streams=streams,
+        min_confidence=min_confidence,
+    )
 
 
 METHODS: dict[str, Callable[..., Drafter]] = {
     "none": lambda *_: PlainDecoding(),
     "ngram": lambda *_: PromptLookup(),
-    "dflash": _block_drafter(use_head=False),
-    "domino": _block_drafter(use_head=True),
-    "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(use_head=True)(*arguments)),
+    "dflash": lambda *arguments: _block_drafter(*arguments, use_head=False),
+    "domino": _block_drafter,
+    "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(*arguments)),
+    "dflash-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments, use_head=False), TREE_BUDGET),
+    "domino-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments), TREE_BUDGET),
+    "domino-tree+ngram": lambda *arguments: LookupFirst(TreeDrafter(_block_drafter(*arguments), TREE_BUDGET)),
 }
 """Drafting methods by name; each is called with (draft, streams, candidates, draft_temperature, min_confidence)."""
+
+CHOOSING = ("domino+ngram", "dflash-tree", "domino-tree", "domino-tree+ngram")
+"""Methods with a draft that choose their tokens at any temperature: copies and trees are not sampled."""
 
 
 def make_drafter(
@@ -79,7 +89,7 @@ def make_drafter(
         device: of the target.
         candidates: K, or None for the whole draft vocabulary.
         sample_drafts: at temperature > 0, True samples drafts and False takes the most probable tokens. None is what
-            the method does best: `domino` and `dflash` sample (docs/benchmarks.md), `domino+ngram` cannot. At
+            the method does best: `domino` and `dflash` sample (docs/benchmarks.md), `CHOOSING` ones cannot. At
             temperature 0 nothing is sampled.
         draft_temperature: of sampled drafts; None for the target's.
         min_confidence: see `BlockDrafter`.
@@ -95,9 +105,9 @@ def make_drafter(
         raise UserError(f"candidates must be at least 1, got {candidates}")
     temperature = 0.0
     if sample_drafts is None:
-        sample_drafts = method != "domino+ngram"
-    elif sample_drafts and method == "domino+ngram":
-        raise UserError("method domino+ngram chooses its drafts; sample_drafts is for domino and dflash")
+        sample_drafts = method not in CHOOSING
+    elif sample_drafts and method in CHOOSING:
+        raise UserError(f"method {method} chooses its drafts; sample_drafts is for domino and dflash")
     if sample_drafts and not settings.greedy:
         temperature = settings.temperature if draft_temperature is None else draft_temperature
     streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)

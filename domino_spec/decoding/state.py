@@ -50,7 +50,8 @@ class Proposal:
     num_drafts: Tensor
     """[R], how many of them are proposed, 0 .. N."""
     parents: Tensor | None = None
-    """[R, N], index of each token's parent, -1 for a child of the anchor; None for a chain."""
+    """[R, N], index of each token's parent, -1 for a child of the anchor, parents first; None for a chain. The tokens
+    of a tree are chosen, and siblings differ."""
     candidate_ids: Tensor | None = None
     """[R, N, K] absolute ids that a *sampled* token could have been; None for chosen tokens (argmax, look-up)."""
     draft_probs: Tensor | None = None
@@ -74,8 +75,9 @@ class Verdict:
     num_accepted: Tensor
     """[R], accepted drafts, without the bonus."""
     features: Tensor | None
-    """[R, N + 1, F], features of the anchor and the drafts; the first `num_accepted + 1` rows are committed."""
+    """[R, N + 1, F], features of the anchor and the accepted drafts in their first `num_accepted + 1` rows."""
     anchor_positions: Tensor
     """[R], position of the first feature row (the anchor's)."""
     path: Tensor | None = None
-    """[R, N + 1], rows of the pass that form the accepted path of a tree; None for a chain (the first rows)."""
+    """[R, N + 1], rows of the pass that form the accepted path of a tree, the anchor's first; None for a chain, whose
+    path is the first rows."""

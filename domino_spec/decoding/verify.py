@@ -3,7 +3,8 @@
 Lossless for any proposal (DESIGN section 5). A *chosen* draft x is accepted with probability target_probs[x] and, once
 rejected, is removed from the distribution that the next token is drawn from. A *sampled* draft is accepted with
 probability min(1, target_prob / draft_prob), else the next token comes from norm(max(0, target_probs - draft_probs))
-(Leviathan et al. 2023). Temperature 0 is the one-hot case of the same rules; `_greedy_chain` is its faster twin.
+(Leviathan et al. 2023). Temperature 0 is the one-hot case of the same rules; `_greedy_chain` is its faster twin. Trees,
+whose drafts are all chosen, are walked along the target's own choices (`tree`), at any temperature.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.decoding.sampling import (
+    History,
     RandomStreams,
     SamplingSettings,
     draw,
@@ -20,6 +22,7 @@ from domino_spec.decoding.sampling import (
     warp_logits,
 )
 from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.tree import tree_ancestors, walk_tree
 from domino_spec.target.model import Target
 
 
@@ -39,30 +42,40 @@ def verify(
     Args:
         target: the frozen model.
         state: committed text; not changed here.
-        proposal: drafts of this cycle; chains only.
+        proposal: drafts of this cycle, a chain or a tree.
         settings: the distribution that the output must follow.
         streams: random numbers, keyed by request and position.
         feature_layers: decoder layers whose outputs the drafter needs.
         matching_rule: accept a draft only if an independent draw of the target equals it, the rule of the released
             implementation: also lossless, never accepts more (kept for comparison).
     """
-    if proposal.parents is not None:
-        raise ValueError("tree proposals are not verified yet; propose a chain (parents=None)")
     tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
-    output = target.forward(tokens, state.cache, feature_layers)
+    ancestors = None if proposal.parents is None else tree_ancestors(proposal.parents)
+    output = target.forward(tokens, state.cache, feature_layers, ancestors)
     logits = target.lm_head(output.hidden)  # [R, N + 1, V]
     history = None
     if settings.reads_history:
         num_drafts = proposal.tokens.shape[1]
-        on_path = torch.ones(num_drafts + 1, num_drafts, dtype=torch.bool, device=tokens.device).tril(-1)
+        if ancestors is None:
+            on_path = torch.ones(num_drafts + 1, num_drafts, dtype=torch.bool, device=tokens.device).tril(-1)
+            on_path = on_path.expand(len(tokens), -1, -1)
+        else:
+            on_path = ancestors[:, :, 1:]
         history = path_history(
             state.tokens,
             state.lengths,
             state.prompt_lengths,
             proposal.tokens,
-            on_path.expand(len(tokens), -1, -1),
+            on_path,
             logits.shape[-1],
         )
+    if ancestors is not None:
+        choices = _choices(logits, settings, history, streams, state.lengths[:, None] + ancestors.sum(-1) - 1)
+        committed, num_accepted, path = walk_tree(choices, proposal, ancestors)
+        features = output.features
+        if features is not None:
+            features = features.gather(1, path[..., None].expand_as(features))
+        return Verdict(committed, num_accepted, features, state.lengths - 1, path)
     if settings.greedy:
         committed, num_accepted = _greedy_chain(warp_logits(logits, settings, history), proposal)
     else:
@@ -73,6 +86,15 @@ def verify(
         else:
             committed, num_accepted = accept_chain(probs, proposal, streams, positions)
     return Verdict(committed, num_accepted, output.features, state.lengths - 1)
+
+
+def _choices(
+    logits: Tensor, settings: SamplingSettings, history: History | None, streams: RandomStreams, positions: Tensor
+) -> Tensor:
+    """One choice of the target at every row: argmax, or a draw with the number of the row's position. [R, n]."""
+    if settings.greedy:
+        return warp_logits(logits, settings, history).argmax(-1)
+    return draw(target_probs(logits, settings, history), streams.uniform(positions, RandomStreams.RESIDUAL))
 
 
 def _accepted_prefix(accepted: Tensor, proposal: Proposal) -> Tensor:
@@ -149,7 +171,7 @@ def _matching_chain(
 
 
 def commit(state: State, verdict: Verdict) -> None:
-    """Append what was decided and crop the target's cache to it: lengths change, nothing is copied.
+    """Append what was decided and crop the target's cache to it: lengths change, and only a tree's path is copied.
 
     Requests that are no longer active stay as they are.
     """
@@ -159,6 +181,8 @@ def commit(state: State, verdict: Verdict) -> None:
     fresh = (offsets <= verdict.num_accepted[:, None]) & state.active[:, None]
     kept = torch.where(fresh, verdict.tokens, state.tokens.gather(1, index))
     state.tokens.scatter_(1, index, kept)
+    if verdict.path is not None:
+        state.cache.keep_path(verdict.path[:, : int(verdict.num_accepted.max()) + 1])
     advance = (verdict.num_accepted + 1) * state.active
     state.lengths += advance
     state.cache.lengths += advance

@@ -97,10 +97,11 @@ class BlockDrafter:
             own.append(backbone.project_context(state.features.to(self.draft.dtype), positions), state.lengths - 1)
         return own
 
-    def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
-        """A block for every request; the backbone always runs `block_size` slots, as trained."""
-        if num_drafts == 0:
-            return Proposal.empty(len(state.lengths), state.lengths.device)
+    def slots(self, state: State, own: ContextCache) -> Tensor:
+        """Hidden states of the slots that predict drafts, [R, config.max_drafts, H].
+
+        The backbone always runs `block_size` slots, as trained.
+        """
         draft, config = self.draft, self.draft.config
         anchors = state.anchors
         requests = len(anchors)
@@ -114,8 +115,14 @@ class BlockDrafter:
             ContextKV(own.keys[:, :, :, :extent], own.values[:, :, :, :extent]),
             mask[:, None, None].expand(-1, -1, config.block_size, -1),
         )
-        first = config.first_draft_slot
-        hidden = hidden[:, first : first + num_drafts]  # [R, N, H]
+        return hidden[:, config.first_draft_slot :]
+
+    def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
+        """A chain for every request."""
+        if num_drafts == 0:
+            return Proposal.empty(len(state.lengths), state.lengths.device)
+        draft, anchors = self.draft, state.anchors
+        hidden = self.slots(state, own)[:, :num_drafts]  # [R, N, H]
         rollout = head_rollout(
             self.head,
             hidden,
@@ -131,7 +138,7 @@ class BlockDrafter:
         if rollout.confidence is not None:
             counts = (rollout.confidence >= self.min_confidence).sum(1)  # confidence only falls along a path
         if rollout.choices.shape[1] == 0:
-            return Proposal.empty(requests, anchors.device)
+            return Proposal.empty(len(anchors), anchors.device)
         return Proposal(
             tokens=draft.to_token_ids(rollout.choices),
             num_drafts=counts,

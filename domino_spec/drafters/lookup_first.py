@@ -52,11 +52,14 @@ class LookupFirst:
         # A copy may be longer than what the draft proposes, which leaves out what it doubts.
         missing = max(map(len, copied)) - proposal.tokens.shape[1]
         tokens, counts = F.pad(proposal.tokens, (0, max(0, missing))).clone(), proposal.num_drafts.clone()
+        parents = None if proposal.parents is None else F.pad(proposal.parents, (0, max(0, missing)), value=-1).clone()
         for r, draft in enumerate(copied):
             if draft:
                 tokens[r, : len(draft)] = torch.tensor(draft, device=tokens.device)
                 counts[r] = len(draft)
-        return Proposal(tokens, counts)
+                if parents is not None:
+                    parents[r, : len(draft)] = torch.arange(-1, len(draft) - 1, device=tokens.device)
+        return Proposal(tokens, counts, parents)
 
     def advance(self, own: tuple[list[NgramIndex], Any], verdict: Verdict) -> tuple[list[NgramIndex], Any]:
         """The inner drafter's caches move on, whoever drafted."""

@@ -71,6 +71,20 @@ class TargetCache(Cache):
             values[self._requests, :, self._rows] = value_states.transpose(1, 2)
         return keys[:, :, : self._extent], values[:, :, : self._extent]
 
+    def keep_path(self, path: Tensor) -> None:
+        """Move rows of the last pass to the places of a chain.
+
+        Args:
+            path: [R, n], increasing rows of the pass; row `path[r, i]` goes to `lengths[r] + i`.
+        """
+        places = torch.arange(path.shape[1], device=path.device)
+        if bool((path == places).all()):
+            return
+        source, destination = self.lengths[:, None] + path, self.lengths[:, None] + places
+        for stored in (self.keys, self.values):
+            # Advanced indices around a slice put R and n first, on both sides alike; the right side is copied first.
+            stored[:, self._requests, :, destination] = stored[:, self._requests, :, source]
+
     def keep(self, requests: Tensor) -> TargetCache:
         """A cache with only the rows of the given requests (indices [R'])."""
         kept = object.__new__(type(self))

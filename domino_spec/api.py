@@ -28,6 +28,8 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 TREE_BUDGET = 11
 """Drafts of a tree by default: with the anchor, as many rows as one tile of the CPU's products holds."""
+SMALLEST_TREE = 2
+"""Drafts of a tree where many requests share a CPU's rows."""
 
 
 def _block_drafter(
@@ -36,11 +38,11 @@ def _block_drafter(
     candidates: int | None,
     draft_temperature: float,
     min_confidence: float,
+    budget: int,
     *,
     use_head: bool = True,
 ) -> BlockDrafter:
-    if draft is None:
-        raise UserError(f"method {'domino' if use_head else 'dflash'} needs a draft")
+    assert draft is not None
     return BlockDrafter(
         draft,
         use_head=use_head,
@@ -57,12 +59,16 @@ METHODS: dict[str, Callable[..., Drafter]] = {
     "dflash": lambda *arguments: _block_drafter(*arguments, use_head=False),
     "domino": _block_drafter,
     "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(*arguments)),
-    "dflash-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments, use_head=False), TREE_BUDGET),
-    "domino-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments), TREE_BUDGET),
-    "domino-tree+ngram": lambda *arguments: LookupFirst(TreeDrafter(_block_drafter(*arguments), TREE_BUDGET)),
+    "dflash-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments, use_head=False), arguments[-1]),
+    "domino-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments), arguments[-1]),
+    "domino-tree+ngram": lambda *arguments: LookupFirst(TreeDrafter(_block_drafter(*arguments), arguments[-1])),
 }
-"""Drafting methods by name; each is called with (draft, streams, candidates, draft_temperature, min_confidence)."""
+"""Drafting methods by name.
 
+Each is called with (draft, streams, candidates, draft_temperature, min_confidence, drafts of a tree).
+"""
+
+WITHOUT_DRAFT = ("none", "ngram")
 CHOOSING = ("domino+ngram", "dflash-tree", "domino-tree", "domino-tree+ngram")
 """Methods with a draft that choose their tokens at any temperature: copies and trees are not sampled."""
 
@@ -78,6 +84,7 @@ def make_drafter(
     sample_drafts: bool | None = None,
     draft_temperature: float | None = None,
     min_confidence: float = 0.0,
+    num_drafts: int | None = None,
 ) -> Drafter:
     """A drafter by its method's name.
 
@@ -93,12 +100,16 @@ def make_drafter(
             temperature 0 nothing is sampled.
         draft_temperature: of sampled drafts; None for the target's.
         min_confidence: see `BlockDrafter`.
+        num_drafts: of a tree; None is what pays: 11 for one request, fewer where several share a CPU's rows. A chain is
+            as long as its draft allows.
 
     Raises:
         UserError: an unknown method, or one whose draft is missing.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
+    if draft is None and method not in WITHOUT_DRAFT:
+        raise UserError(f"method {method} needs a draft")
     if not 0 <= min_confidence < 1:
         raise UserError(f"min_confidence must be at least 0 and less than 1, got {min_confidence}")
     if candidates is not None and candidates < 1:
@@ -111,12 +122,15 @@ def make_drafter(
     if sample_drafts and not settings.greedy:
         temperature = settings.temperature if draft_temperature is None else draft_temperature
     streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)
-    return METHODS[method](draft, streams, candidates, temperature, min_confidence)
+    budget = num_drafts or TREE_BUDGET
+    if num_drafts is None and device.type == "cpu":
+        budget = max(SMALLEST_TREE, (TREE_BUDGET + 1) // requests - 1)
+    return METHODS[method](draft, streams, candidates, temperature, min_confidence, budget)
 
 
 def default_min_confidence(device: torch.device) -> float:
     """The confidence below which a draft is not worth its row of a verify pass, by measurement (docs/benchmarks.md)."""
-    return 0.3 if device.type == "cpu" else 0.0
+    return 0.05 if device.type == "cpu" else 0.0
 
 
 def load_draft(
@@ -177,11 +191,15 @@ def _custom_generate(draft: Draft, target: Target) -> Callable[..., torch.Tensor
     return custom_generate
 
 
-def default_method(draft: Draft | None) -> str:
-    """`domino` or `dflash`, whichever the draft is; `none` without a draft."""
+def default_method(draft: Draft | None, sample_drafts: bool | None = None) -> str:
+    """A tree of what the draft is, or a chain where drafts are to be sampled; `none` without a draft.
+
+    The choice does not look at the number of requests: at temperature > 0 it decides which text a seed gives.
+    """
     if draft is None:
         return "none"
-    return "domino" if draft.head is not None else "dflash"
+    name = "domino" if draft.head is not None else "dflash"
+    return name if sample_drafts else f"{name}-tree"
 
 
 def prompt_ids(target: Target, prompt: Prompt, *, chat: bool = True, enable_thinking: bool = False) -> list[int]:
@@ -214,6 +232,7 @@ def stream(
     sample_drafts: bool | None = None,
     min_confidence: float | None = None,
     matching_rule: bool = False,
+    exact: bool = False,
     settings: SamplingSettings | None = None,
     chat: bool = True,
     enable_thinking: bool = False,
@@ -222,9 +241,12 @@ def stream(
     """As `generate`, yielding the growing generations after every cycle (the same list each time).
 
     Args:
-        sample_drafts: see `make_drafter`; None samples at temperature > 0, False takes the most probable tokens.
+        method: a key of `METHODS`; None is `default_method`'s choice.
+        num_drafts: drafts per cycle at most; None is a chain as long as the draft allows, or see `make_drafter`.
+        sample_drafts: see `make_drafter`.
         min_confidence: see `BlockDrafter`; None takes the device's default.
         matching_rule: see `verify`.
+        exact: refuse a target whose verify pass may round otherwise than its plain step (`Target.check_exact`).
         generations: filled in place, so that partial text survives an interrupt.
     """
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -233,9 +255,11 @@ def stream(
         raise UserError(f"num_drafts must not be negative, got {num_drafts}")
     if not prompts:
         raise UserError("no prompt given")
+    if exact:
+        target.check_exact()
     ids = [prompt_ids(target, p, chat=chat, enable_thinking=enable_thinking) for p in prompts]
     drafter = make_drafter(
-        default_method(draft) if method is None else method,
+        default_method(draft, sample_drafts) if method is None else method,
         draft,
         requests=len(ids),
         settings=settings,
@@ -243,6 +267,7 @@ def stream(
         candidates=candidates,
         sample_drafts=sample_drafts,
         min_confidence=default_min_confidence(target.device) if min_confidence is None else min_confidence,
+        num_drafts=num_drafts,
     )
     yield from decode(
         target,
@@ -264,8 +289,8 @@ def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **o
         draft: from `load_draft`; None decodes plainly with the same engine.
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
-            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `settings` (all warpers),
-            `chat`, `enable_thinking`.
+            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `exact`, `settings` (all
+            warpers), `chat`, `enable_thinking`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.

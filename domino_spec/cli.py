@@ -13,12 +13,12 @@ from typing import Any
 import click
 
 from domino_spec import __version__
-from domino_spec.config import DEFAULT_CANDIDATES as K
 from domino_spec.config import UserError, load_recipe
 from domino_spec.demo.options import (
     METHODS,
     Machine,
     Pair,
+    candidates_option,
     json_option,
     machine_options,
     max_new_tokens_option,
@@ -56,11 +56,10 @@ def cli(context: click.Context) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @num_drafts_option
-@click.option("--candidates", type=int, default=K, show_default=True, help="Logits the head corrects; 0 for all.")
+@candidates_option
 @click.option("--min-confidence", type=float, help="End a draft where its token is less probable; measured default.")
-@click.option(
-    "--sample-drafts/--argmax-drafts", default=None, help="Above temperature 0, sample drafts (default) or not."
-)
+@click.option("--sample-drafts/--argmax-drafts", default=None, help="Above temperature 0, sample drafts, or not.")
+@click.option("--exact", is_flag=True, help="Refuse a target whose verify pass may round otherwise than plain steps.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--show-drafts", is_flag=True, help="Set drafted and accepted text apart from what the target supplied.")
 @machine_options
@@ -79,14 +78,13 @@ def generate(
     candidates: int,
     min_confidence: float | None,
     sample_drafts: bool | None,
+    exact: bool,
     raw: bool,
     show_drafts: bool,
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Answer PROMPT, printed as it is written.
-
-    "-" reads the prompt from standard input.
+    """Answer PROMPT ("-" is standard input), printed as it is written.
 
     \b
     domino-spec generate "Why is the sky blue?" --show-drafts
@@ -104,7 +102,7 @@ def generate(
     Limits(max_new_tokens, stop)  # what is wrong with these is said before a model is loaded
     draft_name = pair.draft_for((method,))
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
-    method = method or default_method(draft)
+    method = method or default_method(draft, sample_drafts=sample_drafts)
     generations: list[Generation] = []
     cycles = stream(
         target,
@@ -118,6 +116,7 @@ def generate(
         candidates=candidates or None,
         min_confidence=min_confidence,
         sample_drafts=sample_drafts,
+        exact=exact,
         chat=not raw,
         generations=generations,
     )
@@ -324,7 +323,7 @@ def inspect(draft: str, target: str | None, verbose: bool, as_json: bool) -> Non
 @max_new_tokens_option(default=128)
 @click.option("--temperatures", default="0", show_default=True, help="Comma-separated; 0 is greedy.")
 @click.option("--num-drafts", help="Drafts per cycle, comma-separated; every method's most by default.")
-@click.option("--candidates", type=int, default=K, show_default=True, help="Logits the head corrects; 0 for all.")
+@candidates_option
 @click.option("--repeats", type=int, default=1, show_default=True, help="Measure everything this often.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; repeat r uses seed + r.")
 @click.option("--out", type=Path, required=True, help="Directory of the measurements and the report.")

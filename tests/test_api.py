@@ -11,7 +11,8 @@ import domino_spec
 from domino_spec import UserError, generate
 from domino_spec.api import METHODS, default_method, make_drafter, prompt_ids
 from domino_spec.decoding.sampling import SamplingSettings
-from tests.tiny import plain_greedy, tiny_draft
+from domino_spec.kernels import cpu
+from tests.tiny import as_target, plain_greedy, tiny_draft, tiny_model, tiny_target
 
 
 def test_every_exported_name_is_there():
@@ -48,8 +49,19 @@ def test_texts_of_several_prompts_come_back_in_order(model, text_target):
 
 def test_the_default_method_is_what_the_draft_is(target):
     assert default_method(None) == "none"
-    assert default_method(tiny_draft(target)) == "domino"
-    assert default_method(tiny_draft(target, head=False)) == "dflash"
+    with_head, without = tiny_draft(target), tiny_draft(target, head=False)
+    assert default_method(with_head) == "domino-tree" and default_method(without) == "dflash-tree"
+    assert default_method(with_head, sample_drafts=True) == "domino", "trees are not sampled"
+
+
+def test_the_size_of_a_tree_is_asked_for_or_follows_the_number_of_requests(target):
+    def drafts(requests: int, num_drafts: int | None = None, method: str = "domino-tree") -> int:
+        options = dict(requests=requests, settings=SamplingSettings(), device=target.device, num_drafts=num_drafts)
+        return make_drafter(method, tiny_draft(target), **options).max_drafts
+
+    assert [drafts(r) for r in (1, 2, 4, 16)] == [11, 5, 2, 2]
+    assert drafts(1, 30) == drafts(4, 30) == drafts(4, 30, "domino-tree+ngram") == 30
+    assert drafts(1, 30, "domino") == tiny_draft(target).config.max_drafts, "a chain ends with its block"
 
 
 def test_every_method_makes_a_drafter(target):
@@ -79,7 +91,7 @@ def test_drafts_are_sampled_where_the_text_is_unless_argmax_is_asked_for(target,
 def test_generate_draws_the_same_text_by_default_as_with_sampled_drafts(target):
     def text(**options) -> list[int]:
         """Every draft proposed, and hot, so that even an untrained draft is right now and then."""
-        options = dict(max_new_tokens=24, temperature=3.0, seed=2, min_confidence=0.0, **options)
+        options = dict(max_new_tokens=24, temperature=3.0, seed=2, min_confidence=0.0, method="domino", **options)
         return generate(target, tiny_draft(target), [[3, 4, 5]], **options)[0].token_ids
 
     assert text() == text(sample_drafts=True) != text(sample_drafts=False)
@@ -102,3 +114,21 @@ def test_options_that_make_no_sense_are_refused(target, options, message):
 def test_a_head_can_be_asked_for_only_where_there_is_one(target):
     with pytest.raises(UserError, match="needs a draft with a Domino head"):
         generate(target, tiny_draft(target, head=False), [[1, 2]], method="domino")
+
+
+def test_exact_is_refused_where_passes_may_round_otherwise(target):
+    with pytest.raises(UserError, match="exact decoding needs"):
+        generate(target, None, [[1, 2]], max_new_tokens=2, exact=True)  # not packed
+    with pytest.raises(UserError, match="tiny is bfloat16 on cpu"):
+        generate(as_target(tiny_model().bfloat16()).pack(), None, [[1, 2]], max_new_tokens=2, exact=True)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
+def test_exact_decoding_gives_the_plain_text():
+    exact = tiny_target("qwen3").pack()
+    options = dict(max_new_tokens=24, exact=True)
+    (plain,) = generate(exact, None, [[1, 2, 3]], method="none", **options)
+    (drafted,) = generate(exact, tiny_draft(exact).pack(), [[1, 2, 3]], **options)
+    assert drafted.token_ids == plain.token_ids
+    with pytest.raises(UserError, match="tiny has another kind"):
+        generate(tiny_target("gemma3").pack(), None, [[1, 2]], **options)  # heads too narrow for the native loops

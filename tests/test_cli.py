@@ -87,7 +87,7 @@ def test_generate_prints_the_text_that_its_json_holds(target_dir, draft_dir):
     record = succeed_json(*arguments)
     assert {name: type(record[name]) for name in GENERATE_FIELDS} == GENERATE_FIELDS
     assert record["num_tokens"] == len(record["token_ids"]) == 20
-    assert record["method"] == "domino"
+    assert record["method"] == "domino-tree"
     assert sum(record["acceptance_lengths"]) / record["num_verify_passes"] == record["acceptance_length"]
     assert record["num_tokens"] / record["seconds"] == pytest.approx(record["tokens_per_second"])
     assert succeed(*arguments) == record["text"] + "\n"
@@ -106,7 +106,7 @@ def test_every_method_writes_the_same_greedy_text(target_dir, draft_dir, method)
 def test_a_seed_repeats_a_sampled_text(target_dir, draft_dir):
     def sample(seed: int, *more: str) -> list[int]:
         options = ("--temperature", 3, "--top-p", 0.95, "--top-k", 30, "--seed", seed, "--max-new-tokens", 20, *more)
-        pair = ("--target", target_dir, "--draft", draft_dir, "--min-confidence", 0)
+        pair = ("--target", target_dir, "--draft", draft_dir, "--method", "domino", "--min-confidence", 0)
         return succeed_json("generate", PROMPT, *pair, *options)["token_ids"]
 
     assert sample(1) == sample(1) != sample(2)
@@ -186,8 +186,8 @@ def test_demo_compares_the_texts_and_gives_the_speed_up(target_dir, draft_dir):
     arguments = ("demo", "--target", target_dir, "--draft", draft_dir, "--prompt", PROMPT, "--max-new-tokens", 12)
     record = succeed_json(*arguments)
     (race,) = record["races"]
-    assert record["equal"] and race["none"]["token_ids"] == race["domino"]["token_ids"]
-    expected = race["domino"]["tokens_per_second"] / race["none"]["tokens_per_second"]
+    assert record["equal"] and race["none"]["token_ids"] == race["domino-tree"]["token_ids"]
+    expected = race["domino-tree"]["tokens_per_second"] / race["none"]["tokens_per_second"]
     assert race["speed_up"] == pytest.approx(expected) == pytest.approx(record["speed_up"])
     lines = succeed(*arguments)
     assert "The two texts are equal: the same 12 tokens." in lines
@@ -255,7 +255,7 @@ def test_a_trained_draft_can_be_exported_inspected_and_used(tmp_path, target_dir
     succeed("export", directory, "--out", tmp_path / "draft")
     assert succeed_json("inspect", tmp_path / "draft", "--target", target_dir)["fits"] is True
     options = ("--target", target_dir, "--draft", tmp_path / "draft", "--max-new-tokens", 5)
-    assert succeed_json("generate", PROMPT, *options)["method"] == "domino"
+    assert succeed_json("generate", PROMPT, *options)["method"] == "domino-tree"
 
 
 def test_training_again_resumes_a_finished_run(trained_run):

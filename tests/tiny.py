@@ -1,4 +1,4 @@
-"""Tiny random models that the tests share: targets of several architectures, drafts, a tokenizer, an oracle drafter.
+"""Tiny random models that the tests share: targets of several architectures, drafts, a tokenizer, oracle drafters.
 
 Everything is made from fixed seeds, on CPU, in float32, without the network.
 """
@@ -6,6 +6,7 @@ Everything is made from fixed seeds, on CPU, in float32, without the network.
 from __future__ import annotations
 
 import copy
+import random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -218,6 +219,73 @@ class Oracle:
             drafts[r] = torch.tensor([(t + (i == spoiled)) % self.vocab for i, t in enumerate(right)])
         self._cycle += 1
         return Proposal(drafts, torch.full_like(state.lengths, num_drafts))
+
+    def advance(self, own: None, verdict: Verdict) -> None:
+        pass
+
+
+class TreeOracle:
+    """Hides part of the known continuation in a random tree of wrong tokens, at random places of it.
+
+    How much is hidden, and how many drafts are proposed, differs from request to request and from cycle to cycle. What
+    follows below a wrong token, and what is written past a request's own drafts, would often be right if only it hung
+    elsewhere or were proposed.
+
+    Args:
+        texts: prompt and continuation of every request, longer than what will be decoded.
+        max_drafts: N.
+        vocab: V.
+        seed: of everything random.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, texts: list[list[int]], max_drafts: int, vocab: int = VOCAB, seed: int = 0) -> None:
+        self.texts, self.max_drafts, self.vocab, self._random = texts, max_drafts, vocab, random.Random(seed)
+        self.hidden: list[list[int]] = [[] for _ in texts]
+        """Per request and cycle, how many tokens of the continuation the tree holds: all of them must be accepted."""
+        self.proposed: list[list[int]] = [[] for _ in texts]
+        """Per request and cycle, how many drafts were proposed."""
+
+    def start(self, state: State) -> None:
+        pass
+
+    def propose(self, state: State, own: None, num_drafts: int) -> Proposal:
+        trees = []
+        for r, (text, length) in enumerate(zip(self.texts, state.lengths.tolist(), strict=True)):
+            count = self._random.randint(0, num_drafts)
+            hidden = self._random.randint(0, min(count, 4))
+            following = (text[length:] + [0] * (num_drafts + 1))[: num_drafts + 1]
+            trees.append(self._tree(following, hidden, count, num_drafts))
+            self.hidden[r].append(hidden)
+            self.proposed[r].append(count)
+        tokens, parents = (torch.tensor(part, dtype=torch.long) for part in zip(*trees, strict=True))
+        return Proposal(tokens, torch.tensor([p[-1] for p in self.proposed]), parents)
+
+    def _tree(self, following: list[int], hidden: int, count: int, size: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents: `count` drafts, `hidden` of them the continuation, then more of it that is not meant."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        right = [-1]  # rows of the continuation, the anchor's first
+        places = set(self._random.sample(range(count), hidden))
+        for j in range(size):
+            if j in places or j >= count:
+                parents.append(right[-1])
+                tokens.append(following[min(len(right) - 1, size - 1)])
+                right.append(j)
+                continue
+            parent = self._random.choice([right[-1], -1, self._random.randint(-1, j - 1)])
+            taken = {t for t, p in zip(tokens, parents, strict=True) if p == parent}
+            if parent in right:
+                taken.add(following[right.index(parent)])
+            depth, above = 0, parent
+            while above >= 0:
+                depth, above = depth + 1, parents[above]
+            tempting = following[depth] not in taken and self._random.random() < 0.5
+            token = following[depth] if tempting else self._random.choice(sorted(set(range(self.vocab)) - taken))
+            parents.append(parent)
+            tokens.append(token)
+        return tokens, parents
 
     def advance(self, own: None, verdict: Verdict) -> None:
         pass

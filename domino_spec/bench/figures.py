@@ -76,9 +76,9 @@ class Acceptance:
     histogram: dict[str, int]
     """Passes by acceptance length (as text: JSON's keys)."""
     by_position: list[float]
-    """Share of the passes with at least k drafts whose first k were all accepted, k = 1 .. budget."""
+    """Share of the passes with at least k drafts that accepted k or more, k = 1 .. budget."""
     conditional: list[float | None]
-    """Share accepted of the k-th drafts whose predecessors were all accepted; None where that never happened."""
+    """The same share of those that accepted k - 1 or more; None where that never happened."""
 
 
 def contender_of(row: Row) -> Contender:

@@ -18,7 +18,7 @@ DEFINITIONS = f"""\
 - **End to end**: all tokens over seconds of prefill and decoding.
 - **c**: seconds per pass of the method over seconds per step of `none`. The speed-up must lie within
   {AGREEMENT:.0%} of tau / c; what is missing is what length and stop cut off last passes.
-- In brackets: the budget, drafts per pass."""
+- In brackets: the budget, drafts per pass. Those of a tree stand on several paths, of which a pass accepts one."""
 
 Record = dict[str, Any]
 
@@ -36,7 +36,7 @@ def render(report: Record, plots: Sequence[str] = ()) -> str:
         parts += _at_temperature(report, temperature)
     parts += _same_text(report)
     if report["acceptance"]:
-        parts += ["## Acceptance per draft position", _positions(report["acceptance"])]
+        parts += ["## Acceptance by number of drafts", _positions(report["acceptance"])]
     if report["breakdown"]:
         parts.append("## Where a cycle goes")
         parts += [_breakdown(entry) for entry in report["breakdown"]]
@@ -231,7 +231,7 @@ def _positions(entries: Sequence[Record]) -> str:
         ]
         for entry in entries
     ]
-    return "Of the passes with at least k drafts, the share whose first k were all accepted:\n\n" + table(
+    return "Of the passes with at least k drafts, the share that accepted k or more:\n\n" + table(
         ["method", *(str(k) for k in range(1, most + 1))], rows
     )
 

@@ -48,13 +48,17 @@ METHODS: dict[str, Method] = {
     "domino": Method("domino"),
     "domino-confident": Method("domino", all_drafts=False),
     "domino+ngram": Method("domino+ngram", all_drafts=False),
+    "domino-tree": Method("domino-tree"),
+    "domino-tree-confident": Method("domino-tree", all_drafts=False),
+    "domino-tree+ngram": Method("domino-tree+ngram", all_drafts=False),
+    "dflash-tree": Method("dflash-tree"),
     "domino-argmax": Method("domino", sample_drafts=False),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
     TRANSFORMERS: Method(None),
 }
 """Methods of the bench by name. Above temperature 0, plain `domino` and `dflash` sample their drafts; `-argmax` takes
-the most probable tokens; `-matching` samples, and accepts by the released rule. `-confident` proposes fewer drafts
-where the draft doubts them."""
+the most probable tokens; `-matching` samples, and accepts by the released rule. `-tree` proposes trees, chosen at any
+temperature. `-confident` proposes fewer drafts where the draft doubts them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Contender:
 
     method: str
     budget: int
-    """The most drafts of one pass; 0 where nothing is drafted."""
+    """The most drafts of one pass, of a tree those of all its branches; 0 where nothing is drafted."""
     temperature: float
 
 
@@ -99,7 +103,7 @@ def contenders(
         target: the model served.
         draft: for the methods that need one.
         methods: keys of `METHODS`.
-        budgets: drafts per pass; a method that can draft fewer takes its most. Empty: every method's most.
+        budgets: drafts per pass; a method that can draft fewer takes its most. Empty: every method's own number.
         temperatures: 0 for greedy.
 
     Raises:
@@ -114,12 +118,19 @@ def contenders(
             method = METHODS[name]
             if method.needs_temperature and temperature == 0:
                 continue
-            most = 0
-            if method.drafting is not None:
-                drafter = make_drafter(method.drafting, draft, requests=1, settings=settings, device=target.device)
-                most = drafter.max_drafts
-            for budget in budgets or [most]:
-                found[Contender(name, min(budget, most), temperature)] = None
+            for budget in budgets or [None]:
+                most = 0
+                if method.drafting is not None:
+                    drafter = make_drafter(
+                        method.drafting,
+                        draft,
+                        requests=1,
+                        settings=settings,
+                        device=target.device,
+                        num_drafts=budget,
+                    )
+                    most = drafter.max_drafts
+                found[Contender(name, most if budget is None else min(budget, most), temperature)] = None
     return list(found)
 
 

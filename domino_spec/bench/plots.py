@@ -117,8 +117,8 @@ def _positions(report: Record) -> Figure:
             name, positions = name_of(entry), range(1, entry["budget"] + 1)
             panel.plot(positions, entry["by_position"], marker="o", markersize=3, label=name, color=colors[name])
         panel.set_ylim(0, 1)
-        panel.set_xlabel("draft position k")
-        panel.set_ylabel("first k drafts accepted")
+        panel.set_xlabel("drafts k")
+        panel.set_ylabel("k or more accepted")
         _legend(panel, len(entries))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

@@ -50,7 +50,8 @@ def verify(
             implementation: also lossless, never accepts more (kept for comparison).
     """
     tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
-    ancestors = None if proposal.parents is None else tree_ancestors(proposal.parents)
+    drafted = proposal.tokens.shape[1] > 0  # nothing drafted is a chain and a tree alike
+    ancestors = tree_ancestors(proposal.parents) if drafted and proposal.parents is not None else None
     output = target.forward(tokens, state.cache, feature_layers, ancestors)
     logits = target.lm_head(output.hidden)  # [R, N + 1, V]
     history = None

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from domino_spec.config import UserError
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.demo.shell import prepare, status
 
 if TYPE_CHECKING:
     from domino_spec.draft.model import Draft
     from domino_spec.target.model import Target
 
-METHODS = ("domino", "domino+ngram", "dflash", "ngram", "none")
+METHODS = ("domino-tree", "domino", "domino-tree+ngram", "domino+ngram", "dflash-tree", "dflash", "ngram", "none")
 METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers")
 DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
 
@@ -110,6 +110,9 @@ verbose_option = click.option("--verbose", is_flag=True, help="Show what the lib
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object.")
 max_new_tokens_option = functools.partial(
     click.option, "--max-new-tokens", type=int, show_default=True, help="Longest answer, in tokens."
+)
+candidates_option = click.option(
+    "--candidates", type=int, default=DEFAULT_CANDIDATES, show_default=True, help="Logits the head corrects; 0 for all."
 )
 num_drafts_option = click.option(
     "--num-drafts", type=int, help="Drafts per cycle; as many as the method can make by default."

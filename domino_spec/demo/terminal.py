@@ -102,7 +102,10 @@ def statistics(generation: Generation) -> str:
 ALONE = "the target alone"
 TITLES = {
     "domino": "with its Domino draft",
+    "domino-tree": "with its Domino draft, a tree of drafts",
     "domino+ngram": "with its Domino draft and prompt look-up",
+    "domino-tree+ngram": "with its Domino draft, a tree of drafts, and prompt look-up",
+    "dflash-tree": "with its draft, head off, a tree of drafts",
     "dflash": "with its draft, head off",
     "ngram": "with prompt look-up",
 }

@@ -7,6 +7,8 @@ probabilities are multiplied, which is how DDTree grows trees on DFlash.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.drafters.domino import BlockDrafter, ContextCache
 from domino_spec.kernels.reference import head_tree
@@ -21,7 +23,7 @@ class TreeDrafter:
         width: prefixes that are extended at each depth.
     """
 
-    def __init__(self, block: BlockDrafter, budget: int, width: int = 6) -> None:
+    def __init__(self, block: BlockDrafter, budget: int, width: int = 4) -> None:
         assert block.temperature == 0, "siblings are chosen, not sampled"
         if budget < 1 or width < 1:
             raise ValueError(f"a tree needs a budget and a width of at least 1, got {budget} and {width}")
@@ -37,7 +39,8 @@ class TreeDrafter:
         """A tree of up to `num_drafts` tokens for every request."""
         block, draft, anchors = self.block, self.block.draft, state.anchors
         if num_drafts == 0:
-            return Proposal.empty(len(anchors), anchors.device)
+            nothing = Proposal.empty(len(anchors), anchors.device)
+            return replace(nothing, parents=nothing.tokens)  # a tree all the same: who drafts beside it must see that
         hidden = block.slots(state, own)
         tree = head_tree(
             block.head,
@@ -50,8 +53,6 @@ class TreeDrafter:
             self.width,
             block.min_confidence,
         )
-        if tree.choices.shape[1] == 0:
-            return Proposal.empty(len(anchors), anchors.device)
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents)
 
     def advance(self, own: ContextCache, verdict: Verdict) -> ContextCache:

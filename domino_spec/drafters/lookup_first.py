@@ -44,11 +44,10 @@ class LookupFirst:
         for index, row, length in zip(indices, state.tokens, state.lengths.tolist(), strict=True):
             index.extend(row[index.length : length].tolist())
             copied.append(index.continuation(self.shortest, num_drafts))
-        if all(copied):
-            proposal = Proposal.empty(len(copied), state.tokens.device)
-        else:
-            proposal = self.inner.propose(state, inner_own, num_drafts)
-            assert proposal.draft_probs is None, "look-up mixes with chosen drafts only"
+        # Even where nothing is asked of it, the inner drafter says whether it makes trees: other random numbers decide
+        # trees than chains, and which ones decide a copy must not depend on its neighbours.
+        proposal = self.inner.propose(state, inner_own, 0 if all(copied) else num_drafts)
+        assert proposal.draft_probs is None, "look-up mixes with chosen drafts only"
         # A copy may be longer than what the draft proposes, which leaves out what it doubts.
         missing = max(map(len, copied)) - proposal.tokens.shape[1]
         tokens, counts = F.pad(proposal.tokens, (0, max(0, missing))).clone(), proposal.num_drafts.clone()

@@ -18,7 +18,7 @@ from domino_spec.config import UserError
 from domino_spec.kernels import cpu
 from domino_spec.target.attention import pass_mask
 from domino_spec.target.cache import TargetCache
-from domino_spec.target.fusing import fuse
+from domino_spec.target.fusing import FusedAttention, fuse
 from domino_spec.target.packing import pack_linears
 
 PREFILL_CHUNK = 512
@@ -148,6 +148,22 @@ class Target:
         self._lm_head = self.model.get_output_embeddings()
         self.packed = True
         return self
+
+    def check_exact(self) -> None:
+        """Refuse if a token's logits may depend on how many tokens a pass holds (DESIGN section 5).
+
+        Raises:
+            UserError: they may, because some product or attention of the target is not done by the native loops.
+        """
+        native = cpu.is_available(self.device, self.dtype) and self.packed
+        attention_fused = all(isinstance(getattr(layer, "self_attn", None), FusedAttention) for layer in self.layers)
+        if not native or not attention_fused or any(isinstance(m, nn.Linear) for m in self.model.modules()):
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise UserError(
+                f"exact decoding needs float32 on a CPU and a C compiler; {self.name} is {dtype} on {self.device}"
+                if not native
+                else f"exact decoding needs attention that this package can take over; {self.name} has another kind"
+            )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[...] to [..., H] through the model's own module, which may scale (Gemma)."""

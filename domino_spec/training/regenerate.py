@@ -169,7 +169,12 @@ def _answer_batch(
         if ended:
             continue
         drafter = make_drafter(
-            default_method(draft), draft, requests=len(ids), settings=settings, device=target.device, candidates=None
+            default_method(draft),
+            draft,
+            requests=len(ids),
+            settings=settings,
+            device=target.device,
+            candidates=None,
         )
         generations: list[Generation] = []
         for generations in decode(target, drafter, ids, settings=settings, limits=limits):

@@ -14,7 +14,7 @@ from domino_spec.draft.checkpoint import save_draft
 from domino_spec.target.load import load_target
 from tests import tiny
 
-METHODS = ["none", "domino", "dflash", "ngram", "domino-argmax", "domino-matching", "transformers"]
+METHODS = ["none", "domino", "dflash", "ngram", "domino-tree", "domino-argmax", "domino-matching", "transformers"]
 MAX_NEW_TOKENS = 7
 PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21"]}
 

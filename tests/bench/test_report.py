@@ -154,9 +154,8 @@ def test_greedy_equality_can_be_recomputed_from_the_raw_rows(report, raw):
         ]
         assert entry["compared"] == len(texts) == 6
         assert entry["equal"] == sum(own == other for own, other in texts)
-    assert seen == {(m, r) for m in ("domino", "dflash", "ngram") for r in ("none", "transformers")} | {
-        ("transformers", "none")
-    }
+    methods = ("domino", "dflash", "ngram", "domino-tree")
+    assert seen == {(m, r) for m in methods for r in ("none", "transformers")} | {("transformers", "none")}
 
 
 def test_a_difference_injected_into_the_raw_rows_is_reported_with_its_margin(finished, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from domino_spec import generate
+from domino_spec.api import TREE_BUDGET, default_min_confidence
 from domino_spec.bench.baseline import load_baseline, transformers_generate
 from domino_spec.bench.methods import Contender, contenders, runner
 from domino_spec.bench.rows import read_rows
@@ -115,6 +116,44 @@ def test_names_say_how_drafts_are_made_and_accepted(loaded, disk, method):
             assert found.acceptance_lengths == expected.acceptance_lengths
         seen.add(tuple(found.token_ids))
     assert len(seen) == len(ways), "if two of them wrote the same text, their names would not be told apart"
+
+
+def test_trees_are_methods_of_their_own(loaded, disk):
+    """With their own budget, whole or as large as the draft is sure of."""
+    draft, prompt = load_draft(disk.draft, loaded), [1, 4, 5, 4, 2]
+    ways = {
+        "dflash-tree": ("dflash-tree", 0.0),
+        "domino-tree": ("domino-tree", 0.0),
+        "domino-tree-confident": ("domino-tree", default_min_confidence(loaded.device)),
+        "domino-tree+ngram": ("domino-tree+ngram", default_min_confidence(loaded.device)),
+    }
+    assert contenders(loaded, draft, [*ways], [], [0.0]) == [Contender(name, TREE_BUDGET, 0.0) for name in ways]
+    assert contenders(loaded, draft, ["domino-tree"], [7, 16], [1.0]) == [
+        Contender("domino-tree", budget, 1.0) for budget in (7, TREE_BUDGET)
+    ]
+    run = runner(loaded, draft, None, candidates=16)
+    sizes = {}
+    for name, (method, min_confidence) in ways.items():
+        found = run(Contender(name, 7, 1.0), prompt, 3, 16)
+        options = dict(method=method, min_confidence=min_confidence, num_drafts=7, candidates=16)
+        (expected,) = generate(loaded, draft, [prompt], temperature=1.0, seed=3, max_new_tokens=16, **options)
+        assert (found.token_ids, found.num_drafts) == (expected.token_ids, expected.num_drafts)
+        sizes[name] = set(found.num_drafts)
+    assert sizes["dflash-tree"] == sizes["domino-tree"] == {7}, "the whole budget, every time"
+    assert min(sizes["domino-tree-confident"]) < 7 and min(sizes["domino-tree+ngram"]) < 7
+
+
+def test_a_report_copes_with_chains_and_trees_of_other_budgets(disk, tmp_path):
+    options = {"methods": ["none", "domino", "domino-tree", "domino-tree+ngram"], "num_drafts": [], "limit": 1}
+    report = run_bench(**disk.options(tmp_path, **options, temperatures=[0.0], repeats=1, breakdown=True))
+    budgets = {entry["method"]: entry["budget"] for entry in report["acceptance"]}
+    assert budgets == {"domino": 5, "domino-tree": TREE_BUDGET, "domino-tree+ngram": TREE_BUDGET}
+    assert [entry["method"] for entry in report["breakdown"]] == ["domino"]
+    assert all(entry["equal"] == entry["compared"] for entry in report["greedy_equality"])
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| domino-tree (11) |" in markdown and "![acceptance by position](acceptance_by_position.png)" in markdown
+    positions = [line for line in markdown.splitlines() if ", T = 0 |" in line]
+    assert len(positions) == 3 and {line.count("|") for line in positions} == {TREE_BUDGET + 2}
 
 
 def test_budgets_beyond_a_methods_most_are_measured_once(target):

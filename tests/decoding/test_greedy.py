@@ -78,7 +78,7 @@ def test_restricted_candidates_change_no_text(model, target, candidates):
     assert [g.token_ids for g in generations] == [plain_greedy(model, p, COUNT) for p in prompts]
 
 
-@pytest.mark.parametrize("method", ["domino", "dflash", "domino+ngram"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "ngram")])
 @pytest.mark.parametrize("min_confidence", [0.05, 0.3, 0.99])
 def test_leaving_out_doubtful_drafts_changes_no_text(model, target, method, min_confidence):
     """Few, no, and different numbers of drafts in one batch, some requests with a match to copy."""

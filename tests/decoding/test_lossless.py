@@ -4,7 +4,7 @@ Each case decodes `REQUESTS` requests of the same prompt, seeds 0 .. REQUESTS - 
 possible texts with exact probabilities, computed from transformers' own model and processors. The statistic is
 Pearson's chi-square over texts expected at least 5 times, the rest pooled. `FALSE_ALARM` is the probability, over all
 cases together, that a lossless decoder would fail (Bonferroni); seeds are fixed, so the tests always give the same
-answer. The same statistic detects three deliberately wrong verifiers.
+answer. The same statistic detects verifiers that are deliberately wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from domino_spec.api import make_drafter
 from domino_spec.decoding import verify as verify_module
 from domino_spec.decoding.sampling import SamplingSettings, draw
 from domino_spec.decoding.state import Proposal
+from domino_spec.decoding.tree import walk_tree
 from domino_spec.decoding.verify import accept_chain
 from domino_spec.drafters.plain import PlainDecoding
 from tests.tiny import as_sequences, as_target, fit, random_prompts, run, tiny_draft, tiny_model
@@ -52,6 +53,10 @@ DRAFTERS = {
     "domino+ngram": ("domino", dict(min_confidence=0.2)),
     "domino chosen, sure": ("domino", dict(sample_drafts=False, candidates=4, min_confidence=0.3)),
     "domino sampled, sure": ("domino", dict(sample_drafts=True, candidates=None, min_confidence=0.15)),
+    "domino-tree K=4": ("domino", dict(candidates=4)),
+    "domino-tree all, sure": ("domino", dict(candidates=None, min_confidence=0.02)),
+    "dflash-tree": ("dflash", {}),
+    "domino-tree+ngram": ("domino", dict(candidates=4, min_confidence=0.02)),
 }
 CASES = [
     ("none", NUCLEUS, {}),
@@ -76,8 +81,15 @@ CASES = [
     ("domino sampled, sure", PLAIN, {"num_drafts": 2}),
     ("domino sampled, K=4", NUCLEUS, {"matching_rule": True}),
     ("domino chosen, K=4", TOP_K, {"matching_rule": True, "num_drafts": 2}),
+    ("domino-tree K=4", NUCLEUS, {}),
+    ("domino-tree K=4", PENALISED, {"num_drafts": 7}),
+    ("domino-tree all, sure", BOTH, {}),
+    ("dflash-tree", TOP_K, {"num_drafts": 5}),
+    ("dflash-tree", PLAIN, {"num_drafts": 2}),
+    ("domino-tree+ngram", BOTH, {"num_drafts": 7}),
+    ("domino-tree+ngram", PENALISED, {"num_drafts": 5}),
 ]
-"""Fewer drafts than tokens let the token after a fully accepted chain fall within the three."""
+"""Fewer drafts than tokens let the token after a fully accepted chain fall within the three, as small trees do."""
 ALARM = FALSE_ALARM / len(CASES)
 
 pytestmark = pytest.mark.slow
@@ -204,6 +216,12 @@ def first_candidate_only(probs, proposal, streams, positions):
     return accept_chain(probs, wrong, streams, positions)
 
 
+def detects(small, name: str, settings: dict, num_drafts: int) -> bool:
+    model, target, drafts = small
+    counts, _ = sample_texts(target, drafts, name, settings, num_drafts=num_drafts)
+    return p_value(counts, exact_joint(model, settings)) < ALARM
+
+
 @pytest.mark.parametrize(
     "name, wrong_rule",
     [
@@ -216,7 +234,31 @@ def first_candidate_only(probs, proposal, streams, positions):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_wrong_verifier_is_detected(small, monkeypatch, name, wrong_rule):
-    model, target, drafts = small
     monkeypatch.setattr(verify_module, "accept_chain", wrong_rule)
-    counts, _ = sample_texts(target, drafts, name, NUCLEUS, num_drafts=2)
-    assert p_value(counts, exact_joint(model, NUCLEUS)) < ALARM
+    assert detects(small, name, NUCLEUS, num_drafts=2)
+
+
+def children_of_the_refused(choices, proposal, ancestors):
+    """Asks of every draft whether the target chose it after its parent, and of nobody above it."""
+    alone = torch.eye(ancestors.shape[-1], dtype=torch.bool).expand_as(ancestors)
+    return walk_tree(choices, proposal, alone)
+
+
+def bonus_of_a_chain(choices, proposal, ancestors):
+    """Reads the bonus from the row that it would have in a chain, which may be a sibling's."""
+    tokens, accepted, path = walk_tree(choices, proposal, ancestors)
+    row = accepted[:, None]
+    return tokens.scatter(1, row, choices.gather(1, row)), accepted, path
+
+
+def rows_of_a_chain(choices, proposal, ancestors):
+    """Walks rightly, but leaves keys and values where the pass wrote them, siblings' among them."""
+    tokens, accepted, path = walk_tree(choices, proposal, ancestors)
+    return tokens, accepted, torch.arange(path.shape[1]).expand_as(path)
+
+
+@pytest.mark.parametrize("name", ["domino-tree K=4", "dflash-tree"])
+@pytest.mark.parametrize("wrong_walk", [children_of_the_refused, bonus_of_a_chain, rows_of_a_chain])
+def test_a_wrong_walk_is_detected(small, monkeypatch, name, wrong_walk):
+    monkeypatch.setattr(verify_module, "walk_tree", wrong_walk)
+    assert detects(small, name, NUCLEUS, num_drafts=7)  # fewer make chains here, on which these walks do no harm

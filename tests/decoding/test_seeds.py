@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from domino_spec import generate
-from tests.tiny import random_prompts, tiny_draft
+from tests.tiny import random_prompts, tiny_draft, tiny_target
 
 METHODS = [
     ("none", {}),
@@ -18,6 +18,9 @@ METHODS = [
     ("domino", dict(min_confidence=0.15, sample_drafts=False)),
     ("domino+ngram", {}),
     ("domino", dict(matching_rule=True)),
+    ("dflash-tree", {}),
+    ("domino-tree", dict(candidates=5, min_confidence=0.0)),
+    ("domino-tree+ngram", dict(min_confidence=0.0)),
 ]
 IDS = [f"{m} {o}" for m, o in METHODS]
 PROMPTS = random_prompts([6, 1, 11, 4])
@@ -56,6 +59,27 @@ def test_requests_of_one_prompt_get_different_texts(target):
 def test_the_matching_rule_writes_what_plain_decoding_draws(target, method):
     """An independent draw of the target decides every token, so drafts cannot change the text at all."""
     assert texts(target, PROMPTS, method, seed=3, matching_rule=True) == texts(target, PROMPTS, "none", seed=3)
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.05])
+@pytest.mark.parametrize("method", ["dflash-tree", "domino-tree", "domino-tree+ngram"])
+def test_trees_write_what_plain_decoding_draws(method, min_confidence):
+    """A walk follows the target's own draws, so at one seed trees, and copies among trees, change nothing at all.
+
+    There are few tokens to draw, so that copies and trees are both often right in part.
+    """
+    target = tiny_target(vocab_size=12)
+    prompts = [[5, 6, 7, 8, 9] * 3, [7] * 8, *random_prompts([6, 1], vocab=12)]
+    settings = dict(temperature=1.0, top_k=3, max_new_tokens=40, seed=40)
+    plain = [g.token_ids for g in generate(target, None, prompts, **settings)]
+    settings |= dict(method=method, min_confidence=min_confidence)
+    together = generate(target, tiny_draft(target), prompts, **settings)
+    assert [g.token_ids for g in together] == plain
+    assert {n for g in together for n in g.acceptance_lengths} >= {1, 2, 3}
+    # Alone, a request's copies have no tree beside them; they are decided by the same numbers all the same.
+    for r, prompt in enumerate(prompts):
+        (alone,) = generate(target, tiny_draft(target), [prompt], **{**settings, "seed": 40 + r})
+        assert alone.token_ids == plain[r]
 
 
 def test_temperature_zero_ignores_the_seed(target):

@@ -104,7 +104,7 @@ def test_drafts_are_sampled_where_the_text_is(llama, monkeypatch, options):
         return generate_with(drafter, *arguments, **settings)
 
     monkeypatch.setattr("domino_spec.api.generate_with", watched)
-    model.generate(**batch([5]), custom_generate=draft.custom_generate, max_new_tokens=2, **options)
+    model.generate(**batch([5, 4]), custom_generate=draft.custom_generate, max_new_tokens=2, **options)
     assert [d.temperature for d in drafters] == [options.get("temperature", 0.0)]
 
 

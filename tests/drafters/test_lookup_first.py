@@ -1,10 +1,12 @@
-"""`domino+ngram` copies where a long match is found and asks the draft everywhere else."""
+"""`domino+ngram` and `domino-tree+ngram` copy where a long match is found and ask the draft everywhere else."""
 
 from __future__ import annotations
 
 import pytest
 
+from domino_spec.decoding.state import Proposal
 from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.domino_tree import TreeDrafter
 from domino_spec.drafters.lookup_first import LookupFirst
 from tests.tiny import plain_greedy, random_prompts, run, tiny_draft
 
@@ -14,9 +16,9 @@ class Counting(BlockDrafter):
 
     calls = 0
 
-    def propose(self, state, own, num_drafts):
+    def slots(self, state, own):
         self.calls += 1
-        return super().propose(state, own, num_drafts)
+        return super().slots(state, own)
 
 
 REPEATING = [5, 6, 7, 8, 9, 10, 11] * 2 + [5, 6, 7]
@@ -82,3 +84,48 @@ def test_the_drafts_caches_move_on_while_look_up_drafts(model, target):
 def test_lengths_out_of_range_are_refused(target):
     with pytest.raises(ValueError, match="n-gram lengths"):
         LookupFirst(BlockDrafter(tiny_draft(target)), shortest=3, longest=2)
+
+
+def drafts(proposal: Proposal, r: int) -> list[tuple[int, int]]:
+    """Request r's own drafts as (parent, token)."""
+    count = proposal.num_drafts[r]
+    return list(zip(proposal.parents[r, :count].tolist(), proposal.tokens[r, :count].tolist(), strict=True))
+
+
+def chain(tokens: list[int]) -> list[tuple[int, int]]:
+    return list(enumerate(tokens, start=-1))
+
+
+COPY = [8, 9, 10, 11, 5, 6, 7] * 2
+"""What follows `REPEATING`."""
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.05, 0.99])
+def test_in_one_batch_a_copy_is_a_chain_beside_the_trees_of_the_others(target, min_confidence):
+    """Also where the copy is longer than every tree, or nobody else proposes anything at all."""
+    prompts = [random_prompts([9])[0], REPEATING, *random_prompts([4, 6], seed=5)]
+    tree = TreeDrafter(BlockDrafter(tiny_draft(target), min_confidence=min_confidence), budget=11)
+    mixed = first_proposal(target, LookupFirst(tree), prompts)
+    alone = first_proposal(target, tree, prompts)
+    assert drafts(mixed, 1) == chain(COPY[:11])
+    for r in (0, 2, 3):
+        assert drafts(mixed, r) == drafts(alone, r)
+    if min_confidence == 0:
+        assert any(parents != list(range(-1, 10)) for parents in mixed.parents[[0, 2, 3]].tolist())
+    if min_confidence == 0.99:
+        assert mixed.num_drafts.tolist() == [0, 11, 0, 0]
+
+
+def test_copies_alone_are_trees_too_and_do_not_run_the_draft(target):
+    """Chains and trees are decided by other random numbers: which ones decide a copy may not hang on its neighbours."""
+    inner = Counting(tiny_draft(target))
+    proposal = first_proposal(target, LookupFirst(TreeDrafter(inner, budget=11)), [REPEATING, [1, 2, *[7] * 6]])
+    assert [drafts(proposal, r) for r in (0, 1)] == [chain(COPY[:11]), chain([7] * 11)]
+    assert inner.calls == 0
+
+
+def test_copies_and_trees_write_the_plain_text(model, target):
+    prompts = [REPEATING, *random_prompts([6, 3], seed=8)]
+    tree = TreeDrafter(BlockDrafter(tiny_draft(target)), budget=11)
+    generations = run(target, LookupFirst(tree, shortest=1), prompts, 24)
+    assert [g.token_ids for g in generations] == [plain_greedy(model, p, 24) for p in prompts]

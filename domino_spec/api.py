@@ -176,6 +176,7 @@ def _custom_generate(draft: Draft, target: Target) -> Callable[..., torch.Tensor
             requests=len(input_ids),
             settings=sampling_settings(generation_config, logits_processor),
             device=target.device,
+            min_confidence=default_min_confidence(target.device),
         )
         return generate_with(
             drafter,

@@ -169,6 +169,8 @@ def test_ctrl_c_leaves_the_text_so_far_and_says_nothing(tmp_path):
         stderr=subprocess.PIPE,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where the tests run in a shell's background, children inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     first = process.stdout.read(10)  # waits until text arrives

@@ -129,7 +129,7 @@ def test_trees_are_methods_of_their_own(loaded, disk):
     }
     assert contenders(loaded, draft, [*ways], [], [0.0]) == [Contender(name, TREE_BUDGET, 0.0) for name in ways]
     assert contenders(loaded, draft, ["domino-tree"], [7, 16], [1.0]) == [
-        Contender("domino-tree", budget, 1.0) for budget in (7, TREE_BUDGET)
+        Contender("domino-tree", budget, 1.0) for budget in (7, 16)
     ]
     run = runner(loaded, draft, None, candidates=16)
     sizes = {}

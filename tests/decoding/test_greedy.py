@@ -83,7 +83,7 @@ def test_restricted_candidates_change_no_text(model, target, candidates):
 def test_leaving_out_doubtful_drafts_changes_no_text(model, target, method, min_confidence):
     """Few, no, and different numbers of drafts in one batch, some requests with a match to copy."""
     prompts = [*random_prompts([6, 9, 4]), [5, 6, 7, 8, 9] * 3]
-    drafter = drafter_for(method, target, 4, min_confidence=min_confidence)
+    drafter = drafter_for(method, target, 4, min_confidence=min_confidence, num_drafts=8)
     generations = run(target, drafter, prompts, COUNT)
     assert [g.token_ids for g in generations] == [plain_greedy(model, p, COUNT) for p in prompts]
     proposed = {n for g in generations for n in g.num_drafts}

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from domino_spec.api import make_drafter
+from domino_spec.api import TREE_BUDGET, make_drafter
 from domino_spec.decoding import verify as verify_module
 from domino_spec.decoding.sampling import SamplingSettings, draw
 from domino_spec.decoding.state import Proposal
@@ -147,6 +147,7 @@ def sample_texts(target, drafts, name: str, settings: dict, **decoding):
         requests=REQUESTS,
         settings=sampling,
         device=target.device,
+        num_drafts=decoding.get("num_drafts", TREE_BUDGET),
         **options,
     )
     prompts = [PROMPT] * REQUESTS

@@ -72,7 +72,7 @@ def test_trees_write_what_plain_decoding_draws(method, min_confidence):
     prompts = [[5, 6, 7, 8, 9] * 3, [7] * 8, *random_prompts([6, 1], vocab=12)]
     settings = dict(temperature=1.0, top_k=3, max_new_tokens=40, seed=40)
     plain = [g.token_ids for g in generate(target, None, prompts, **settings)]
-    settings |= dict(method=method, min_confidence=min_confidence)
+    settings |= dict(method=method, min_confidence=min_confidence, num_drafts=11)
     together = generate(target, tiny_draft(target), prompts, **settings)
     assert [g.token_ids for g in together] == plain
     assert {n for g in together for n in g.acceptance_lengths} >= {1, 2, 3}

@@ -9,8 +9,10 @@ from transformers.generation import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from domino_spec import UserError, load_draft
+from domino_spec.api import default_min_confidence
 from domino_spec.decoding.transformers_hook import generate_with
 from domino_spec.draft.checkpoint import save_draft
+from domino_spec.drafters.domino_tree import TreeDrafter
 from tests.tiny import as_target, random_prompts, tiny_draft, tiny_model
 
 
@@ -95,7 +97,7 @@ def test_sampling_follows_pytorchs_seed(llama):
 
 
 @pytest.mark.parametrize("options", [dict(do_sample=True, temperature=0.7), dict(do_sample=False)], ids=str)
-def test_drafts_are_sampled_where_the_text_is(llama, monkeypatch, options):
+def test_the_hook_drafts_as_generate_does_by_default(llama, monkeypatch, options):
     model, draft = llama
     drafters = []
 
@@ -105,7 +107,9 @@ def test_drafts_are_sampled_where_the_text_is(llama, monkeypatch, options):
 
     monkeypatch.setattr("domino_spec.api.generate_with", watched)
     model.generate(**batch([5, 4]), custom_generate=draft.custom_generate, max_new_tokens=2, **options)
-    assert [d.temperature for d in drafters] == [options.get("temperature", 0.0)]
+    (drafter,) = drafters
+    assert isinstance(drafter, TreeDrafter) and drafter.max_drafts == 5, "eleven drafts and an anchor, shared by two"
+    assert drafter.block.min_confidence == default_min_confidence(model.device)
 
 
 def test_sampling_never_leaves_the_top_k(llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,48 +28,53 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 
 TREE_BUDGET = 11
-"""Drafts of a tree by default: with the anchor, as many rows as one tile of the CPU's products holds."""
+"""Drafts of a tree by default: with the anchor, as many rows as one tile of the native products holds with AVX-512."""
 SMALLEST_TREE = 2
 """Drafts of a tree where many requests share a CPU's rows."""
 
 
-def _block_drafter(
-    draft: Draft | None,
-    streams: RandomStreams,
-    candidates: int | None,
-    draft_temperature: float,
-    min_confidence: float,
-    budget: int,
-    *,
-    use_head: bool = True,
-) -> BlockDrafter:
-    assert draft is not None
+@dataclass(frozen=True)
+class Ingredients:
+    """What drafters are made of."""
+
+    draft: Draft | None
+    streams: RandomStreams
+    candidates: int | None
+    draft_temperature: float
+    min_confidence: float
+    tree_budget: int
+
+
+def _chain(given: Ingredients, use_head: bool = True) -> BlockDrafter:
+    assert given.draft is not None
     return BlockDrafter(
-        draft,
+        given.draft,
         use_head=use_head,
-        candidates=candidates,
-        temperature=draft_temperature,
-        streams=streams,
-        min_confidence=min_confidence,
+        candidates=given.candidates,
+        temperature=given.draft_temperature,
+        streams=given.streams,
+        min_confidence=given.min_confidence,
     )
 
 
-METHODS: dict[str, Callable[..., Drafter]] = {
-    "none": lambda *_: PlainDecoding(),
-    "ngram": lambda *_: PromptLookup(),
-    "dflash": lambda *arguments: _block_drafter(*arguments, use_head=False),
-    "domino": _block_drafter,
-    "domino+ngram": lambda *arguments: LookupFirst(_block_drafter(*arguments)),
-    "dflash-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments, use_head=False), arguments[-1]),
-    "domino-tree": lambda *arguments: TreeDrafter(_block_drafter(*arguments), arguments[-1]),
-    "domino-tree+ngram": lambda *arguments: LookupFirst(TreeDrafter(_block_drafter(*arguments), arguments[-1])),
-}
-"""Drafting methods by name.
+def _tree(given: Ingredients, use_head: bool = True) -> TreeDrafter:
+    return TreeDrafter(_chain(given, use_head), given.tree_budget)
 
-Each is called with (draft, streams, candidates, draft_temperature, min_confidence, drafts of a tree).
-"""
+
+METHODS: dict[str, Callable[[Ingredients], Drafter]] = {
+    "none": lambda given: PlainDecoding(),
+    "ngram": lambda given: PromptLookup(),
+    "dflash": lambda given: _chain(given, use_head=False),
+    "domino": _chain,
+    "domino+ngram": lambda given: LookupFirst(_chain(given)),
+    "dflash-tree": lambda given: _tree(given, use_head=False),
+    "domino-tree": _tree,
+    "domino-tree+ngram": lambda given: LookupFirst(_tree(given)),
+}
+"""Drafting methods by name."""
 
 WITHOUT_DRAFT = ("none", "ngram")
+"""Methods that need none."""
 CHOOSING = ("domino+ngram", "dflash-tree", "domino-tree", "domino-tree+ngram")
 """Methods with a draft that choose their tokens at any temperature: copies and trees are not sampled."""
 
@@ -125,11 +131,11 @@ def make_drafter(
     budget = num_drafts or TREE_BUDGET
     if num_drafts is None and device.type == "cpu":
         budget = max(SMALLEST_TREE, (TREE_BUDGET + 1) // requests - 1)
-    return METHODS[method](draft, streams, candidates, temperature, min_confidence, budget)
+    return METHODS[method](Ingredients(draft, streams, candidates, temperature, min_confidence, budget))
 
 
 def default_min_confidence(device: torch.device) -> float:
-    """The confidence below which a draft is not worth its row of a verify pass, by measurement (docs/benchmarks.md)."""
+    """The confidence below which a draft is not worth its row of a verify pass, by measurement (docs/log.md)."""
     return 0.05 if device.type == "cpu" else 0.0
 
 

@@ -118,7 +118,8 @@ def contenders(
             method = METHODS[name]
             if method.needs_temperature and temperature == 0:
                 continue
-            for budget in budgets or [None]:
+            wanted: list[int | None] = [*budgets] or [None]
+            for budget in wanted:
                 most = 0
                 if method.drafting is not None:
                     drafter = make_drafter(

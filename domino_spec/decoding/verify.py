@@ -47,7 +47,7 @@ def verify(
         streams: random numbers, keyed by request and position.
         feature_layers: decoder layers whose outputs the drafter needs.
         matching_rule: accept a draft only if an independent draw of the target equals it, the rule of the released
-            implementation: also lossless, never accepts more (kept for comparison).
+            implementation: also lossless, never accepts more (kept for comparison). Trees are always walked so.
     """
     tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
     drafted = proposal.tokens.shape[1] > 0  # nothing drafted is a chain and a tree alike

@@ -95,6 +95,10 @@ class Draft(nn.Module):
         """Token ids [...] to the target's embeddings [..., H], in the draft's dtype."""
         return self.ends.embedding(token_ids).to(self.dtype)
 
+    def embed_choices(self, choices: Tensor) -> Tensor:
+        """Indices into the logits [...] to the target's embeddings [..., H]."""
+        return self.embed(self.to_token_ids(choices))
+
     def block_embeddings(self, anchors: Tensor, block_size: int | None = None) -> Tensor:
         """Anchor ids [...] to block inputs [..., B, H]: the anchor in slot 0, masks elsewhere."""
         slots = self.config.block_size if block_size is None else block_size

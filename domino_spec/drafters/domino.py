@@ -128,7 +128,7 @@ class BlockDrafter:
             hidden,
             draft.base_logits(hidden),
             draft.embed(anchors),
-            lambda choices: draft.embed(draft.to_token_ids(choices)),
+            draft.embed_choices,
             self.candidates,
             self.temperature,
             lambda probs, i: self._draw(probs, state.lengths + i),

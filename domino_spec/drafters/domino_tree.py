@@ -19,7 +19,7 @@ class TreeDrafter:
 
     Args:
         block: the drafter of chains whose backbone pass is used; its candidates and least confidence hold here too.
-        budget: drafts of a tree at most.
+        budget: drafts of a tree at most; no more than `width` at each depth exist.
         width: prefixes that are extended at each depth.
     """
 
@@ -29,7 +29,7 @@ class TreeDrafter:
             raise ValueError(f"a tree needs a budget and a width of at least 1, got {budget} and {width}")
         self.block, self.width = block, width
         self.feature_layers = block.feature_layers
-        self.max_drafts = budget
+        self.max_drafts = min(budget, width * block.max_drafts)  # the cache makes room for so many rows
 
     def start(self, state: State) -> ContextCache:
         """The context caches of the chain's drafter."""
@@ -47,7 +47,7 @@ class TreeDrafter:
             hidden,
             draft.base_logits(hidden),
             draft.embed(anchors),
-            lambda choices: draft.embed(draft.to_token_ids(choices)),
+            draft.embed_choices,
             block.candidates,
             num_drafts,
             self.width,

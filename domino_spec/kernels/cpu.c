@@ -29,7 +29,7 @@
 
 #define AHEAD 32         /* steps that weights are fetched in advance; processors do not look as far on their own */
 #define QUERY_ROWS 4     /* of attention, at once in registers */
-#define VALUE_VECTORS 4
+#define VALUE_VECTORS 4  /* of a value, at once in registers */
 #define TOKENS 32        /* of one head, whose keys stay in the nearest cache */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -274,20 +274,20 @@ static void attend_head(const float *query, int64_t query_stride, const float *k
     }
   float inverse[TOKENS];
   for (int64_t n = 0; n < tokens; n++) inverse[n] = softmax_row(scores + n * stride, seen + n * extent, end);
-  for (int64_t i = 0; i < width / LANES; i += VALUE_VECTORS) {
-    int64_t n = 0;
-    const float *part = values + i * LANES;
-    float *to = out + i * LANES;
-    if (width / LANES - i < VALUE_VECTORS) {
-      for (; n < tokens; n++)
-        mix_rows(1, (int)(width / LANES - i), scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
-      continue;
+  for (int64_t i = 0, rows; i < width / LANES; i += VALUE_VECTORS)
+    for (int64_t n = 0; n < tokens; n += rows) {
+      const float *weights = scores + n * stride, *part = values + i * LANES;
+      float *to = out + n * out_stride + i * LANES;
+      int whole = width / LANES - i >= VALUE_VECTORS, vectors = whole ? VALUE_VECTORS : (int)(width / LANES - i);
+      rows = whole && tokens - n >= QUERY_ROWS ? QUERY_ROWS : 1;
+      /* numbers known to the compiler keep the sums in registers */
+      if (rows == QUERY_ROWS)
+        mix_rows(QUERY_ROWS, VALUE_VECTORS, weights, stride, inverse + n, part, width, end, to, out_stride);
+      else if (whole)
+        mix_rows(1, VALUE_VECTORS, weights, stride, inverse + n, part, width, end, to, out_stride);
+      else
+        mix_rows(1, vectors, weights, stride, inverse + n, part, width, end, to, out_stride);
     }
-    for (; n + QUERY_ROWS <= tokens; n += QUERY_ROWS)
-      mix_rows(QUERY_ROWS, VALUE_VECTORS, scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
-    for (; n < tokens; n++)
-      mix_rows(1, VALUE_VECTORS, scores + n * stride, stride, inverse + n, part, width, end, to + n * out_stride, out_stride);
-  }
 }
 
 /* query rows lie every `query_stride` values, `heads` heads side by side; keys and values of a request every

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def _build(compiler: str) -> Path:
                 [*_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
                 ["-shared", str(compiled), "-o", str(linked)],
             ):
-                subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
+                subprocess.run([*shlex.split(compiler), *arguments], check=True, capture_output=True, text=True)
     return built
 
 
@@ -90,9 +91,9 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and library() is not None
 
 
-def fits(*widths: int) -> bool:
-    """Whether rows of these many values can be cut into the processor's vectors, as norms, SwiGLU and attention ask."""
-    return all(width % _loaded().lanes() == 0 for width in widths)
+def fits(width: int) -> bool:
+    """Whether rows of `width` values can be cut into the processor's vectors, as norms, SwiGLU and attention ask."""
+    return width % _loaded().lanes() == 0
 
 
 def _loaded() -> ctypes.CDLL:

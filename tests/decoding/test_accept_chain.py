@@ -56,15 +56,15 @@ LATER = [0.2, 0.2, 0.6]
 
 
 def close(actual, expected, grid=GRID):
-    """Every boundary of the square falls within one grid line."""
-    assert (actual - torch.tensor(expected, dtype=torch.double)).abs().max() <= 1.5 / grid
+    """Whether every boundary of the square falls within one grid line."""
+    return bool((actual - torch.tensor(expected, dtype=torch.double)).abs().max() <= 1.5 / grid)
 
 
 def test_a_chosen_draft_is_accepted_with_the_targets_probability():
     """p = {a .5, b .3, c .2}, draft b: accepted .3; rejected, a comes with .714 of the rest and c with .286."""
     first, accepted = shares([[0.5, 0.3, 0.2], LATER], chosen(B))
-    close(accepted, [0.7, 0.3])
-    close(first, [0.5, 0.3, 0.2])
+    assert close(accepted, [0.7, 0.3])
+    assert close(first, [0.5, 0.3, 0.2])
 
 
 def test_a_rejected_chosen_draft_never_comes_back():
@@ -72,7 +72,7 @@ def test_a_rejected_chosen_draft_never_comes_back():
     tokens, accepted = accept_chain(probs, chosen(B)(GRID * GRID), Grid(), torch.zeros(GRID * GRID, 2).long())
     assert not (tokens[accepted == 0, 0] == B).any()
     rejected = tokens[accepted == 0, 0].bincount(minlength=3).double()
-    close(rejected / rejected.sum(), [0.714, 0.0, 0.286])
+    assert close(rejected / rejected.sum(), [0.714, 0.0, 0.286])
 
 
 def test_a_sampled_draft_is_accepted_with_the_ratio_and_its_share_taken_away():
@@ -80,29 +80,29 @@ def test_a_sampled_draft_is_accepted_with_the_ratio_and_its_share_taken_away():
     target = [[0.5, 0.3, 0.2], LATER]
     ids, probs = [A, B, C], [0.2, 0.7, 0.1]
     first, accepted = shares(target, sampled(B, ids, probs))
-    close(accepted, [4 / 7, 3 / 7])
-    close(first, [4 / 7 * 0.75, 3 / 7, 4 / 7 * 0.25])
+    assert close(accepted, [4 / 7, 3 / 7])
+    assert close(first, [4 / 7 * 0.75, 3 / 7, 4 / 7 * 0.25])
     for token in (A, C):
         _, accepted = shares(target, sampled(token, ids, probs))
-        close(accepted, [0.0, 1.0])
+        assert close(accepted, [0.0, 1.0])
     # Over the draft's own draws the token follows the target exactly.
     mixture = sum(q * shares(target, sampled(token, ids, probs))[0] for token, q in zip(ids, probs, strict=True))
-    close(mixture, [0.5, 0.3, 0.2])
+    assert close(mixture, [0.5, 0.3, 0.2])
 
 
 def test_candidates_may_be_few_and_in_any_order():
     target = [[0.5, 0.3, 0.2], LATER]
     ids, probs = [C, A], [0.6, 0.4]
     mixture = sum(q * shares(target, sampled(token, ids, probs))[0] for token, q in zip(ids, probs, strict=True))
-    close(mixture, [0.5, 0.3, 0.2])
+    assert close(mixture, [0.5, 0.3, 0.2])
     _, accepted = shares(target, sampled(C, ids, probs))
-    close(accepted, [2 / 3, 1 / 3])
+    assert close(accepted, [2 / 3, 1 / 3])
 
 
 def test_a_draft_that_the_target_excludes_is_always_rejected():
     first, accepted = shares([[0.6, 0.0, 0.4], LATER], chosen(B))
-    close(accepted, [1.0, 0.0])
-    close(first, [0.6, 0.0, 0.4])
+    assert close(accepted, [1.0, 0.0])
+    assert close(first, [0.6, 0.0, 0.4])
 
 
 def test_after_a_fully_accepted_chain_the_bonus_comes_from_the_next_row():
@@ -110,7 +110,7 @@ def test_after_a_fully_accepted_chain_the_bonus_comes_from_the_next_row():
     probs = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], LATER]).expand(requests, -1, -1)
     tokens, accepted = accept_chain(probs, chosen(A, B)(requests), Grid(), torch.zeros(requests, 3).long())
     assert accepted.eq(2).all() and tokens[:, 0].eq(A).all() and tokens[:, 1].eq(B).all()
-    close(tokens[:, 2].bincount(minlength=3).double() / requests, LATER)
+    assert close(tokens[:, 2].bincount(minlength=3).double() / requests, LATER)
 
 
 def test_drafts_past_a_requests_own_number_are_ignored():
@@ -120,7 +120,7 @@ def test_drafts_past_a_requests_own_number_are_ignored():
     proposal = Proposal(torch.tensor([A, C]).expand(requests, -1), torch.ones(requests, dtype=torch.long))
     tokens, accepted = accept_chain(probs, proposal, Grid(), torch.zeros(requests, 3).long())
     assert accepted.eq(1).all()
-    close(tokens[:, 1].bincount(minlength=3).double() / requests, LATER)
+    assert close(tokens[:, 1].bincount(minlength=3).double() / requests, LATER)
 
 
 def test_without_drafts_the_token_is_drawn_from_the_target():
@@ -130,15 +130,15 @@ def test_without_drafts_the_token_is_drawn_from_the_target():
         probs, Proposal.empty(requests, probs.device), Grid(), torch.zeros(requests, 1).long()
     )
     assert not accepted.any()
-    close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
+    assert close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
 
 
 def test_the_matching_rule_accepts_with_the_probability_of_agreement():
     requests = GRID * GRID
     probs = torch.tensor([[0.5, 0.3, 0.2], LATER]).expand(requests, -1, -1)
     tokens, accepted = _matching_chain(probs, chosen(B)(requests), Grid(), torch.zeros(requests, 2).long())
-    close(accepted.bincount(minlength=2).double() / requests, [0.7, 0.3])
-    close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
+    assert close(accepted.bincount(minlength=2).double() / requests, [0.7, 0.3])
+    assert close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
 
 
 def both_ways(logits, proposal):

@@ -167,7 +167,10 @@ def test_a_long_text_and_any_number_of_drafts(model, target):
     texts = texts_of(model, prompts, count)
     for num_drafts in (0, 1, 2, 7, None):
         oracle = TreeOracle(texts, DRAFTS, seed=7)
-        check_against_oracle(run(target, oracle, prompts, count, num_drafts=num_drafts), oracle, prompts, count)
+        generations = run(target, oracle, prompts, count, num_drafts=num_drafts)
+        check_against_oracle(generations, oracle, prompts, count)
+        limit = DRAFTS if num_drafts is None else num_drafts
+        assert max(n for g in generations for n in g.num_drafts) <= limit
 
 
 def test_requests_that_ended_do_not_disturb_the_others(model, target):

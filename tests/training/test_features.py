@@ -75,7 +75,8 @@ def test_an_interrupted_capture_goes_on_where_it_stopped(tmp_path, target, seque
 def test_a_complete_cache_needs_no_target_pass(tmp_path, target, sequences, monkeypatch):
     capture_features(target, sequences, LAYERS, tmp_path)
     monkeypatch.setattr(features_module, "compute_features", lambda *a: pytest.fail("captured again"))
-    capture_features(target, sequences, LAYERS, tmp_path)
+    cache = capture_features(target, sequences, LAYERS, tmp_path)
+    assert all(sequence in cache for sequence in sequences)
 
 
 def test_other_settings_are_refused(tmp_path, target, sequences):

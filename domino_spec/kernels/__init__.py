@@ -1,1 +1,1 @@
-"""The innermost loops of drafting: PyTorch truth in `reference`; Triton twins will stand beside it."""
+"""Inner loops: PyTorch truth in `reference` and `blended`, with C twins for CPU and Triton twins for CUDA."""

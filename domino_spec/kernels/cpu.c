@@ -6,22 +6,13 @@
  *
  * Built and called by cpu.py, which says what the arguments are; nothing here checks them.
  */
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
-#if defined(__x86_64__) && !defined(__FMA__)
-#error "this processor is older than the instructions that these loops are made of"
-#endif
+#include "vectors.h"
 
-#ifdef __AVX512F__
-#define LANES 16
+#if LANES == 16
 #define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */
 #else
-#define LANES 8
 #define MAX_TILE 6
 #endif
 #define PANEL (2 * LANES)
@@ -32,66 +23,8 @@
 #define VALUE_VECTORS 4  /* of a value, at once in registers */
 #define TOKENS 32        /* of one head, whose keys stay in the nearest cache */
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 int64_t panel_width(void) { return PANEL; }
 int64_t lanes(void) { return LANES; }
-
-ALWAYS_INLINE vec load(const float *p) { return *(const vec *)p; }
-ALWAYS_INLINE void store(float *p, vec v) { *(vec *)p = v; }
-ALWAYS_INLINE vec splat(float x) { return x - (vec){0}; }
-
-/* a * b + c, rounded once. Named, and contraction turned off: in `a * b + c * d` the compiler would choose which
- * product to round, and choose anew wherever the function is inlined. */
-ALWAYS_INLINE vec fma_lanes(vec a, vec b, vec c) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
-}
-
-ALWAYS_INLINE float sum_lanes(vec v) {
-#if LANES == 16
-  typedef float half __attribute__((vector_size(32)));
-  half halves[2];
-  memcpy(halves, &v, sizeof halves);
-  half eight = halves[0] + halves[1];
-#else
-  vec eight = v;
-#endif
-  typedef float quarter __attribute__((vector_size(16)));
-  quarter quarters[2];
-  memcpy(quarters, &eight, sizeof quarters);
-  quarter four = quarters[0] + quarters[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-ALWAYS_INLINE vec larger(vec a, vec b) {
-  ivec first = a > b;
-  return (vec)(((ivec)a & first) | ((ivec)b & ~first));
-}
-
-/* exp: 2^n times a polynomial in the remainder (Cephes' coefficients); 0 below -87, and not beyond exp(88). */
-ALWAYS_INLINE vec exp_lanes(vec x) {
-  const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves no fraction bits */
-  ivec in_range = x > splat(-87.0f);
-  x = -larger(-x, splat(-88.0f));
-  vec n = fma_lanes(x, splat(1.44269504f), splat(round_to_integer)) - round_to_integer;
-  vec r = fma_lanes(n, splat(2.12194440e-4f), fma_lanes(n, splat(-0.693359375f), x));
-  const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
-  vec p = splat(1.9875691500e-4f);
-#pragma GCC unroll 7
-  for (int i = 0; i < 7; i++) p = fma_lanes(p, r, splat(coefficients[i]));
-  ivec scale = (__builtin_convertvector(n, ivec) + 127) << 23;
-  return (vec)((ivec)(p * (vec)scale) & in_range);
-}
 
 /* y[rows, columns] = inputs turned to x[inputs, rows], times one panel [inputs, PANEL], plus bias[PANEL] if there is one. */
 ALWAYS_INLINE void tile(const int rows, const float *restrict x, int64_t inputs, const float *restrict panel,
@@ -198,11 +131,7 @@ void silu_mul(const float *x, int64_t rows, int64_t width, float *y) {
 
 /* Lanes without `bit` hold sums of pairs of a, those with it sums of pairs of b. */
 ALWAYS_INLINE vec fold(vec a, vec b, const int bit) {
-#if LANES == 16
-  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#else
-  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
-#endif
+  const ivec lane = lane_numbers();
   ivec of_b = (lane & bit) != 0;
   ivec own = lane + (of_b & LANES), other = lane + bit + (of_b & (LANES - 2 * bit));
   return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
@@ -232,8 +161,7 @@ ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end)
   for (int64_t t = end; t < padded; t++) scores[t] = -1e30f;
   vec largest = load(scores);
   for (int64_t t = LANES; t < padded; t += LANES) largest = larger(largest, load(scores + t));
-  float top = largest[0];
-  for (int i = 1; i < LANES; i++) top = largest[i] > top ? largest[i] : top;
+  float top = largest_lane(largest);
   vec total = splat(0.0f);
   for (int64_t t = 0; t < padded; t += LANES) {
     vec weight = exp_lanes(load(scores + t) - top);

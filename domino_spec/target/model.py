@@ -132,13 +132,8 @@ class Target:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
-        ids: set[int] = set()
         generation = getattr(self.model, "generation_config", None)
-        for source in (getattr(generation, "eos_token_id", None), getattr(self.config, "eos_token_id", None)):
-            ids.update([source] if isinstance(source, int) else source or [])
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return frozenset(ids)
+        return stop_token_ids(generation, self.config, self.tokenizer)
 
     def pack(self) -> Target:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self."""
@@ -245,6 +240,16 @@ class Target:
         cache.lengths.copy_(lengths)
         features = [chunk for chunk in chunks if chunk is not None]
         return torch.cat(features, dim=1) if features else None
+
+
+def stop_token_ids(generation: Any, config: Any, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Tokens that end an answer: those of a generation configuration (or None), a text configuration, a tokenizer."""
+    ids: set[int] = set()
+    for source in (getattr(generation, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        ids.update([source] if isinstance(source, int) else source or [])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
 
 
 def _attention_windows(config: Any) -> dict[str, int | None]:

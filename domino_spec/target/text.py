@@ -17,7 +17,7 @@ def encode_prompt(
     prompt: str | Sequence[Message],
     *,
     chat: bool = True,
-    enable_thinking: bool = False,
+    enable_thinking: bool | None = False,
 ) -> list[int]:
     """Token ids of a prompt.
 
@@ -25,7 +25,7 @@ def encode_prompt(
         tokenizer: of the target.
         prompt: a user's text, or a list of chat messages ({"role", "content"}).
         chat: wrap a text in the tokenizer's chat template where it has one; False continues the raw text.
-        enable_thinking: passed to templates that know it (Qwen3).
+        enable_thinking: passed to templates that know it (Qwen3); None leaves them their own default.
 
     Raises:
         UserError: the prompt is empty.
@@ -39,10 +39,24 @@ def encode_prompt(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template is None:
         raise UserError("chat messages need a chat template, and this target's tokenizer has none")
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, enable_thinking=enable_thinking
-    )
+    options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
     return list(encoded["input_ids"])
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    enable_thinking: bool | None = False,
+) -> str:
+    """What the chat template writes for some messages; with the generation prompt, what `encode_prompt` encodes."""
+    options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    text = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
+    )
+    return str(text)
 
 
 class TextStream:

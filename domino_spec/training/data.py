@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,33 +20,106 @@ from domino_spec.files import read_jsonl
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and the target's answer to it, as token ids."""
+    """A conversation as token ids: prompts, and the target's answers, which alone are learned."""
 
     id: str
     tokens: Tensor
-    """[T] int64, prompt then answer."""
-    prompt_length: int
+    """[T] int64."""
+    answers: tuple[tuple[int, int], ...]
+    """Half-open ranges of the answers' tokens, ascending; the first starts after at least one token of prompt."""
 
     @property
     def digest(self) -> str:
         """Identifies the tokens."""
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
 
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that are learned."""
+        return sum(end - start for start, end in self.answers)
 
-def load_sequences(path: str | Path, max_length: int, vocab_size: int) -> list[Sequence]:
+    @property
+    def anchors(self) -> Tensor:
+        """Every position that can be an anchor, ascending: known, and followed by a token of an answer."""
+        return torch.cat([torch.arange(start - 1, end - 1) for start, end in self.answers])
+
+
+class Turn(NamedTuple):
+    """One answer and what came before it."""
+
+    id: str
+    """The conversation's id, with `#` and the answer's number behind it where there are several."""
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def conversation_id(id_: str) -> str:
+    """The id that the turns of a conversation share."""
+    base, mark, number = id_.rpartition("#")
+    return base if mark and number.isdecimal() else id_
+
+
+def join_turns(turns: Iterable[Turn], max_length: int) -> list[Sequence]:
+    """Sequences of a conversation's turns: one, as long as each prompt continues the prompt and answer before it.
+
+    Args:
+        turns: of one conversation, in order.
+        max_length: tokens; longer sequences are cut at the end.
+
+    Returns:
+        Sequences named after the last turn in them. Answers of fewer than two tokens within `max_length` are left out.
+    """
+    texts: list[tuple[str, list[int], list[tuple[int, int]]]] = []
+    for id_, prompt, answer in turns:
+        answers = []
+        if texts and texts[-1][1] == prompt[: len(texts[-1][1])]:
+            answers = texts.pop()[2]
+        texts.append((id_, prompt + answer, [*answers, (len(prompt), len(prompt) + len(answer))]))
+    sequences = []
+    for id_, tokens, spans in texts:
+        cut = [(start, min(end, max_length)) for start, end in spans]
+        kept = tuple((start, end) for start, end in cut if start >= 1 and end >= start + 2)
+        if kept:
+            sequences.append(Sequence(id_, torch.tensor(tokens[: kept[-1][1]]), kept))
+    return sequences
+
+
+def load_sequences(
+    path: str | Path,
+    max_length: int,
+    vocab_size: int,
+    thinking: bool | None = False,
+    limit: int | None = None,
+) -> list[Sequence]:
     """Sequences of a JSONL of answers, cut to `max_length`; those with less than two answer tokens are left out.
 
+    Answers to consecutive turns of one conversation share a sequence where the later prompt holds the earlier answer
+    as it was given.
+
+    Args:
+        path: {"id", "prompt_ids", "response_ids"} and perhaps "thinking" a line.
+        max_length: tokens.
+        vocab_size: of the target.
+        thinking: what the recipe says; rows that were answered otherwise are refused.
+        limit: conversations to use, the first ones; None for all.
+
     Raises:
-        UserError: an unreadable file, a malformed line (numbered), or token ids outside the vocabulary.
+        UserError: an unreadable file, a malformed line (numbered), answers given with another thinking mode, or token
+            ids outside the vocabulary.
     """
-    sequences = []
-    for row in read_jsonl(path, {"id": str, "prompt_ids": list, "response_ids": list}):
-        ids = (row["prompt_ids"] + row["response_ids"])[:max_length]
+    sequences: list[Sequence] = []
+    rows = read_jsonl(path, {"id": str, "prompt_ids": list, "response_ids": list})
+    for row in rows:
+        ids = row["prompt_ids"] + row["response_ids"]
         if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise UserError(f"{path}: {row['id']} holds token ids outside the target's vocabulary of {vocab_size}")
-        prompt_length = len(row["prompt_ids"])
-        if prompt_length >= 1 and len(ids) >= prompt_length + 2:
-            sequences.append(Sequence(row["id"], torch.tensor(ids), prompt_length))
+        if row.get("thinking", thinking) != thinking:
+            raise UserError(
+                f"{path}: {row['id']} was answered with thinking {json.dumps(row['thinking'])}, but data.thinking is "
+                f"{json.dumps(thinking)}: set it to what the draft will meet, and regenerate where that differs"
+            )
+    for _, turns in islice(groupby(rows, key=lambda row: conversation_id(row["id"])), limit):
+        sequences += join_turns((Turn(r["id"], r["prompt_ids"], r["response_ids"]) for r in turns), max_length)
     if not sequences:
         raise UserError(f"{path} holds no answer that can be trained on")
     return sequences
@@ -52,14 +128,20 @@ def load_sequences(path: str | Path, max_length: int, vocab_size: int) -> list[S
 def split_held_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], list[Sequence]]:
     """Training part and `count` held-out sequences, chosen by a hash of their ids so that the choice is stable.
 
+    Sequences of one conversation stay together, since a later one may hold an earlier one's answer; so a few more than
+    `count` may be held out.
+
     Raises:
         UserError: there are not more than `count` sequences.
     """
     if len(sequences) <= count:
         raise UserError(f"held_out is {count}, but there are only {len(sequences)} sequences")
-    ordered = sorted(sequences, key=lambda s: hashlib.sha256(s.id.encode()).hexdigest())
-    held_out = {s.id for s in ordered[:count]}
-    return [s for s in sequences if s.id not in held_out], [s for s in sequences if s.id in held_out]
+    ordered = sorted(sequences, key=lambda s: hashlib.sha256(conversation_id(s.id).encode()).hexdigest())
+    held_out = {conversation_id(s.id) for s in ordered[:count]}
+    training = [s for s in sequences if conversation_id(s.id) not in held_out]
+    if not training:
+        raise UserError(f"held_out is {count}, and no conversation is left to train on")
+    return training, [s for s in sequences if conversation_id(s.id) in held_out]
 
 
 def frequent_tokens(sequences: Iterable[Sequence], size: int, always: Iterable[int]) -> Tensor:
@@ -75,7 +157,8 @@ def frequent_tokens(sequences: Iterable[Sequence], size: int, always: Iterable[i
     """
     counts: Counter[int] = Counter()
     for sequence in sequences:
-        counts.update(sequence.tokens[sequence.prompt_length :].tolist())
+        for start, end in sequence.answers:
+            counts.update(sequence.tokens[start:end].tolist())
     chosen = dict.fromkeys(always)
     for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(chosen) >= size:

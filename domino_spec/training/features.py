@@ -1,19 +1,26 @@
 """The target's features for every training sequence, captured once and kept in shards on disk.
 
 Capturing costs a full pass of the target, so a draft that is trained for several epochs reads them back instead.
-A shard holds whole sequences; it is written atomically, so an interrupted capture goes on at the next shard.
+A shard holds whole sequences; it is written atomically, so an interrupted capture goes on at the next shard. Any number
+of processes may read while one captures; a second one that has something to capture waits for the first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import logging
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceType
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,20 +31,61 @@ from domino_spec.training.data import Sequence
 
 SHARD_TOKENS = 50_000
 BATCH_TOKENS = 4096
+LARGE_BYTES = 10_000_000_000
+"""A capture of more than this is announced with a warning."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of unequal length, right-padded, with their features."""
+    """Sequences packed one behind the other, without padding."""
 
     tokens: Tensor
-    """[S, T] int64."""
-    lengths: Tensor
-    """[S]."""
-    prompt_lengths: Tensor
-    """[S]."""
+    """[T] int64."""
+    starts: Tensor
+    """[S + 1], first row of every sequence, then T."""
+    is_answer: Tensor
+    """[T] bool, True for tokens of answers."""
     features: Tensor
-    """[S, T, layers * H]; zero past a sequence's length."""
+    """[T, layers * H]."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+class FeatureSource(Protocol):
+    """Where training takes its features from: a cache on disk, or the target itself."""
+
+    layers: tuple[int, ...]
+    """The tapped layers, in the order in which their hidden states lie side by side."""
+
+    def read(self, sequence: Sequence) -> Tensor:
+        """Features [T, layers * H] of one sequence."""
+
+    def batch(self, sequences: SequenceType[Sequence]) -> Batch:
+        """Some sequences with their features."""
+
+
+class OnlineFeatures:
+    """Features computed by the target whenever they are asked for.
+
+    Args:
+        target: loaded in the precision that the features should have.
+        layers: tapped decoder layers.
+    """
+
+    def __init__(self, target: Target, layers: SequenceType[int]) -> None:
+        self.target, self.layers = target, tuple(layers)
+
+    def read(self, sequence: Sequence) -> Tensor:
+        """Features [T, layers * H] of one sequence."""
+        return self.batch([sequence]).features
+
+    def batch(self, sequences: SequenceType[Sequence]) -> Batch:
+        """Run the target over some sequences; they should be of like length."""
+        return pack_batch(sequences, compute_features(self.target, sequences, self.layers))
 
 
 class _Place(NamedTuple):
@@ -48,6 +96,8 @@ class _Place(NamedTuple):
     end: int
     digest: str | None = None
     """Of the tokens: a sequence of the same id and other tokens is captured anew. Absent in older shards."""
+    checksum: int | None = None
+    """Of the features' bytes (CRC-32). Absent in older shards, which are read as they are."""
 
 
 class FeatureCache:
@@ -63,26 +113,61 @@ class FeatureCache:
 
     def __init__(self, directory: Path, settings: dict) -> None:
         self.directory = directory
+        self.layers: tuple[int, ...] = tuple(settings["layers"])
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, safe_open] = {}
+        self._verified: set[str] = set()
         known = directory / "settings.json"
         if known.exists():
             if read_json(known) != settings:
                 raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
         else:
             write_json(settings, known)
-        shards = sorted(directory.glob("shard-*.safetensors"))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the shards that were written since.
+
+        Raises:
+            UserError: one of them is damaged.
+        """
+        shards = sorted(self.directory.glob("shard-*.safetensors"))
         for shard in shards:
-            self._index(shard)
+            if shard not in self._open:
+                self._index(shard)
         self._next_number = int(shards[-1].stem.removeprefix("shard-")) + 1 if shards else 0
 
     def _index(self, shard: Path) -> None:
         try:
             self._open[shard] = file = safe_open(shard, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} is damaged ({error}); remove it, and what it held is captured again") from None
-        for id_, *place in json.loads(file.metadata()["sequences"]):
-            self._places[id_] = _Place(shard, *place)
+            table = json.loads(file.metadata()["sequences"])
+            places = {id_: _Place(shard, *place) for id_, *place in table}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(shard, error) from None
+        self._places |= places
+        self._verified -= places.keys()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The only process that may add shards; waits, with a word, until no other is.
+
+        Raises:
+            UserError: the directory cannot be written to.
+        """
+        lock = FileLock(self.directory / "capture.lock")
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _log.warning("another process captures features into %s; waiting for it to end", self.directory)
+                lock.acquire()
+        except OSError as error:
+            raise UserError(f"cannot write feature cache {self.directory}: {error.strerror}") from None
+        try:
+            self.refresh()
+            yield
+        finally:
+            lock.release()
 
     def __contains__(self, sequence: Sequence) -> bool:
         place = self._places.get(sequence.id)
@@ -95,33 +180,57 @@ class FeatureCache:
         shard = self.directory / f"shard-{self._next_number:05d}.safetensors"
         table, start = [], 0
         for sequence, rows in zip(sequences, features, strict=True):
-            table.append((sequence.id, start, start + len(rows), sequence.digest))
+            table.append((sequence.id, start, start + len(rows), sequence.digest, _checksum(rows)))
             start += len(rows)
         save_tensors({"features": torch.cat(list(features))}, shard, {"sequences": json.dumps(table)})
         self._next_number += 1
         self._index(shard)
 
     def read(self, sequence: Sequence) -> Tensor:
-        """Features [T, F] of one sequence."""
+        """Features [T, F] of one sequence, checked against their checksum when they are read for the first time.
+
+        Raises:
+            UserError: the shard is damaged.
+        """
+        if sequence not in self:
+            self.refresh()  # another process may have captured it
+            assert sequence in self, f"{sequence.id} was not captured"
         place = self._places[sequence.id]
-        return self._open[place.shard].get_slice("features")[place.start : place.end]
+        try:
+            rows = self._open[place.shard].get_slice("features")[place.start : place.end]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(place.shard, error) from None
+        if sequence.id not in self._verified:
+            if place.checksum is not None and place.checksum != _checksum(rows):
+                raise _damaged(place.shard, f"the features of {sequence.id} do not match their checksum")
+            self._verified.add(sequence.id)
+        return rows
 
     def batch(self, sequences: SequenceType[Sequence]) -> Batch:
-        """Read and pad some sequences."""
-        return pad_batch(sequences, [self.read(s) for s in sequences])
+        """Read and pack some sequences."""
+        return pack_batch(sequences, [self.read(s) for s in sequences])
 
 
-def pad_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
-    """Right-pad sequences and their features to one length."""
-    return Batch(
-        tokens=torch.nn.utils.rnn.pad_sequence([s.tokens for s in sequences], batch_first=True),
-        lengths=torch.tensor([len(s.tokens) for s in sequences]),
-        prompt_lengths=torch.tensor([s.prompt_length for s in sequences]),
-        features=torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
-    )
+def _checksum(rows: Tensor) -> int:
+    return zlib.crc32(rows.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
-def feature_scale(cache: FeatureCache, sequences: SequenceType[Sequence], sample: int = 64) -> Tensor:
+def _damaged(shard: Path, reason: object) -> UserError:
+    return UserError(f"{shard} is damaged ({reason}); remove it, and what it held is captured again")
+
+
+def pack_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
+    """Lay sequences and their features [T, layers * H] one behind the other."""
+    is_answer = [torch.zeros(len(s.tokens), dtype=torch.bool) for s in sequences]
+    for mask, sequence in zip(is_answer, sequences, strict=True):
+        for start, end in sequence.answers:
+            mask[start:end] = True
+    lengths = torch.tensor([0, *(len(s.tokens) for s in sequences)])
+    tokens = torch.cat([s.tokens for s in sequences])
+    return Batch(tokens, lengths.cumsum(0), torch.cat(is_answer), torch.cat(list(features)))
+
+
+def feature_scale(cache: FeatureSource, sequences: SequenceType[Sequence], sample: int = 64) -> Tensor:
     """One over the root mean square of every feature dimension, [F] float32, over the first `sample` sequences.
 
     The first token of each is left out: many models park huge activations there.
@@ -138,7 +247,7 @@ def compute_features(target: Target, sequences: SequenceType[Sequence], layers: 
     cache = target.new_cache(len(sequences), tokens.shape[1])
     features = target.prefill(tokens, lengths, cache, layers)
     assert features is not None
-    return [rows[: len(s.tokens)].cpu() for rows, s in zip(features, sequences, strict=True)]
+    return [rows[: len(s.tokens)] for rows, s in zip(features, sequences, strict=True)]
 
 
 def capture_features(
@@ -156,6 +265,9 @@ def capture_features(
         layers: tapped decoder layers.
         directory: of the cache.
         on_progress: called with the tokens just done.
+
+    Raises:
+        UserError: the cache is damaged, was made with other settings, cannot be written, or does not fit on the disk.
     """
     settings = {
         "target": target.fingerprint,
@@ -164,21 +276,53 @@ def capture_features(
         "hidden_size": target.hidden_size,
     }
     cache = FeatureCache(directory, settings)
-    on_progress(sum(len(s.tokens) for s in sequences if s in cache))
-    # Sequences of like length share a batch, so that little of it is padding.
-    missing = sorted((s for s in sequences if s not in cache), key=lambda s: len(s.tokens))
+    if all(s in cache for s in sequences):
+        on_progress(sum(len(s.tokens) for s in sequences))
+        return cache
+    with cache.writing():
+        on_progress(sum(len(s.tokens) for s in sequences if s in cache))
+        _capture_missing(target, [s for s in sequences if s not in cache], layers, cache, on_progress)
+    return cache
+
+
+def _capture_missing(
+    target: Target,
+    sequences: SequenceType[Sequence],
+    layers: SequenceType[int],
+    cache: FeatureCache,
+    on_progress: Callable[[int], None],
+) -> None:
+    _check_space(sum(len(s.tokens) for s in sequences), target, layers, cache.directory)
     pending: list[Sequence] = []
     rows: list[Tensor] = []
-    for batch in _batches(missing, BATCH_TOKENS):
+    # Sequences of like length share a batch, so that little of it is padding.
+    for batch in _batches(sorted(sequences, key=lambda s: len(s.tokens)), BATCH_TOKENS):
         pending += batch
-        rows += compute_features(target, batch, layers)
+        rows += [features.cpu() for features in compute_features(target, batch, layers)]
         if sum(map(len, rows)) >= SHARD_TOKENS:
             cache.write_shard(pending, rows)
             pending, rows = [], []
         on_progress(sum(len(s.tokens) for s in batch))
     if pending:
         cache.write_shard(pending, rows)
-    return cache
+
+
+def feature_bytes(tokens: int, layers: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Size of the features of so many tokens."""
+    return tokens * layers * hidden_size * dtype.itemsize
+
+
+def _check_space(tokens: int, target: Target, layers: SequenceType[int], directory: Path) -> None:
+    needed = feature_bytes(tokens, len(layers), target.hidden_size, target.dtype)
+    free = shutil.disk_usage(directory).free
+    size = f"the features of {tokens:,} tokens need {needed / 1e9:.1f} GB"
+    if needed > free:
+        raise UserError(
+            f"{size}, and {directory} has {free / 1e9:.1f} GB left; "
+            "use another directory (--features), or no disk at all (data.features: online)"
+        )
+    level = logging.WARNING if needed > LARGE_BYTES else logging.INFO
+    _log.log(level, "%s in %s, which has %.1f GB left", size, directory, free / 1e9)
 
 
 def _batches(sequences: SequenceType[Sequence], max_tokens: int) -> list[list[Sequence]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from domino_spec import generate
-from domino_spec.config import DataRecipe, UserError
+from domino_spec.config import UserError
+from domino_spec.recipe import DataRecipe
 from domino_spec.training.data import load_sequences
 from domino_spec.training.regenerate import regenerate
-from tests.tiny import tiny_draft
+from tests.tiny import VOCAB, as_target, tiny_draft, word_tokenizer
 
 RECIPE = DataRecipe(max_new_tokens=10, batch_size=3)
 PROMPTS = [
@@ -118,6 +119,55 @@ def test_progress_counts_up_to_the_end(tmp_path, prompts, text_target):
     assert [p.new_tokens for p in seen] == sorted(p.new_tokens for p in seen)
     assert seen[-1].new_tokens == result.new_tokens and seen[-1].answered == seen[-1].total == 5
     assert len(seen) > 5, "a bar that moves within a batch"
+
+
+def test_prompts_may_be_conversations_whose_answers_are_given_anew(tmp_path, text_target):
+    talk = [("system", "w20"), ("user", "w9 w10"), ("assistant", "w30"), ("user", "w11")]
+    rows = [{"id": "c", "messages": [{"role": role, "content": content} for role, content in talk]}]
+    out = tmp_path / "out.jsonl"
+    regenerate(text_target, None, write(tmp_path / "p.jsonl", rows), out, RECIPE)
+    answers = read(out)
+    assert answers["c#1"]["prompt_ids"] == [1, 20, 2, 1, 9, 10, 2]
+    first = text_target.tokenizer.decode(answers["c#1"]["response_ids"], skip_special_tokens=True)
+    whole = f"w1 w20 w2 w1 w9 w10 w2 w1 {first} w2 w1 w11 w2"
+    assert answers["c#2"]["prompt_ids"] == text_target.tokenizer(whole)["input_ids"]
+
+
+def test_what_is_left_out_is_counted_and_written_beside_the_answers(tmp_path, text_target):
+    suite = write(tmp_path / "suite.jsonl", [{"id": "s", "turns": ["W8"]}])
+    recipe = dataclasses.replace(RECIPE, exclude=(str(suite),))
+    prompts = write(tmp_path / "p.jsonl", [*PROMPTS, {"id": "again", "turns": ["w5 w6  w7"]}])
+    result = regenerate(text_target, None, prompts, tmp_path / "out.jsonl", recipe)
+    assert (result.answered, result.in_evaluation, result.duplicate_prompts) == (4, 1, 1)
+    assert result.left_out == "1 with the prompt of another, 1 in an evaluation suite"
+    assert set(read(tmp_path / "out.jsonl")) == {"a", "c#1", "c#2", "d", "e"}
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report == {"answers": str(tmp_path / "out.jsonl"), **dataclasses.asdict(result)}
+
+
+def test_answers_cut_at_the_limit_are_counted_and_can_be_left_out(tmp_path, prompts, text_target):
+    kept, dropped = tmp_path / "kept.jsonl", tmp_path / "dropped.jsonl"
+    with_all = regenerate(text_target, None, prompts, kept, RECIPE)
+    cut = {id_ for id_, row in read(kept).items() if len(row["response_ids"]) == 10}
+    assert with_all.truncated == len(cut) > 0
+    regenerate(text_target, None, prompts, dropped, dataclasses.replace(RECIPE, keep_truncated=False))
+    assert dropped.exists() and not cut & read(dropped).keys()
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_the_thinking_mode_reaches_the_template_and_the_answers(tmp_path, model, thinking):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is not defined %}w50{% elif enable_thinking %}w51{% endif %}"
+    recipe = dataclasses.replace(RECIPE, thinking=thinking)
+    out = tmp_path / "out.jsonl"
+    prompts = write(tmp_path / "p.jsonl", [{"id": "a", "turns": ["w8"]}])
+    regenerate(as_target(model, tokenizer), None, prompts, out, recipe)
+    row = read(out)["a"]
+    assert row["thinking"] is thinking
+    assert row["prompt_ids"] == [1, 8, 2, *{True: [51], False: [], None: [50]}[thinking]]
+    load_sequences(out, 100, VOCAB, thinking)
+    with pytest.raises(UserError, match="was answered with thinking"):
+        load_sequences(out, 100, VOCAB, not thinking)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from domino_spec.training.evaluate import SimulatedTau
     from domino_spec.training.loop import StepResult
     from domino_spec.training.regenerate import RegenerateProgress
+    from domino_spec.training.watch import RunFacts
 
 PLAIN_LINE_SECONDS = 30.0
 
@@ -22,7 +23,7 @@ View = TypeVar("View", bound="ProgressView")
 
 
 class _Bars(Progress):
-    """A bar for each kind of work, with its figures on a line of their own below it while it lasts."""
+    """A bar for each kind of work, with its figures on lines of their own below it while it lasts."""
 
     def __init__(self, console: Console, refresh_per_second: float) -> None:
         columns = (
@@ -38,11 +39,12 @@ class _Bars(Progress):
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if not task.finished:
-                yield Text("         " + task.fields["figures"], style="dim", no_wrap=True, overflow="ellipsis")
+                for line in task.fields["figures"]:
+                    yield Text("         " + line, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class ProgressView:
-    """One bar with a line of figures and the time left.
+    """One bar with lines of figures and the time left.
 
     Args:
         console: where to show it.
@@ -76,8 +78,15 @@ class ProgressView:
         if self._bar is not None or self._plain:
             self._console.print(line, highlight=False, soft_wrap=True)
 
-    def show(self, what: str, done: int, total: int, figures: str) -> None:
-        """Show that `done` of `total` are done; the time left follows from the pace since the first call."""
+    def show(self, what: str, done: int, total: int, *figures: str) -> None:
+        """Show that `done` of `total` are done; the time left follows from the pace since the first call.
+
+        Args:
+            what: is being done.
+            done: of `total`.
+            total: at the end.
+            figures: lines to show below the bar; without a terminal they share one.
+        """
         now = time.monotonic()
         started, first = self._started.setdefault(what, (now, done))
         left = ""
@@ -85,40 +94,55 @@ class ProgressView:
             left = f"{duration((now - started) / (done - first) * (total - done))} left"
         if self._bar is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bar.add_task(what, total=total, figures="", left="")
+                self._tasks[what] = self._bar.add_task(what, total=total, figures=(), left="")
             self._bar.update(self._tasks[what], completed=done, total=total, figures=figures, left=left)
         elif self._plain and (done >= total or now - self._plain_at >= PLAIN_LINE_SECONDS):
             self._plain_at = now
-            line = f"{what} {done}/{total}: {figures}" + (f", {left}" if left else "")
+            line = f"{what} {done}/{total}: " + ", ".join((*figures, left) if left else figures)
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class TrainingView(ProgressView):
-    """Progress of `train`: features captured, then steps with losses, lambda, tau and pace."""
+    """Progress of `train`: features captured, then steps with losses, lambda, tau, pace and use of the device."""
 
-    def __init__(self, console: Console, steps: int, shown: bool = True) -> None:
+    def __init__(self, console: Console, shown: bool = True) -> None:
         super().__init__(console, shown)
-        self._steps = steps
-        self._pace = Pace()
+        self._steps = 0
+        self._matrix_rate = 0.0
+        self._tokens, self._samples, self._operations = Pace(), Pace(), Pace()
         self._feature_pace = Pace()
-        self._tau = ""
+        self._tau: tuple[str, ...] = ()
+
+    @property
+    def callbacks(self) -> dict[str, Any]:
+        """The arguments of `run_training` that keep this view up to date."""
+        return dict(on_start=self.start, on_features=self.features, on_step=self.step, on_evaluation=self.evaluation)
+
+    def start(self, facts: RunFacts) -> None:
+        """What the run is; comes before any step."""
+        self._steps, self._matrix_rate = facts.steps, facts.matrix_rate
 
     def features(self, done: int, total: int) -> None:
-        """Callback of `run_training`: tokens captured so far."""
+        """Tokens captured so far."""
         self.show("features", done, total, f"{self._feature_pace.rate(done):.0f} tokens/s")
 
     def step(self, result: StepResult) -> None:
-        """Callback of `run_training`: one optimizer step."""
-        rate = self._pace.advance(result.tokens, result.seconds)
-        figures = (
+        """One optimizer step."""
+        losses = (
             f"base loss {result.base_loss:.3f}, final loss {result.final_loss:.3f}, lambda {result.lambda_base:.2f}"
-            f"{self._tau}, {rate:.0f} tokens/s"
         )
-        self.show("steps", result.step, self._steps, figures)
+        pace = (
+            f"{self._tokens.advance(result.tokens, result.seconds):.0f} tokens/s, "
+            f"{self._samples.advance(result.sequences, result.seconds):.3g} samples/s"
+        )
+        operations = self._operations.advance(result.flops, result.seconds)
+        if self._matrix_rate:
+            pace += f", {operations / self._matrix_rate:.1%} of the matrix rate"
+        self.show("steps", result.step, self._steps, losses, *self._tau, pace)
 
     def evaluation(self, step: int, tau: SimulatedTau) -> None:
-        """Callback of `run_training`: a held-out measurement."""
-        self._tau = f", tau {tau.tau:.3f} (head off {tau.tau_head_off:.3f})"
+        """A held-out measurement."""
+        self._tau = (f"tau {tau.tau:.3f} (head off {tau.tau_head_off:.3f})",)
         line = f"step {step}: simulated tau {tau.tau:.3f}, head off {tau.tau_head_off:.3f}"
         if tau.candidate_recall is not None:
             line += f", recall of {tau.candidates} candidates {tau.candidate_recall:.4f}"
@@ -138,18 +162,18 @@ class RegenerateView(ProgressView):
 
 
 class Pace:
-    """Tokens per second."""
+    """Tokens, or whatever is counted, per second."""
 
     def __init__(self, smoothing: float = 0.95) -> None:
         self._smoothing = smoothing
-        self._tokens = self._seconds = 0.0
+        self._amount = self._seconds = 0.0
         self._first: tuple[float, int] | None = None
 
-    def advance(self, tokens: int, seconds: float) -> float:
+    def advance(self, amount: float, seconds: float) -> float:
         """A smoothed rate of work that reports its own durations."""
-        self._tokens = self._smoothing * self._tokens + tokens
+        self._amount = self._smoothing * self._amount + amount
         self._seconds = self._smoothing * self._seconds + seconds
-        return self._tokens / self._seconds if self._seconds else 0.0
+        return self._amount / self._seconds if self._seconds else 0.0
 
     def rate(self, total_tokens: int) -> float:
         """The mean rate since the first call, by the wall clock."""

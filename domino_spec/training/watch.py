@@ -1,0 +1,269 @@
+"""What a run records while it trains: metrics.jsonl, TensorBoard, and the trackers that its recipe asks for.
+
+`metrics.jsonl` is the record that reports are made from (`training.report`). The others show the same figures, and none
+of them can stop a run: a tracker that fails is left out from there on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from domino_spec.config import DraftConfig, UserError
+from domino_spec.draft.model import Draft
+from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
+from domino_spec.recipe import Recipe
+from domino_spec.training.data import Sequence
+from domino_spec.training.evaluate import SimulatedTau
+from domino_spec.training.flops import matrix_rate
+from domino_spec.training.loop import StepResult
+
+METRICS_FILE = "metrics.jsonl"
+IDENTITY_FILE = "trackers.json"
+"""Keeps the id under which trackers know the run."""
+PROJECT = "domino-spec"
+"""Of the trackers, unless WANDB_PROJECT or TRACKIO_PROJECT names another."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run is besides its recipe, known once data and device are."""
+
+    draft: str
+    """Its shape in words."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    training_sequences: int
+    training_tokens: int
+    """Prompts included."""
+    answer_tokens: int
+    """Of the training sequences: the tokens that are learned."""
+    held_out_sequences: int
+    parameters: int
+    """Of the draft."""
+    device: str
+    processes: int
+    matrix_rate: float
+    """What the devices of all processes reach on large products, in floating-point operations per second."""
+
+    def notes(self) -> dict[str, str]:
+        """For the comments above the recipe that is saved with the run; `training.report` reads them."""
+        values = {f.name.replace("_", " "): getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+
+
+def run_facts(
+    recipe: Recipe,
+    draft: Draft,
+    training: SequenceType[Sequence],
+    held_out: SequenceType[Sequence],
+    processes: int = 1,
+) -> RunFacts:
+    """Count the data and measure the device (well under a second).
+
+    Args:
+        recipe: of the run.
+        draft: to be trained, on its device.
+        training: sequences trained on.
+        held_out: sequences for simulated tau.
+        processes: that share the work, each with a device like this one's.
+    """
+    device = draft.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+    return RunFacts(
+        draft=_shape(draft.config),
+        steps=recipe.training.with_steps(len(training)).total_steps,
+        training_sequences=len(training),
+        training_tokens=sum(len(s.tokens) for s in training),
+        answer_tokens=sum(s.num_answer_tokens for s in training),
+        held_out_sequences=len(held_out),
+        parameters=sum(p.numel() for p in draft.parameters()),
+        device=name,
+        processes=processes,
+        matrix_rate=matrix_rate(device, getattr(torch, recipe.training.precision)) * processes,
+    )
+
+
+def _shape(config: DraftConfig) -> str:
+    parts = [
+        f"{config.num_hidden_layers} layers",
+        f"blocks of {config.block_size}",
+        f"{config.max_drafts} drafts ({'shifted' if config.shift_label else 'unshifted'} labels)",
+        f"taps {' '.join(map(str, config.target_layer_ids))}",
+    ]
+    if config.draft_vocab_size is not None:
+        parts.append(f"draft vocabulary {config.draft_vocab_size}")
+    if config.head is None:
+        return ", ".join([*parts, "no head"])
+    head, prefix = config.head, config.head.pure_draft_prefix_len
+    return ", ".join([*parts, f"head with GRU {head.gru_hidden_dim}, low rank {head.low_rank}, pure prefix {prefix}"])
+
+
+class Metrics:
+    """Writes a run's metrics wherever they are wanted; to be used in a `with` statement, which closes the trackers.
+
+    A resumed run first drops from `metrics.jsonl` and TensorBoard what lies past its state, since it writes that again.
+
+    Args:
+        directory: of the run.
+        resumed_step: steps that its state has done.
+        recipe: of the run.
+
+    Raises:
+        UserError: the metrics cannot be read or written, or a tracker is not installed.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int, recipe: Recipe) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        modules = tracker_modules(recipe.training.trackers)
+        self._path = directory / METRICS_FILE
+        self._log_every = recipe.training.log_every
+        rows = read_jsonl(self._path, {"step": int}, skip_partial_end=True) if self._path.exists() else []
+        # A resumed run repeats the numbers of the one that was stopped, so trackers need them only once.
+        self._tracked = {(row["step"], "tau" in row) for row in rows}
+        with atomic_path(self._path) as scratch:
+            kept = (row for row in rows if row["step"] <= resumed_step)
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resumed_step + 1)
+        self._trackers = []
+        if modules:
+            identity, config = _identity(directory), json.loads(json.dumps(dataclasses.asdict(recipe)))
+            self._trackers = [_Tracker(name, module, directory, identity, config) for name, module in modules.items()]
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.finish(failed=kind is not None)
+
+    def step(self, result: StepResult) -> None:
+        """Record one optimizer step (every `log_every`)."""
+        if result.step % self._log_every == 0 or result.step == 1:
+            self._write(result.step, {k: v for k, v in dataclasses.asdict(result).items() if k != "step"})
+
+    def evaluation(self, step: int, tau: SimulatedTau) -> None:
+        """Record simulated tau, per-slot acceptance and candidate recall."""
+        values: dict[str, Any] = {
+            "tau": tau.tau,
+            "tau_head_off": tau.tau_head_off,
+            "acceptance": tau.acceptance,
+            "acceptance_head_off": tau.acceptance_head_off,
+            "blocks": len(tau.accepted),
+            "candidates": tau.candidates,
+            "candidate_recall": tau.candidate_recall,
+        }
+        self._write(step, values)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        scalars = dict(_scalars(values))
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if (step, "tau" in values) not in self._tracked:
+            for tracker in self._trackers:
+                tracker.log(scalars, step)
+
+
+def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers by name; those of a list are numbered from 1, as drafted tokens are."""
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{number:02d}", item) for number, item in enumerate(value, 1))
+        elif isinstance(value, (int, float)):
+            yield name, value
+
+
+def tracker_modules(names: SequenceType[str]) -> dict[str, ModuleType]:
+    """Import the trackers that a recipe names; called early too, so that a missing one is not found out late.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    modules = {}
+    for name in names:
+        try:
+            modules[name] = importlib.import_module(name)
+        except ImportError as error:
+            missing = f"{name} cannot be imported ({error})"
+            raise UserError(f"{missing}; pip install {name}, or take it out of training.trackers") from None
+    return modules
+
+
+def _identity(directory: Path) -> str:
+    """The id under which trackers know the run of this directory, made when it has none yet."""
+    path = directory / IDENTITY_FILE
+    if not path.exists():
+        write_json({"id": secrets.token_hex(4)}, path)
+    return read_json(path)["id"]
+
+
+class _Tracker:
+    """One tracker, which may fail at any time: then it says so once and is off.
+
+    Args:
+        name: wandb or trackio, whose functions have the same names.
+        module: imported.
+        directory: of the run.
+        identity: of the run.
+        config: the recipe as plain values.
+    """
+
+    def __init__(self, name: str, module: ModuleType, directory: Path, identity: str, config: dict[str, Any]) -> None:
+        self._name, self._module, self._run = name, module, None
+        title = directory.resolve().name
+        options: dict[str, Any] = dict(project=os.environ.get(f"{name.upper()}_PROJECT", PROJECT), config=config)
+        if name == "wandb":
+            # It would otherwise read along on standard output, where the progress bar is.
+            options |= dict(name=title, id=identity, dir=str(directory), settings={"console": "off"})
+        else:
+            options |= dict(name=f"{title}-{identity}")  # trackio finds the run to resume by its name
+        self._run = self._attempt("start", lambda: module.init(resume="allow", **options))
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Send some numbers."""
+        run = self._run
+        if run is not None:
+            self._attempt("log", lambda: run.log(dict(scalars), step=step))
+
+    def finish(self, failed: bool) -> None:
+        """End the session."""
+        if self._run is not None:
+            self._run, outcome = None, {"exit_code": int(failed)} if self._name == "wandb" else {}
+            # The module's function: after the run's own, trackio would finish it once more when Python exits.
+            self._attempt("finish", lambda: self._module.finish(**outcome))
+
+    def _attempt(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is ours: a bar, or one JSON object
+                return call()
+        except Exception as error:  # whatever it is, training goes on
+            self._run = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            _log.warning("%s could not %s and is off from here on: %s", self._name, what, reason)
+            return None

@@ -10,12 +10,14 @@ Shapes: R requests, B slots, T context rows, H hidden, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -32,6 +34,10 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query [R, heads, n, D], keys and values [R, kv_heads, T + n, D] to [R, heads, n, D]."""
+
+
 class ContextKV(NamedTuple):
     """Keys (rotated) and values of the context for every layer, each [layers, R, kv_heads, T, D]."""
 
@@ -44,6 +50,19 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1)
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of query [R, heads, n, D] to keys and values [R, kv_heads, m, D] where `mask` [R, 1, n, m] is True.
+
+    A mask of floats is added to the scores instead. Grouped queries are folded into rows of their key/value head, so
+    keys and values are never repeated.
+    """
+    requests, heads, slots, head_dim = query.shape
+    groups = heads // key.shape[1]
+    folded = query.reshape(requests, key.shape[1], groups * slots, head_dim)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(1, 1, groups, 1))
+    return out.reshape(requests, heads, slots, head_dim)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -72,8 +91,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
-        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n] says where."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor | Attend
+    ) -> Tensor:
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n] says where.
+
+        Training hands in a function instead of a mask, since a mask for all of its blocks would be huge.
+        """
         requests, slots, _ = x.shape
         query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
         key = self.k_proj(x).view(requests, slots, self.kv_heads, self.head_dim)
@@ -82,11 +106,9 @@ class Attention(nn.Module):
         key = rotate(self.k_norm(key).transpose(1, 2), rotary).to(context_keys.dtype)
         key = torch.cat((context_keys, key), dim=2)  # [R, kv_heads, T + n, D]
         value = torch.cat((context_values, value.transpose(1, 2).to(context_values.dtype)), dim=2)
-        # Grouped queries are folded into rows of their key/value head, so keys and values are never repeated.
-        groups = self.heads // self.kv_heads
-        query = query.to(key.dtype).reshape(requests, self.kv_heads, groups * slots, self.head_dim)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, groups, 1))
-        out = out.reshape(requests, self.heads, slots, self.head_dim).transpose(1, 2)
+        query = query.to(key.dtype)
+        out = grouped_attention(query, key, value, mask) if isinstance(mask, Tensor) else mask(query, key, value)
+        out = out.transpose(1, 2)
         return self.o_proj(out.reshape(requests, slots, self.heads * self.head_dim))
 
 
@@ -132,7 +154,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor | Attend
+    ) -> Tensor:
         """`x` [R, n, H] to [R, n, H]; arguments as in `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, context_keys, context_values, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -153,15 +177,26 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(_rotary_config(config))
         self._context_projection: PackedLinear | None = None
+        self.recompute_layers = False
+        """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
         self.feature_scale: Tensor | None
         self.register_buffer("feature_scale", None, persistent=False)
 
-    def scale_features(self, scale: Tensor) -> None:
+    @torch.no_grad()
+    def scale_features(self, scale: Tensor, trained: bool = False) -> None:
         """Train `fc` on features times `scale` [F]; checkpoints hold `fc` for the features as they are.
 
         A few dimensions of a target's hidden states are a hundred times larger than the rest and carry half of their
         energy. Brought to one scale, the optimizer's steps reach all dimensions alike.
+
+        Args:
+            scale: [F], positive.
+            trained: `fc` comes from a checkpoint, so what it computes must not change. The scale is then rounded to
+                powers of two, which move into `fc` and back without rounding.
         """
+        if trained:
+            scale = torch.exp2(scale.log2().round())
+            self.fc.weight /= scale
         self.feature_scale = scale
 
     @property
@@ -215,21 +250,24 @@ class Backbone(nn.Module):
         keys = torch.stack([rotate(a.k_norm(projected[i, 0]), rotary) for i, a in enumerate(attentions)])
         return ContextKV(keys.to(projected.dtype), projected[:, 1])
 
-    def forward(self, block: Tensor, positions: Tensor, context: ContextKV, mask: Tensor) -> Tensor:
+    def forward(self, block: Tensor, positions: Tensor, context: ContextKV, mask: Tensor | Attend) -> Tensor:
         """Hidden state of every slot.
 
         Args:
             block: [R, n, H], embeddings of anchor and mask tokens; n may hold several blocks side by side.
             positions: [R, n], absolute positions of the slots.
             context: keys and values of T context rows.
-            mask: [R, 1, n, T + n], True where a slot may attend: context first, then the block.
+            mask: [R, 1, n, T + n], True where a slot may attend: context first, then the block; or the attention.
 
         Returns:
             [R, n, H], after the final norm: `lm_head` of it gives the base logits.
         """
         rotary = self.rotary(positions)
         for layer, keys, values in zip(self.layers, context.keys, context.values, strict=True):
-            block = layer(block, rotary, keys, values, mask)
+            if self.recompute_layers and torch.is_grad_enabled():
+                block = checkpoint(layer, block, rotary, keys, values, mask, use_reentrant=False)
+            else:
+                block = layer(block, rotary, keys, values, mask)
         return self.norm(block)
 
 

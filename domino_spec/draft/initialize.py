@@ -1,22 +1,41 @@
-"""A fresh draft for a target: its shape from a recipe, its first weights random or from the target's own layers."""
+"""A new draft for a target: its shape from a recipe, its first weights random, the target's own layers, or a draft's.
+
+A draft that starts from another (`init_from`) goes on from exactly what that one computes: its backbone, its head where
+it has one, its label convention. Where recipe and checkpoint disagree about any of that, nothing starts.
+"""
 
 from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from domino_spec.config import DraftConfig, DraftRecipe, UserError, default_target_layer_ids
+from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
+from domino_spec.draft.checkpoint import read_draft
+from domino_spec.draft.load import draft_directory
 from domino_spec.draft.model import Draft
+from domino_spec.draft.pairing import check_pairing
+from domino_spec.recipe import DraftRecipe
 from domino_spec.target.model import Target
 
+DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 16, 5  # the paper's (5.1)
 
-def draft_config(recipe: DraftRecipe, target: Target) -> DraftConfig:
+
+def draft_config(recipe: DraftRecipe, target: Target, start: DraftConfig | None = None) -> DraftConfig:
     """The configuration that a recipe means for a target.
 
+    Args:
+        recipe: of the draft.
+        target: that it is for.
+        start: of the draft that `recipe.init_from` names.
+
     Raises:
-        UserError: the recipe does not fit the target, or no mask token can be found.
+        UserError: the recipe does not fit the target or that draft, or no mask token can be found.
     """
-    config = target.config
+    if start is not None:
+        return replace(continued_config(recipe, start), target_fingerprint=target.fingerprint)
     mask_token_id = recipe.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(target.tokenizer, "mask_token_id", None)
@@ -25,53 +44,144 @@ def draft_config(recipe: DraftRecipe, target: Target) -> DraftConfig:
             f"{target.name} has no mask token: set draft.mask_token_id to an id that its tokenizer reserves and "
             "never produces"
         )
+    config = fresh_config(recipe, target.config, mask_token_id)
+    return replace(config, vocab_size=target.vocab_size, target_fingerprint=target.fingerprint)
+
+
+def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) -> DraftConfig:
+    """The configuration of a draft that starts from nothing.
+
+    Args:
+        recipe: of the draft.
+        target_config: text configuration of the target (transformers).
+        mask_token_id: for empty slots.
+
+    Raises:
+        UserError: the recipe does not fit the target.
+    """
+    config = target_config
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
         rope = dict(rope.get("full_attention") or {})
     theta = rope.pop("rope_theta", 10000.0)
     if rope.get("rope_type", "default") == "default":
         rope = {}
+    num_layers = DEFAULT_NUM_LAYERS if recipe.num_layers is None else recipe.num_layers
     return DraftConfig(
         hidden_size=config.hidden_size,
         intermediate_size=recipe.intermediate_size or config.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=target.vocab_size,
-        num_target_layers=target.num_layers,
-        target_layer_ids=recipe.target_layer_ids or default_target_layer_ids(target.num_layers, recipe.num_layers),
+        vocab_size=config.vocab_size,
+        num_target_layers=config.num_hidden_layers,
+        target_layer_ids=recipe.target_layer_ids or default_target_layer_ids(config.num_hidden_layers, num_layers),
         mask_token_id=mask_token_id,
-        block_size=recipe.block_size,
-        shift_label=recipe.shift_label,
-        head=recipe.head,
+        block_size=DEFAULT_BLOCK_SIZE if recipe.block_size is None else recipe.block_size,
+        shift_label=recipe.shift_label is not False,
+        head=None if recipe.head is None else recipe.head.over(HeadConfig()),
         draft_vocab_size=recipe.draft_vocab_size,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=rope or None,
         max_position_embeddings=config.max_position_embeddings,
-        target_fingerprint=target.fingerprint,
     )
+
+
+def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
+    """The configuration of a draft that starts from another: that one's, with the recipe's head where it had none.
+
+    Raises:
+        UserError: the recipe states another value than the checkpoint holds.
+    """
+    for name in (
+        "block_size",
+        "num_layers",
+        "mask_token_id",
+        "target_layer_ids",
+        "intermediate_size",
+        "shift_label",
+        "draft_vocab_size",
+    ):
+        held = getattr(start, "num_hidden_layers" if name == "num_layers" else name)
+        # A head over the whole vocabulary can be cut to a part of it.
+        if not (name == "draft_vocab_size" and held is None):
+            _agree(recipe, name, getattr(recipe, name), held)
+    head = None
+    if recipe.head is not None:
+        head = recipe.head.over(start.head or HeadConfig())
+        if start.head is not None:
+            for f in fields(start.head):
+                _agree(recipe, f"head.{f.name}", getattr(head, f.name), getattr(start.head, f.name))
+    size = start.draft_vocab_size or recipe.draft_vocab_size
+    return replace(start, head=head, draft_vocab_size=size, published={})
+
+
+def _agree(recipe: DraftRecipe, name: str, stated: Any, held: Any) -> None:
+    if stated is not None and stated != held:
+        raise UserError(
+            f"draft.{name} is {_plain(stated)} in the recipe and {_plain(held)} in {recipe.init_from}: they must be "
+            "equal, or left out of the recipe"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def new_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
     """A draft in float32, bound to its target, with reproducible first weights.
 
+    Args:
+        recipe: of the draft.
+        target: that it is for.
+        draft_vocab_ids: [draft_vocab_size] where the recipe states that size.
+        seed: of random weights.
+
     Raises:
-        UserError: the recipe does not fit the target.
+        UserError: the recipe does not fit the target, or `init_from` cannot be read, fits neither, or was made for
+            other weights.
     """
-    config = draft_config(recipe, target)
+    if recipe.init_from is not None:
+        return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
+    draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
+    # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
+    draft.backbone.norm.weight.data.copy_(_norm_scale(target.decoder.norm))
+    if recipe.init_layers_from_target is not None:
+        _copy_layers(draft, target, recipe.init_layers_from_target)
+    return draft.bind(target)
+
+
+def _random_draft(config: DraftConfig, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = Draft(config, draft_vocab_ids)
         for module in draft.backbone.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
-        draft.backbone.norm.weight.data.copy_(_norm_scale(target.decoder.norm))
-    if recipe.init_layers_from_target is not None:
-        _copy_layers(draft, target, recipe.init_layers_from_target)
-    return draft.bind(target)
+    return draft
+
+
+@torch.no_grad()
+def _continued_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
+    name = str(recipe.init_from)
+    start = read_draft(draft_directory(name))
+    check_pairing(start.config, name, target, recipe.init_from_other_target, "draft.init_from_other_target: true")
+    config = draft_config(recipe, target, start.config)
+    vocabulary, known = draft_vocab_ids, start.draft_vocab_ids
+    if vocabulary is not None and known is not None and not torch.equal(vocabulary.cpu(), known):
+        raise UserError(
+            f"draft.draft_vocab_size gives other tokens than {name} can propose; leave it out to keep that draft's"
+        )
+    draft = _random_draft(config, known if vocabulary is None else vocabulary, seed)
+    draft.backbone.load_state_dict(start.backbone.state_dict())
+    if draft.head is not None and start.head is not None:
+        weights = start.head.state_dict()
+        if vocabulary is not None and known is None:
+            weights["embed_proj.2.weight"] = weights["embed_proj.2.weight"][vocabulary.cpu()]
+        draft.head.load_state_dict(weights)
+    return draft
 
 
 @torch.no_grad()

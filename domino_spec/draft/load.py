@@ -16,8 +16,12 @@ from domino_spec.target.packing import can_pack
 EMBEDDED_DRAFT = "smollm2-135m-domino"
 
 
-def draft_directory(name_or_path: str | Path) -> Path:
+def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
     """Where a draft's files are: the shipped draft's name, a directory, or a hub id (downloaded without any code).
+
+    Args:
+        name_or_path: of the draft.
+        weights: False downloads its configuration alone.
 
     Raises:
         UserError: it does not exist or cannot be downloaded.
@@ -38,10 +42,9 @@ def draft_directory(name_or_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"] if weights else ["config.json"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot get draft {name} from the hub and it is not a directory here: {reason}") from None

@@ -26,7 +26,13 @@ def shape_mismatch(config: DraftConfig, hidden_size: int, vocab_size: int, num_l
     return None
 
 
-def check_pairing(config: DraftConfig, draft_name: str, target: Target, allow_other_target: bool = False) -> None:
+def check_pairing(
+    config: DraftConfig,
+    draft_name: str,
+    target: Target,
+    allow_other_target: bool = False,
+    how_to_allow: str = "--allow-other-target",
+) -> None:
     """Refuse a draft that was not made for this target.
 
     Args:
@@ -34,6 +40,7 @@ def check_pairing(config: DraftConfig, draft_name: str, target: Target, allow_ot
         draft_name: for the message.
         target: to pair it with.
         allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
+        how_to_allow: the option or setting that does so, for the message.
 
     Raises:
         UserError: one sentence that names both sides.
@@ -48,6 +55,6 @@ def check_pairing(config: DraftConfig, draft_name: str, target: Target, allow_ot
             raise UserError(
                 f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
                 f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
-                "(--allow-other-target) for a fine-tuned target"
+                f"({how_to_allow}) for a fine-tuned target"
             )
         _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)

@@ -1,17 +1,24 @@
-"""A fresh draft takes its shape from recipe and target, and starts from reproducible weights."""
+"""A new draft takes its shape from recipe and target, and starts from reproducible weights or from another draft."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
-from domino_spec.config import DraftRecipe, HeadConfig, UserError
-from domino_spec.draft.checkpoint import save_draft
+from domino_spec.config import HeadConfig, UserError
+from domino_spec.draft.checkpoint import draft_tensors, read_draft, save_draft
 from domino_spec.draft.initialize import draft_config, new_draft
 from domino_spec.draft.load import load_draft
-from tests.tiny import ARCHITECTURES, MASK, assert_close, tiny_target, word_tokenizer
+from domino_spec.draft.model import Draft
+from domino_spec.kernels.reference import head_rollout
+from domino_spec.recipe import DraftRecipe, HeadRecipe
+from tests.tiny import ARCHITECTURES, MASK, VOCAB, assert_close, tiny_draft, tiny_target, word_tokenizer
 
-HEAD = HeadConfig(gru_hidden_dim=8, low_rank=4)
+HEAD = HeadRecipe(gru_hidden_dim=8, low_rank=4)
 
 
 def recipe(**changes) -> DraftRecipe:
@@ -117,3 +124,164 @@ def test_a_draft_for_gemma_turns_as_its_full_attention_layers():
     target = tiny_target("gemma3", tokenizer=word_tokenizer())
     draft = new_draft(recipe(target_layer_ids=(0, 2)), target, None, seed=0)
     assert draft.config.rope_theta == target.config.rope_parameters["full_attention"]["rope_theta"]
+
+
+# Warm starts from a checkpoint
+
+
+def proposals(draft: Draft, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, final logits and drafted tokens after some context [R, T, F]."""
+    config, rows = draft.config, features.shape[1]
+    positions = torch.arange(rows + config.block_size)[None].expand(len(features), -1)
+    anchors = torch.arange(len(features)) + 3
+    mask = torch.ones(1, 1, config.block_size, rows + config.block_size, dtype=torch.bool)
+    context = draft.backbone.project_context(features, positions[:, :rows])
+    hidden = draft.backbone(draft.block_embeddings(anchors), positions[:, rows:], context, mask)
+    hidden = hidden[:, config.first_draft_slot :]
+    base = draft.base_logits(hidden)
+    rollout = head_rollout(draft.head, hidden, base, draft.embed(anchors), draft.embed_choices)
+    return hidden, base, draft.to_token_ids(rollout.choices)
+
+
+def checkpoint(directory: Path, target, nested: bool = False, dtype=torch.bfloat16, **options) -> Draft:
+    """A random draft saved in `directory`, as it is read back."""
+    draft = tiny_draft(target, **options)
+    draft.nested_head_names = nested
+    save_draft(draft, directory, dtype=dtype)
+    return read_draft(directory).float().bind(target)
+
+
+def wide_scale(draft: Draft) -> Tensor:
+    """Feature scales over six orders of magnitude, none of them a power of two."""
+    return torch.logspace(-3, 3, draft.config.feature_size)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(shift_label=False),
+        dict(head=False, shift_label=False),
+        dict(nested=True),
+        dict(draft_vocab_ids=torch.arange(0, VOCAB, 2)),
+    ],
+    ids=["domino", "own positions", "dflash", "older names", "draft vocabulary"],
+)
+@torch.no_grad()
+def test_a_warm_start_proposes_exactly_what_the_checkpoint_proposes(tmp_path, text_target, options):
+    """Bit for bit, although training sees its features on another scale; and saved at once, it is the same draft."""
+    source = checkpoint(tmp_path, text_target, **options)
+    start = DraftRecipe(init_from=str(tmp_path), **({"head": None} if source.head is None else {}))
+    draft = new_draft(start, text_target, None, seed=0)
+    draft.backbone.scale_features(wide_scale(draft), trained=True)
+    features = torch.randn(6, 7, draft.config.feature_size, generator=torch.Generator().manual_seed(0))
+    for actual, expected in zip(proposals(draft, features), proposals(source, features), strict=True):
+        assert torch.equal(actual, expected)
+    saved, held = draft_tensors(draft), draft_tensors(source)
+    assert {n.removeprefix("logit_head.") for n in held} == set(saved)
+    for name, tensor in held.items():
+        assert torch.equal(saved[name.removeprefix("logit_head.")].float(), tensor.float()), name
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in draft.parameters())
+
+
+@torch.no_grad()
+def test_a_scale_without_compensation_would_change_the_proposals(tmp_path, text_target):
+    source = checkpoint(tmp_path, text_target)
+    draft = new_draft(DraftRecipe(init_from=str(tmp_path)), text_target, None, seed=0)
+    draft.backbone.scale_features(wide_scale(draft))
+    features = torch.randn(6, 7, draft.config.feature_size, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(proposals(draft, features)[2], proposals(source, features)[2])
+
+
+def test_what_a_warm_start_leaves_out_is_the_checkpoints(tmp_path, target):
+    """Also where a fresh draft would take it from the tokenizer (there is none here) or from a default."""
+    source = checkpoint(tmp_path, target, shift_label=False, layers=1, taps=(1,), prefix=2)
+    config = draft_config(DraftRecipe(init_from=str(tmp_path)), target, source.config)
+    assert config == source.config
+    assert (config.block_size, config.shift_label, config.head.pure_draft_prefix_len) == (5, False, 2)
+    assert not config.published, "the new draft writes a configuration of its own"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(block_size=8), r"draft.block_size is 8 in the recipe and 5 in .*checkpoint"),
+        (dict(num_layers=3), r"draft.num_layers is 3 in the recipe and 2 in"),
+        (dict(mask_token_id=7), r"draft.mask_token_id is 7 in the recipe and 59 in"),
+        (dict(target_layer_ids=(0, 2)), r"draft.target_layer_ids is \[0, 2\] in the recipe and \[0, 3\] in"),
+        (dict(intermediate_size=48), r"draft.intermediate_size is 48 in the recipe and 40 in"),
+        (dict(shift_label=False), r"draft.shift_label is False in the recipe and True in"),
+        (dict(head=HeadRecipe(gru_hidden_dim=16)), r"draft.head.gru_hidden_dim is 16 in the recipe and 12 in"),
+        (dict(head=HeadRecipe(low_rank=4)), r"draft.head.low_rank is 4 in the recipe and 6 in"),
+        (dict(head=HeadRecipe(pure_draft_prefix_len=0)), r"draft.head.pure_draft_prefix_len is 0 in the recipe and 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_recipe_that_contradicts_its_checkpoint_is_refused(tmp_path, text_target, changes, message):
+    checkpoint(tmp_path / "checkpoint", text_target)
+    with pytest.raises(UserError, match=message) as error:
+        new_draft(DraftRecipe(init_from=str(tmp_path / "checkpoint"), **changes), text_target, None, 0)
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_a_head_on_a_published_backbone_starts_neutral_and_keeps_its_convention(tmp_path, text_target):
+    source = checkpoint(tmp_path, text_target, head=False, shift_label=False)
+    draft = new_draft(DraftRecipe(init_from=str(tmp_path), head=HEAD), text_target, None, seed=0)
+    assert draft.config.head == HeadConfig(gru_hidden_dim=8, low_rank=4, pure_draft_prefix_len=1)
+    assert (draft.config.shift_label, draft.config.max_drafts) == (False, 4)
+    features = torch.randn(6, 7, draft.config.feature_size)
+    for actual, expected in zip(proposals(draft, features), proposals(source, features), strict=True):
+        assert torch.equal(actual, expected)
+    assert draft.head.prefix_gru.weight_ih_l0.any()
+
+
+def test_a_head_can_be_left_behind(tmp_path, text_target):
+    checkpoint(tmp_path, text_target)
+    draft = new_draft(DraftRecipe(init_from=str(tmp_path), head=None), text_target, None, seed=0)
+    assert draft.head is None and draft.config.head is None
+
+
+def test_another_draft_vocabulary_than_the_checkpoints_is_refused(tmp_path, text_target):
+    ids = torch.arange(0, VOCAB, 2)
+    checkpoint(tmp_path, text_target, draft_vocab_ids=ids)
+    start = DraftRecipe(init_from=str(tmp_path), draft_vocab_size=len(ids))
+    assert torch.equal(new_draft(start, text_target, ids, 0).draft_vocab_ids, ids)
+    with pytest.raises(UserError, match=r"leave it out to keep that draft's"):
+        new_draft(start, text_target, ids + 1, 0)
+    with pytest.raises(UserError, match=r"draft_vocab_size is 20 in the recipe and 30 in"):
+        new_draft(dataclasses.replace(start, draft_vocab_size=20), text_target, ids[:20], 0)
+
+
+@torch.no_grad()
+def test_a_whole_vocabulary_can_be_cut_to_a_part_of_it(tmp_path, text_target):
+    ids = torch.tensor([1, 4, 9, 33, MASK])
+    source = checkpoint(tmp_path, text_target)
+    draft = new_draft(DraftRecipe(init_from=str(tmp_path), draft_vocab_size=5), text_target, ids, seed=0)
+    hidden, state = torch.randn(3, 32), torch.randn(3, 12)
+    assert_close(draft.base_logits(hidden), source.base_logits(hidden)[:, ids])
+    assert_close(draft.head.correction(hidden, state), source.head.correction(hidden, state)[:, ids])
+
+
+def test_a_checkpoint_for_another_target_is_refused_unless_the_recipe_allows_it(tmp_path, text_target, caplog):
+    checkpoint(tmp_path / "tuned", tiny_target(seed=5, tokenizer=word_tokenizer()))
+    start = DraftRecipe(init_from=str(tmp_path / "tuned"))
+    with pytest.raises(UserError, match=r"fingerprint.*draft.init_from_other_target: true"):
+        new_draft(start, text_target, None, 0)
+    draft = new_draft(dataclasses.replace(start, init_from_other_target=True), text_target, None, 0)
+    assert draft.config.target_fingerprint == text_target.fingerprint, "it is trained for this target from here on"
+    assert "was trained for other weights" in caplog.text
+
+    checkpoint(tmp_path / "wide", tiny_target(seed=5, vocab_size=70))
+    with pytest.raises(UserError, match=r"vocabulary 70, the target has 60"):
+        new_draft(DraftRecipe(init_from=str(tmp_path / "wide")), text_target, None, 0)
+
+
+def test_a_start_from_two_places_is_refused():
+    with pytest.raises(UserError, match="either init_from or init_layers_from_target"):
+        DraftRecipe(init_from="x", init_layers_from_target=(0, 1))
+
+
+def test_a_missing_checkpoint_is_named(text_target):
+    with pytest.raises(UserError, match=r"\./nowhere does not exist"):
+        new_draft(DraftRecipe(init_from="./nowhere"), text_target, None, 0)

@@ -5,7 +5,6 @@ What a user can get wrong ends in one line on standard error and exit status 2; 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import click
 
 from domino_spec import __version__
-from domino_spec.config import UserError, load_recipe
+from domino_spec.config import UserError
 from domino_spec.demo.options import (
     METHODS,
     Machine,
@@ -26,7 +25,8 @@ from domino_spec.demo.options import (
     pair_options,
     verbose_option,
 )
-from domino_spec.demo.shell import OneLineErrors, comma_separated, console, prepare, print_json, status
+from domino_spec.demo.shell import OneLineErrors, comma_separated, console, prepare, print_json, read_prompt, status
+from domino_spec.recipe import load_recipe
 
 
 @click.group(cls=OneLineErrors, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,7 +90,7 @@ def generate(
     domino-spec generate "Why is the sky blue?" --show-drafts
     domino-spec generate - --method ngram --json < question.txt
     """
-    prompt = _read_prompt(prompt)
+    prompt = read_prompt(prompt)
     machine.prepare()
     from domino_spec.api import default_method, stream
     from domino_spec.decoding.generate import Generation, Limits
@@ -184,9 +184,12 @@ def demo(
 @click.argument("recipe", type=Path)
 @click.option("--out", type=Path, help="JSONL of answers to append to; the recipe's data.responses by default.")
 @click.option("--draft", help="Answer faster with this draft; which answers are likely stays the same.")
+@click.option("--server", metavar="URL", help="Let this OpenAI-compatible server of the target answer.")
 @machine_options
 @json_option
-def regenerate(recipe: Path, out: Path | None, draft: str | None, machine: Machine, as_json: bool) -> None:
+def regenerate(
+    recipe: Path, out: Path | None, draft: str | None, server: str | None, machine: Machine, as_json: bool
+) -> None:
     """Let the target answer the prompts of RECIPE.
 
     Its answers are the training data of a draft. The same command resumes where it stopped.
@@ -194,63 +197,71 @@ def regenerate(recipe: Path, out: Path | None, draft: str | None, machine: Machi
     \b
     domino-spec regenerate my-draft.yaml
     domino-spec regenerate my-draft.yaml --out answers.jsonl --device cuda
+    domino-spec regenerate my-draft.yaml --server http://localhost:8000
     """
     settings = load_recipe(recipe)
-    if settings.data.prompts is None:
-        raise UserError(f"{recipe}: data.prompts is missing: name a JSONL of prompts to answer")
     machine.prepare()
-    from domino_spec.demo.progress import RegenerateView
-    from domino_spec.training.regenerate import regenerate as answer_prompts
+    from domino_spec.demo.answering import answer_recipe, result_lines
 
     out = out or Path(settings.data.responses)
-    target, loaded_draft = machine.load(settings.target, draft)
-    with RegenerateView(console(), shown=not as_json) as view:
-        result = answer_prompts(target, loaded_draft, settings.data.prompts, out, settings.data, view.update)
+    result = answer_recipe(settings, out, draft, server, machine, shown=not as_json)
     if as_json:
         print_json({"out": str(out), **asdict(result)})
     else:
-        click.echo(f"{out}: {result.answered} conversations answered now, {result.already_answered} before")
+        click.echo("\n".join(result_lines(out, result)))
 
 
 @cli.command()
 @click.argument("recipe", type=Path)
-@click.option("--out", type=Path, required=True, help="Directory of the run; an interrupted run in it is resumed.")
+@click.option("--out", type=Path, help="Directory of the run; an interrupted run in it is resumed.")
 @click.option("--features", type=Path, help="Directory of the feature cache; OUT/features by default.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, without loading weights or training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
 @click.option("--threads", type=int, help="CPU threads; PyTorch's choice by default.")
 @verbose_option
 @json_option
 def train(
-    recipe: Path, out: Path, features: Path | None, device: str, threads: int | None, verbose: bool, as_json: bool
+    recipe: Path,
+    out: Path | None,
+    features: Path | None,
+    dry_run: bool,
+    device: str,
+    threads: int | None,
+    verbose: bool,
+    as_json: bool,
 ) -> None:
     """Train the draft of RECIPE into a run directory.
 
     The same command resumes where it stopped.
 
     \b
+    domino-spec train my-draft.yaml --dry-run
     domino-spec train my-draft.yaml --out runs/my-draft
     """
     settings = load_recipe(recipe)
     Machine(device, "auto", threads, verbose).prepare()
+    if dry_run:
+        from domino_spec.training.estimate import estimate_lines, estimate_training
+
+        estimate = estimate_training(settings)
+        return print_json(asdict(estimate)) if as_json else click.echo("\n".join(estimate_lines(estimate)))
+    if out is None:
+        raise UserError("no directory given for the run: domino-spec train RECIPE --out RUN")
     from domino_spec.demo.progress import TrainingView
-    from domino_spec.training.plots import last_metrics, plot_training
+    from domino_spec.training.parallel import is_first_process
+    from domino_spec.training.plots import last_metrics
+    from domino_spec.training.report import write_report
     from domino_spec.training.run import run_training
 
-    with TrainingView(console(), settings.training.steps, shown=not as_json) as view:
-        run_training(
-            settings,
-            out,
-            device=device,
-            features=features,
-            on_features=view.features,
-            on_step=view.step,
-            on_evaluation=view.evaluation,
-        )
-    plot_training(out / "metrics.jsonl", out / "training.png")
+    with TrainingView(console(), shown=is_first_process() and not as_json) as view:
+        run_training(settings, out, device=device, features=features, **view.callbacks)
+    if not is_first_process():
+        return
+    report = write_report(out)
     if as_json:
-        print_json({"draft": str(out / "draft"), **last_metrics(out / "metrics.jsonl")})
+        print_json({"draft": str(out / "draft"), "report": str(report), **last_metrics(out / "metrics.jsonl")})
     else:
-        click.echo(f"the draft is in {out / 'draft'}, its curves are in {out / 'training.png'}")
+        click.echo(f"the draft is in {out / 'draft'}, the report on its training is {report}")
 
 
 @cli.command()
@@ -379,19 +390,6 @@ def bench(
     )
     if as_json:
         print_json(report)
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None:
-        raise UserError('no prompt given: domino-spec generate "your prompt", or - to read standard input')
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text: {error}") from None
-    if not prompt.strip():
-        raise UserError("the prompt is empty")
-    return prompt
 
 
 def main() -> None:

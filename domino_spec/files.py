@@ -64,9 +64,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: it is missing, truncated or not a safetensors file.
     """
+    with _open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone; raises as `load_tensors`."""
+    with _open_tensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "domino_spec"
 ROOMS = [
-    {"config", "files"},
+    {"config", "recipe", "files", "public_data"},
     {"kernels"},
     {"target"},
     {"draft"},

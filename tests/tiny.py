@@ -22,16 +22,18 @@ from transformers import (
     Qwen3Config,
 )
 
-from domino_spec.config import DraftConfig, HeadConfig, OptimizationRecipe
+from domino_spec.config import DraftConfig, HeadConfig
 from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.model import Draft
+from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
-from domino_spec.training.features import Batch, compute_features, pad_batch
-from domino_spec.training.loop import Trainer
+from domino_spec.training.features import Batch, compute_features, pack_batch
+from domino_spec.training.loop import StepResult, Trainer
+from domino_spec.training.step import tapped_layers
 
 VOCAB = 60
 MASK, EOS = 59, 58
@@ -166,27 +168,68 @@ class MemoryCache:
     """A feature cache without a disk."""
 
     def __init__(self, target: Target, sequences: list[Sequence], layers: tuple[int, ...]) -> None:
+        self.layers = tuple(layers)
         self._features = dict(zip((s.id for s in sequences), compute_features(target, sequences, layers), strict=True))
 
     def read(self, sequence: Sequence) -> Tensor:
         return self._features[sequence.id]
 
     def batch(self, sequences: list[Sequence]) -> Batch:
-        return pad_batch(sequences, [self.read(s) for s in sequences])
+        return pack_batch(sequences, [self.read(s) for s in sequences])
 
 
 def as_sequences(prompts: list[list[int]], answers: list[list[int]]) -> list[Sequence]:
     """Training sequences from prompts and answers."""
     pairs = enumerate(zip(prompts, answers, strict=True))
-    return [Sequence(f"s{i}", torch.tensor(prompt + answer), len(prompt)) for i, (prompt, answer) in pairs]
+    return [conversation(f"s{i}", [pair]) for i, pair in pairs]
+
+
+def conversation(id_: str, turns: list[tuple[list[int], list[int]]]) -> Sequence:
+    """A training sequence of several turns, each a prompt and an answer."""
+    tokens: list[int] = []
+    answers = []
+    for prompt, answer in turns:
+        tokens += prompt
+        answers.append((len(tokens), len(tokens) + len(answer)))
+        tokens += answer
+    return Sequence(id_, torch.tensor(tokens), tuple(answers))
+
+
+def block_rows(anchors: list[Tensor]) -> list[tuple[int, int]]:
+    """Sequence and position of every block of a pack, in the order of its rows."""
+    return [(s, anchor) for s, positions in enumerate(anchors) for anchor in positions.tolist()]
+
+
+def make_trainer(target: Target, sequences: list[Sequence], recipe: dict, source=None, **draft_options) -> Trainer:
+    """A trainer of a random draft in float32 that reads features from memory, or from `source`."""
+    draft = tiny_draft(target, **draft_options).train().requires_grad_(True)
+    options = dict(
+        steps=10, batch_size=8, micro_batch_size=8, anchors=6, precision="float32", clip_norm=1e9, position_decay=3.0
+    )
+    settings = OptimizationRecipe(**{**options, **recipe})
+    source = source or MemoryCache(target, sequences, tapped_layers(draft, settings))
+    return Trainer(draft, settings, sequences, source)
+
+
+def step_gradients(trainer: Trainer) -> tuple[dict[str, Tensor], StepResult]:
+    """The gradients that one step hands to the optimizer, and its result."""
+    seen: dict[str, Tensor] = {}
+    original = trainer.optimizer.step
+
+    def record(*args, **kwargs):
+        seen.update({n: p.grad.clone() for n, p in trainer.draft.named_parameters() if p.grad is not None})
+        return original(*args, **kwargs)
+
+    trainer.optimizer.step = record
+    return seen, trainer.train_step()
 
 
 def fit(target: Target, draft: Draft, sequences: list[Sequence], steps: int, **recipe) -> Trainer:
     """Train `draft` in place on `sequences` for a few steps in float32; returns the trainer."""
     options = dict(batch_size=8, micro_batch_size=8, anchors=8, learning_rate=1e-2, precision="float32", clip_norm=1e3)
     settings = OptimizationRecipe(steps=steps, **{**options, **recipe})
-    cache = MemoryCache(target, sequences, draft.config.target_layer_ids)
-    trainer = Trainer(draft.train().requires_grad_(True), settings, sequences, cache)
+    source = MemoryCache(target, sequences, tapped_layers(draft, settings))
+    trainer = Trainer(draft.train().requires_grad_(True), settings, sequences, source)
     for _ in range(steps):
         trainer.train_step()
     draft.eval().requires_grad_(False)

@@ -110,3 +110,21 @@ def comma_separated(value: str, kind: Callable[[str], T], option: str) -> list[T
         return [kind(part) for part in parts]
     except ValueError:
         raise UserError(f"{option} must be numbers with commas between them, got {value!r}") from None
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt of a command; "-" stands for standard input.
+
+    Raises:
+        UserError: there is none, or it is empty or not UTF-8 text.
+    """
+    if prompt is None:
+        raise UserError('no prompt given: domino-spec generate "your prompt", or - to read standard input')
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text: {error}") from None
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    return prompt

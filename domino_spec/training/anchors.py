@@ -1,85 +1,89 @@
-"""Anchors: which blocks of a sequence are trained, what they may see, and what they should predict.
+"""Anchors: which blocks of a sequence are trained, and what they should predict.
 
-An anchor is a position whose token is known and whose following tokens are drafted. All blocks of a sequence are
-trained side by side in one backbone pass, under a mask that lets a block see the context strictly before its anchor
-and itself, and nothing of other blocks (DESIGN section 6).
+An anchor is a position whose token is known and whose following tokens are drafted. All blocks of a batch are trained
+side by side in one backbone pass; what they may see is `training.attention`'s (DESIGN section 6).
 
-Shapes: S sequences, A anchors, B slots, N drafted tokens (`config.max_drafts`), T tokens of the longest sequence.
+Shapes: A blocks, B slots, N drafted tokens (`config.max_drafts`), T tokens of all sequences packed together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig
+from domino_spec.training.data import Sequence
+from domino_spec.training.features import Batch
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a batch of sequences and their labels."""
+    """The blocks of a batch and their labels."""
 
     anchors: Tensor
-    """[S, A], positions; 0 where a sequence has fewer than A, with every label then invalid."""
+    """[A], rows of the batch, ascending."""
+    starts: Tensor
+    """[A], first row of the block's sequence: what lies before belongs to others."""
     tokens: Tensor
-    """[S, A, N], the known token that the causal encoder consumes before predicting each draft: anchor, draft 1, .."""
+    """[A, N], the known token that the causal encoder consumes before predicting each draft: anchor, draft 1, .."""
     labels: Tensor
-    """[S, A, N], the token each draft should be."""
+    """[A, N], the token each draft should be."""
     valid: Tensor
-    """[S, A, N] bool, False from the first position past the response on."""
+    """[A, N] bool, False from the first position on that is not the answer's."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[A], position of each anchor in its own sequence."""
+        return self.anchors - self.starts
 
 
-def sample_anchors(prompt_length: int, length: int, count: int, generator: torch.Generator) -> Tensor:
-    """Up to `count` distinct anchor positions of one sequence, ascending.
-
-    The first possible anchor is the last prompt token, where decoding starts; the last is the one before the last
-    token, so that every block has at least one label.
-    """
-    first, last = prompt_length - 1, length - 2
-    candidates = max(0, last - first + 1)
-    chosen = torch.randperm(candidates, generator=generator)[:count]
-    return chosen.sort().values + first
+def sample_anchors(sequence: Sequence, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` distinct anchor positions of one sequence, ascending; every one has at least one label."""
+    allowed = sequence.anchors
+    return allowed[torch.randperm(len(allowed), generator=generator)[:count].sort().values]
 
 
-def gather_blocks(tokens: Tensor, lengths: Tensor, anchors: Tensor, anchor_counts: Tensor, num_drafts: int) -> Blocks:
+def gather_blocks(batch: Batch, anchors: SequenceType[Tensor], num_drafts: int) -> Blocks:
     """Cut labels and known prefixes for every anchor.
 
     Args:
-        tokens: [S, T], right-padded sequences.
-        lengths: [S], their real lengths.
-        anchors: [S, A], right-padded positions.
-        anchor_counts: [S], how many of them are real.
+        batch: packed sequences.
+        anchors: positions of each sequence's blocks, counted from its own start.
         num_drafts: N.
     """
-    offsets = torch.arange(num_drafts, device=tokens.device)
-    positions = anchors[..., None] + offsets  # [S, A, N]: of the tokens consumed; labels are one further
-    flat = tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1).flatten(1)).view(positions.shape)
-    consumed = tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1).flatten(1)).view(positions.shape)
-    real = torch.arange(anchors.shape[1], device=tokens.device) < anchor_counts[:, None]  # [S, A]
-    valid = (positions + 1 < lengths[:, None, None]) & real[..., None]
-    return Blocks(anchors, consumed, flat, valid)
-
-
-def block_positions(anchors: Tensor, config: DraftConfig) -> Tensor:
-    """Absolute positions of all slots side by side: [S, A] to [S, A * B]."""
-    return (anchors[..., None] + torch.arange(config.block_size, device=anchors.device)).flatten(1)
-
-
-def block_mask(anchors: Tensor, context_rows: int, config: DraftConfig) -> Tensor:
-    """What each slot may attend to: [S, 1, A * B, T + A * B] bool.
-
-    Context strictly before the anchor (its own features do not exist while decoding), then the slots of its block.
-    """
-    slots = anchors.shape[1] * config.block_size
-    start = anchors.repeat_interleave(config.block_size, dim=1)  # [S, A * B]
-    context = torch.arange(context_rows, device=anchors.device) < start[..., None]
-    block = torch.arange(slots, device=anchors.device) // config.block_size
-    own = (block[:, None] == block).expand(len(anchors), -1, -1)
-    return torch.cat((context, own), dim=-1)[:, None]
+    device = batch.tokens.device
+    counts = torch.tensor([len(a) for a in anchors], device=device)
+    starts = batch.starts[:-1].repeat_interleave(counts)
+    rows = torch.cat(list(anchors)).to(device) + starts
+    consumed = rows[:, None] + torch.arange(num_drafts, device=device)
+    last = len(batch.tokens) - 1
+    labelled = (consumed + 1).clamp(max=last)
+    inside = batch.is_answer[labelled] & (consumed < last)
+    # The next sequence starts with a prompt, so its answer is never taken for the rest of this one.
+    valid = inside.long().cumprod(-1).bool()
+    return Blocks(rows, starts, batch.tokens[consumed.clamp(max=last)], batch.tokens[labelled], valid)
 
 
 def position_weights(num_drafts: int, decay: float, device: torch.device | None = None) -> Tensor:
     """w_k = exp(-k / decay), k counted from the first drafted token (paper 4.2): [N]."""
     return torch.exp(-torch.arange(num_drafts, dtype=torch.float32, device=device) / decay)
+
+
+def acceptance_weights(confidence: Tensor, valid: Tensor, floor: float) -> Tensor:
+    """Weights that follow what each token still decides about the accepted length (D-PACE, arXiv 2605.18810).
+
+    With the confidences c_i = floor + (1 - floor) * q_i, q_i being the draft's probability of label i, the weight of
+    token k is the sum over m >= k of c_1 .. c_m: what the accepted length would lose if token k failed.
+
+    Args:
+        confidence: [A, N], probability of every label.
+        valid: [A, N] bool; weights of the others are 0.
+        floor: 0 to 1 (the publication's alpha).
+
+    Returns:
+        [A, N] float32, without gradient.
+    """
+    smoothed = (floor + (1 - floor) * confidence.detach().float()) * valid
+    return smoothed.cumprod(-1).flip(-1).cumsum(-1).flip(-1)

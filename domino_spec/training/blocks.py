@@ -5,14 +5,20 @@ The one forward pass that training and simulated tau share: sampled anchors in, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from domino_spec.draft.model import Draft
-from domino_spec.training.anchors import Blocks, block_mask, block_positions, gather_blocks
+from domino_spec.kernels.reference import head_rollout
+from domino_spec.training.anchors import Blocks, gather_blocks
+from domino_spec.training.attention import block_attention
 from domino_spec.training.features import Batch
+
+ROLLOUT_LOGITS = 8_000_000
+"""Logits that exist at once while the draft writes prefixes of its own: 32 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -20,46 +26,69 @@ class DraftedTokens:
     """Per drafted token of every block: what predicts it and what it should be."""
 
     hidden: Tensor
-    """[S, A, N, H], the slot that predicts the token."""
+    """[A, N, H], the slot that predicts the token."""
     low_rank: Tensor | None
-    """[S, A, N, L], zero where the base logits are used alone; None without a head."""
+    """[A, N, L], zero where the base logits are used alone; None without a head."""
     blocks: Blocks
     choices: Tensor
-    """[S, A, N], labels as indices into the draft's logits; -1 where it cannot propose the label."""
+    """[A, N], labels as indices into the draft's logits; -1 where it cannot propose the label."""
 
 
-def forward_blocks(draft: Draft, batch: Batch, anchors: list[Tensor], block_size: int | None = None) -> DraftedTokens:
-    """Run all blocks of a batch in one backbone pass, with teacher-forced prefixes for the head (paper 4.2).
+def forward_blocks(
+    draft: Draft,
+    batch: Batch,
+    anchors: SequenceType[Tensor],
+    block_size: int | None = None,
+    causal_encoder: str = "teacher_forcing",
+    attention: str = "auto",
+) -> DraftedTokens:
+    """Run all blocks of a batch in one backbone pass.
 
     Args:
         draft: bound to its target.
-        batch: sequences with features, on the draft's device.
-        anchors: anchor positions of each sequence.
+        batch: packed sequences with features, on the draft's device.
+        anchors: positions of each sequence's blocks.
         block_size: slots per block where training runs shorter blocks than the draft's (see `curriculum.block_size`).
+        causal_encoder: what the head's prefix encoder reads: teacher_forcing, the batch's own tokens; or
+            training_time_test, the draft's greedy tokens (paper 4.2, 5.3.2).
+        attention: auto, flex or sdpa.
     """
     config = draft.config if block_size is None else replace(draft.config, block_size=block_size)
     device = batch.tokens.device
-    counts = torch.tensor([len(a) for a in anchors], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence(anchors, batch_first=True).to(device)  # [S, A]
-    blocks = gather_blocks(batch.tokens, batch.lengths, padded, counts, config.max_drafts)
+    blocks = gather_blocks(batch, anchors, config.max_drafts)
 
-    rows = batch.tokens.shape[1]
-    context = draft.backbone.project_context(batch.features, torch.arange(rows, device=device).expand(len(anchors), -1))
-    anchor_tokens = batch.tokens.gather(1, padded)
+    rows = torch.arange(len(batch.tokens), device=device)
+    positions = rows - batch.starts[torch.searchsorted(batch.starts, rows, right=True) - 1]
+    features = batch.features[None, :, : config.feature_size]
+    context = draft.backbone.project_context(features, positions[None])
+    slots = blocks.positions[:, None] + torch.arange(config.block_size, device=device)
     hidden = draft.backbone(
-        draft.block_embeddings(anchor_tokens, config.block_size).flatten(1, 2),
-        block_positions(padded, config),
+        draft.block_embeddings(blocks.tokens[:, 0], config.block_size).flatten(0, 1)[None],
+        slots.flatten()[None],
         context,
-        block_mask(padded, rows, config),
+        block_attention(attention, blocks, config.block_size, len(rows)),
     )
-    hidden = hidden.view(*padded.shape, config.block_size, -1)
     first = config.first_draft_slot
-    hidden = hidden[:, :, first : first + config.max_drafts]  # [S, A, N, H]
+    hidden = hidden.view(len(slots), config.block_size, -1)[:, first : first + config.max_drafts]  # [A, N, H]
 
     low_rank = None
     if draft.head is not None:
-        states = draft.head.block(draft.embed(blocks.tokens))  # [S, A, N, G]
+        prefix = blocks.tokens
+        if causal_encoder == "training_time_test":
+            prefix = torch.cat((prefix[:, :1], _own_drafts(draft, hidden, prefix[:, 0])[:, :-1]), dim=1)
+        states = draft.head.block(draft.embed(prefix))  # [A, N, G]
         low_rank = draft.head.low_rank(hidden, states)
         corrected = torch.arange(config.max_drafts, device=device) >= draft.head.config.pure_draft_prefix_len
         low_rank = low_rank * corrected[:, None]
     return DraftedTokens(hidden, low_rank, blocks, draft.to_choices(blocks.labels))
+
+
+@torch.no_grad()
+def _own_drafts(draft: Draft, hidden: Tensor, anchor_tokens: Tensor) -> Tensor:
+    """What the draft itself would write: hidden states [A, N, H] and anchors [A] to token ids [A, N]."""
+    chunk = max(1, ROLLOUT_LOGITS // (hidden.shape[1] * draft.config.logits_size))
+    choices = []
+    for part, anchors in zip(hidden.split(chunk), anchor_tokens.split(chunk), strict=True):
+        base = draft.base_logits(part)
+        choices.append(head_rollout(draft.head, part, base, draft.embed(anchors), draft.embed_choices).choices)
+    return draft.to_token_ids(torch.cat(choices))

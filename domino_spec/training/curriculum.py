@@ -1,24 +1,29 @@
-"""The schedules of a run: the base-anchored curriculum and the learning rate, both functions of step / steps."""
+"""The schedules of a run: the base-anchored curriculum and the learning rate, functions of step / steps."""
 
 from __future__ import annotations
 
 import math
 
-from domino_spec.config import OptimizationRecipe
+from domino_spec.recipe import OptimizationRecipe
 
 
 def lambda_base(step: int, recipe: OptimizationRecipe) -> float:
-    """Weight of the base loss at `step` (from 0): linear from start to end over the run (paper 4.2)."""
-    progress = step / max(1, recipe.steps - 1)
-    return recipe.lambda_base_start + (recipe.lambda_base_end - recipe.lambda_base_start) * min(1.0, progress)
+    """Weight of the base loss at `step` (from 0): linear over the run, constant, or off (paper 4.2)."""
+    if recipe.curriculum == "off":
+        return 0.0
+    if recipe.curriculum == "constant":
+        return recipe.lambda_base_start
+    moving = max(1.0, recipe.lambda_base_fraction * (recipe.total_steps - 1))
+    progress = min(1.0, step / moving)
+    return recipe.lambda_base_start + (recipe.lambda_base_end - recipe.lambda_base_start) * progress
 
 
 def learning_rate(step: int, recipe: OptimizationRecipe) -> float:
     """Linear warm-up, then cosine to zero (paper A.1)."""
-    warmup = round(recipe.steps * recipe.warmup_ratio)
+    warmup = round(recipe.total_steps * recipe.warmup_ratio)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    progress = (step - warmup) / max(1, recipe.total_steps - warmup)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -29,4 +34,4 @@ def block_size(step: int, recipe: OptimizationRecipe, full: int) -> int:
     the first. Short blocks around more anchors (their product is kept) teach the first tokens for the same compute.
     """
     sizes = [*recipe.block_schedule, full]
-    return sizes[min(len(sizes) - 1, step * len(sizes) // recipe.steps)]
+    return sizes[min(len(sizes) - 1, step * len(sizes) // recipe.total_steps)]

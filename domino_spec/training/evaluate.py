@@ -17,9 +17,13 @@ from torch import Tensor
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.draft.model import Draft
+from domino_spec.target.model import Target
 from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.data import Sequence
-from domino_spec.training.features import FeatureCache
+from domino_spec.training.features import FeatureSource
+
+TEXT_ROWS = 256
+"""Tokens whose logits over the whole vocabulary exist at once."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class SimulatedTau:
     accepted_head_off: Tensor
     """[blocks]."""
     acceptance: list[float]
-    """Share of blocks whose first k drafts were all accepted, k = 1 .. N."""
+    """Share of blocks whose first k drafts were all accepted, k = 1 .. N, with the head."""
+    acceptance_head_off: list[float]
+    """The same from the base logits alone."""
     candidates: int
     """K of `candidate_recall`."""
     candidate_recall: float | None
@@ -47,7 +53,7 @@ class SimulatedTau:
 def simulated_tau(
     draft: Draft,
     sequences: SequenceType[Sequence],
-    cache: FeatureCache,
+    source: FeatureSource,
     anchors_per_sequence: int = 32,
     batch_size: int = 4,
     candidates: int = DEFAULT_CANDIDATES,
@@ -57,7 +63,7 @@ def simulated_tau(
     Args:
         draft: bound to its target.
         sequences: held-out answers; those too short for a whole block are passed over.
-        cache: their features.
+        source: of their features.
         anchors_per_sequence: at most this many blocks each.
         batch_size: sequences per pass.
         candidates: K, for the recall of restricted candidates.
@@ -68,11 +74,14 @@ def simulated_tau(
     num_drafts = draft.config.max_drafts
     usable, anchors = [], []
     for sequence in sequences:
-        first, last = sequence.prompt_length - 1, len(sequence.tokens) - 1 - num_drafts
-        if last >= first:
-            count = min(anchors_per_sequence, last - first + 1)
+        # Anchors that a whole block of the same answer follows.
+        allowed = torch.cat(
+            [torch.arange(start - 1, max(start - 1, end - num_drafts)) for start, end in sequence.answers]
+        )
+        if len(allowed):
+            count = min(anchors_per_sequence, len(allowed))
             usable.append(sequence)
-            anchors.append(torch.linspace(first, last, count).round().long())
+            anchors.append(allowed[torch.linspace(0, len(allowed) - 1, count).round().long()])
     if not usable:
         raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
     accepted: list[Tensor] = []
@@ -80,19 +89,17 @@ def simulated_tau(
     recalled: list[Tensor] = []
     for start in range(0, len(usable), batch_size):
         chunk = slice(start, start + batch_size)
-        batch = cache.batch(usable[chunk])
-        features = batch.features.to(draft.dtype)
-        drafted = forward_blocks(draft, replace(batch, features=features), anchors[chunk])
+        batch = source.batch(usable[chunk]).to(draft.device)
+        drafted = forward_blocks(draft, replace(batch, features=batch.features.to(draft.dtype)), anchors[chunk])
         base = draft.base_logits(drafted.hidden)
         final = base
-        real = drafted.blocks.valid.all(-1)  # padding blocks have no valid label
         if draft.head is not None and drafted.low_rank is not None:
             final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
             corrected = slice(draft.head.config.pure_draft_prefix_len, None)
-            recalled.append(base_rank_of_best(base[:, :, corrected], final[:, :, corrected])[real] < candidates)
+            recalled.append(base_rank_of_best(base[:, corrected], final[:, corrected]) < candidates)
         for logits, into in ((final, accepted), (base, accepted_off)):
             correct = logits.argmax(-1) == drafted.choices  # a label of -1 is a miss
-            into.append(correct.long().cumprod(-1).sum(-1)[real])
+            into.append(correct.long().cumprod(-1).sum(-1))
     with_head, head_off = torch.cat(accepted), torch.cat(accepted_off)
     slots = sum(part.numel() for part in recalled)
     return SimulatedTau(
@@ -100,10 +107,16 @@ def simulated_tau(
         tau_head_off=head_off.double().mean().item() + 1,
         accepted=with_head,
         accepted_head_off=head_off,
-        acceptance=[(with_head >= k).double().mean().item() for k in range(1, num_drafts + 1)],
+        acceptance=_survival(with_head, num_drafts),
+        acceptance_head_off=_survival(head_off, num_drafts),
         candidates=candidates,
         candidate_recall=sum(int(part.sum()) for part in recalled) / slots if slots else None,
     )
+
+
+def _survival(accepted: Tensor, num_drafts: int) -> list[float]:
+    """Share of blocks with at least k accepted drafts, k = 1 .. N, of [blocks] accepted drafts."""
+    return [(accepted >= k).double().mean().item() for k in range(1, num_drafts + 1)]
 
 
 def base_rank_of_best(base: Tensor, final: Tensor) -> Tensor:
@@ -113,3 +126,32 @@ def base_rank_of_best(base: Tensor, final: Tensor) -> Tensor:
     """
     best = final.argmax(-1, keepdim=True)
     return (base > base.gather(-1, best)).sum(-1)
+
+
+@torch.inference_mode()
+def text_probabilities(target: Target, features: Tensor, tokens: Tensor) -> Tensor:
+    """What the target gives each token of a text, at temperature 1: [T] float32, 1 for the first.
+
+    Args:
+        target: whose text it is.
+        features: [T, H], output of its last decoder layer.
+        tokens: [T].
+    """
+    weight = target.lm_head_weight
+    found = [torch.ones(1, device=features.device)]
+    for start in range(0, len(tokens) - 1, TEXT_ROWS):
+        rows = features[start : min(start + TEXT_ROWS, len(tokens) - 1)]
+        logits = (target.decoder.norm(rows.to(weight.dtype)) @ weight.t()).float()
+        chosen = tokens[start + 1 : start + 1 + len(rows), None]
+        found.append(torch.exp(logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)))
+    return torch.cat(found)
+
+
+def expected_acceptance(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Accepted tokens that sampled drafts can expect, from text that the target sampled: both [A, N] to [A].
+
+    A sampled draft is accepted with probability sum_x min(target(x), draft(x)). Text drawn from the target meets x with
+    probability target(x), so the mean of min(1, draft(x) / target(x)) over such text is the same, and along a prefix
+    the product of these ratios is the probability that the prefix is drafted and accepted.
+    """
+    return (draft_probs / target_probs).clamp(max=1).cumprod(-1).sum(-1)

@@ -19,16 +19,19 @@ from pathlib import Path
 
 import torch
 
-from domino_spec.config import OptimizationRecipe, Recipe, UserError
+from domino_spec.config import UserError
 from domino_spec.draft.model import Draft
-from domino_spec.training.anchors import position_weights, sample_anchors
-from domino_spec.training.blocks import forward_blocks
+from domino_spec.recipe import OptimizationRecipe, Recipe
+from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
-from domino_spec.training.features import Batch, FeatureCache
-from domino_spec.training.losses import blended_loss
+from domino_spec.training.features import FeatureSource
+from domino_spec.training.flops import step_flops, step_work
+from domino_spec.training.guards import Divergence, LossError, interruption
+from domino_spec.training.parallel import ALONE, Processes, Shared, micro_batches, whole
 from domino_spec.training.state import load_state, save_state
+from domino_spec.training.step import BlockLoss
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StepResult:
     step: int
     """Steps done, this one included."""
     base_loss: float
-    """Weighted mean cross-entropy of the base logits."""
+    """Weighted mean loss of the base logits."""
     final_loss: float
     """The same of the final logits."""
     lambda_base: float
@@ -48,13 +51,23 @@ class StepResult:
     tokens: int
     """Tokens of text in the step's sequences."""
     seconds: float
+    sequences: int
+    """Sequences of the step, those of all processes."""
+    flops: float
+    """Floating-point operations of the step, those of all processes (`training.flops`)."""
 
 
 def recipe_digest(recipe: Recipe, sequences: SequenceType[Sequence], target_fingerprint: str) -> str:
-    """Identifies a run: recipe, target and the sequences trained on. Cadences that change no number are left out."""
-    training = dataclasses.replace(recipe.training, checkpoint_minutes=0.0, eval_every=1, log_every=1)
+    """Identifies a run: recipe, target and the sequences trained on.
+
+    What changes no number but in rounding is left out: cadences, and how the work is cut and shared.
+    """
+    training = dataclasses.replace(recipe.training, checkpoint_minutes=0.0, eval_every=1, log_every=1, trackers=())
+    training = dataclasses.replace(
+        training, micro_batch_size=1, attention="auto", activation_checkpointing=False, parallel="ddp"
+    )
     settings = dataclasses.asdict(dataclasses.replace(recipe, training=training))
-    settings["data"] = [s.digest for s in sequences]
+    settings["data"] = [(s.digest, s.answers) for s in sequences]
     settings["fingerprint"] = target_fingerprint
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -79,19 +92,37 @@ class Trainer:
 
     Args:
         draft: in float32 (the master weights), bound to its target.
-        recipe: optimization settings.
+        recipe: optimization settings, with a known number of steps.
         sequences: training part of the data.
-        cache: their features.
+        source: of their features, of at least the layers `tapped_layers` names.
+        processes: that share the work.
+
+    Raises:
+        UserError: the processes cannot share a step.
     """
 
     def __init__(
-        self, draft: Draft, recipe: OptimizationRecipe, sequences: SequenceType[Sequence], cache: FeatureCache
+        self,
+        draft: Draft,
+        recipe: OptimizationRecipe,
+        sequences: SequenceType[Sequence],
+        source: FeatureSource,
+        processes: Processes = ALONE,
     ) -> None:
         assert draft.dtype == torch.float32, "master weights must be float32"
-        self.draft, self.recipe, self.sequences, self.cache = draft, recipe, sequences, cache
+        self.draft, self.recipe, self.sequences, self.source = draft, recipe, sequences, source
+        self.processes = processes
         self.step = 0
+        if recipe.trained == "head":
+            draft.backbone.requires_grad_(False)
+        draft.backbone.recompute_layers = recipe.activation_checkpointing
+        self._share = micro_batches(recipe.batch_size, recipe.micro_batch_size, processes)
+        loss = BlockLoss(draft, recipe, source.layers)
+        self.shared = Shared(loss, processes, recipe.parallel, recipe.precision == "bfloat16")
+        self._vocabulary = None if draft.draft_vocab_ids is None else draft.draft_vocab_ids.cpu()
+        self._trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95), fused=True
+            self._trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95), fused=True
         )
 
     def resume(self, directory: Path, digest: str) -> None:
@@ -102,11 +133,20 @@ class Trainer:
         """
         self.step = load_state(self.draft, self.optimizer, digest, directory)
 
+    def save(self, directory: Path, digest: str) -> None:
+        """Write the state to go on from; every process must call it.
+
+        Raises:
+            UserError: it could not be written; the previous state survives.
+        """
+        save_state(self.draft, self.optimizer, self.step, digest, directory, self.processes)
+
     def train_step(self) -> StepResult:
         """One optimizer step over `batch_size` sequences.
 
         Raises:
-            UserError: the loss is not finite.
+            LossError: the loss or its gradient is not finite; the weights are as they were before the step.
+            UserError: no token of the step can be trained.
         """
         started = time.perf_counter()
         recipe = self.recipe
@@ -120,80 +160,51 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        totals = torch.zeros(3, dtype=torch.float64)  # base loss, final loss, sum of weights
-        for start in range(0, len(sequences), recipe.micro_batch_size):
-            part = slice(start, start + recipe.micro_batch_size)
-            totals += self._backward(self.cache.batch(sequences[part]), anchors[part], weight)
-        base, final, total_weight = totals.tolist()
-        if not math.isfinite(base + final):
-            raise UserError(f"the loss is not finite at step {self.step + 1}; lower training.learning_rate")
-        if total_weight == 0:
+        work = step_work(self.draft.config, sequences, anchors, self._block_size, self._vocabulary)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.draft.device)  # base loss, final loss, denominator
+        for part in self._share:
+            batch = self.source.batch(sequences[part]).to(self.draft.device)
+            arguments = (batch, anchors[part], self._block_size, weight)
+            losses = self.shared.backward(*arguments, last=part is self._share[-1])
+            totals += torch.stack(losses[1:]).detach()
+        base, final, denominator = self.processes.sum(totals).tolist()
+        if denominator == 0:
             raise UserError("no trainable token in a whole step; is draft_vocab_size far too small?")
-        for parameter in self.draft.parameters():
+        for parameter in self._trained:
             if parameter.grad is not None:
-                parameter.grad /= total_weight
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), recipe.clip_norm)
+                parameter.grad /= denominator
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip_norm)).item()
+        if not math.isfinite(base + final + norm):
+            raise LossError(f"the loss or its gradient is not finite at step {self.step + 1}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return StepResult(
             step=self.step,
-            base_loss=base / total_weight,
-            final_loss=final / total_weight,
+            base_loss=base / denominator,
+            final_loss=final / denominator,
             lambda_base=weight,
             learning_rate=rate,
-            grad_norm=norm.item(),
+            grad_norm=norm,
             tokens=sum(len(s.tokens) for s in sequences),
             seconds=time.perf_counter() - started,
+            sequences=len(sequences),
+            flops=step_flops(self.draft.config, recipe, work).total,
         )
+
+    def evaluate(self, held_out: SequenceType[Sequence]) -> SimulatedTau | None:
+        """Simulated tau on held-out text, in the first process; None in the others."""
+        with self.shared.gathered() as mine:
+            return simulated_tau(self.draft, held_out, self.source) if mine else None
 
     def _anchors(self, sequences: SequenceType[Sequence]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed((self.recipe.seed + 1) * 1_000_003 + self.step)
         count = self.recipe.anchors * self.draft.config.block_size // self._block_size
-        return [sample_anchors(s.prompt_length, len(s.tokens), count, generator) for s in sequences]
+        return [sample_anchors(s, count, generator) for s in sequences]
 
     @property
     def _block_size(self) -> int:
         return block_size(self.step, self.recipe, self.draft.config.block_size)
-
-    def _backward(self, batch: Batch, anchors: list[torch.Tensor], weight: float) -> torch.Tensor:
-        """Accumulate gradients of the *sum* of weighted losses; returns base loss, final loss and sum of weights."""
-        draft, device = self.draft, self.draft.device
-        batch = Batch(*(getattr(batch, f.name).to(device) for f in dataclasses.fields(batch)))
-        low_precision = self.recipe.precision == "bfloat16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
-            if not low_precision:
-                batch = dataclasses.replace(batch, features=batch.features.float())
-            drafted = forward_blocks(draft, batch, anchors, self._block_size)
-        usable = (drafted.blocks.valid & (drafted.choices >= 0)).flatten()
-        rows = usable.nonzero()[:, 0]
-        weights = position_weights(drafted.choices.shape[-1], self.recipe.position_decay, device)
-        weights = weights.expand(drafted.choices.shape).flatten()[rows]
-        dtype = torch.bfloat16 if low_precision else torch.float32
-        loss = blended_loss(
-            drafted.hidden.flatten(0, 2)[rows].to(dtype),
-            None if drafted.low_rank is None else drafted.low_rank.flatten(0, 2)[rows].to(dtype),
-            drafted.choices.flatten()[rows],
-            weights,
-            draft.ends.lm_head,
-            None if draft.head is None else draft.head.correction_weight,
-            weight,
-            self._target_hidden(batch, drafted, rows) if self.recipe.objective == "kl" else None,
-        )
-        loss.loss.backward()
-        return torch.stack((loss.base, loss.final, weights.sum())).double().cpu()
-
-    def _target_hidden(self, batch: Batch, drafted, rows: torch.Tensor) -> torch.Tensor:
-        """The target's final hidden state before each label, from the tap of its last layer: [M, H]."""
-        config = self.draft.config
-        tap = config.target_layer_ids.index(config.num_target_layers - 1)
-        hidden_size = config.hidden_size
-        last = batch.features[..., tap * hidden_size : (tap + 1) * hidden_size]
-        offsets = torch.arange(drafted.choices.shape[-1], device=last.device)
-        positions = (drafted.blocks.anchors[..., None] + offsets).clamp(max=last.shape[1] - 1)
-        flat = (positions + torch.arange(len(last), device=last.device)[:, None, None] * last.shape[1]).flatten()
-        with torch.no_grad():
-            return self.draft.ends.final_norm(last.flatten(0, 1)[flat[rows]])
 
 
 def train(
@@ -207,28 +218,47 @@ def train(
 ) -> Draft:
     """Run from the trainer's step to the recipe's last.
 
-    Saves every `checkpoint_minutes`, at the end, and when interrupted (Ctrl-C), so nothing is lost.
+    Saves every `checkpoint_minutes`, at the end, and when interrupted: SIGINT and SIGTERM (`torchrun` passes on the
+    latter) end the run after the step in progress, in all processes at the same one.
 
     Raises:
-        UserError: the state cannot be read or written, belongs to another run, or the loss is not finite.
+        UserError: the state cannot be read or written, belongs to another run, or the loss is not finite or diverges;
+            the last state saved before that is kept.
+        KeyboardInterrupt: interrupted, and saved.
     """
-    recipe = trainer.recipe
+    recipe, processes = trainer.recipe, trainer.processes
     saved_at, saved_step = time.monotonic(), trainer.step
+    divergence, failed = Divergence(), False
 
     def save() -> None:
-        save_state(trainer.draft, trainer.optimizer, trainer.step, digest, directory)
+        trainer.save(directory, digest)
         on_save()
 
-    try:
-        while trainer.step < recipe.steps:
-            result = trainer.train_step()
-            on_step(result)
-            if result.step % recipe.eval_every == 0 or result.step == recipe.steps:
-                on_evaluation(result.step, simulated_tau(trainer.draft, held_out, trainer.cache))
-            if time.monotonic() - saved_at >= recipe.checkpoint_minutes * 60:
+    with interruption() as interrupted:
+        try:
+            while trainer.step < recipe.total_steps:
+                result = trainer.train_step()
+                weight = result.lambda_base
+                divergence.check(result.step, (1 - weight) * result.final_loss + weight * result.base_loss)
+                on_step(result)
+                if result.step % recipe.eval_every == 0 or result.step == recipe.total_steps:
+                    tau = trainer.evaluate(held_out)
+                    if tau is not None:
+                        on_evaluation(result.step, tau)
+                # Clocks differ between processes: they stop and save together, when any of them wants to.
+                due = time.monotonic() - saved_at >= recipe.checkpoint_minutes * 60
+                wishes = torch.tensor([float(interrupted.is_set()), float(due)], device=trainer.draft.device)
+                stop, due = (processes.sum(wishes) > 0).tolist()
+                if stop:
+                    raise KeyboardInterrupt
+                if due:
+                    save()
+                    saved_at, saved_step = time.monotonic(), trainer.step
+        except LossError as error:
+            failed = True
+            kept = f"the state of step {saved_step} is kept in {directory}" if saved_step else "nothing was saved yet"
+            raise UserError(f"{error}; {kept}; lower training.learning_rate and choose another --out") from None
+        finally:
+            if trainer.step > saved_step and not failed:
                 save()
-                saved_at, saved_step = time.monotonic(), trainer.step
-    finally:
-        if trainer.step > saved_step:
-            save()
     return trainer.draft

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from domino_spec.config import DataRecipe, DraftRecipe, HeadConfig, OptimizationRecipe, Recipe
+from domino_spec.recipe import DataRecipe, DraftRecipe, HeadRecipe, OptimizationRecipe, Recipe
 from tests.tiny import MASK, plain_greedy, random_prompts, word_tokenizer
 
 
@@ -39,7 +39,7 @@ class Setup:
                 num_layers=1,
                 mask_token_id=MASK,
                 target_layer_ids=(0, 3),
-                head=HeadConfig(gru_hidden_dim=8, low_rank=4),
+                head=HeadRecipe(gru_hidden_dim=8, low_rank=4),
                 draft_vocab_size=40,
             ),
             data=DataRecipe(responses=str(self.responses), max_length=64, held_out=4, feature_dtype="float32"),

@@ -10,7 +10,7 @@ import torch
 from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
 from domino_spec.training.data import frequent_tokens, load_sequences, split_held_out
-from tests.tiny import as_sequences
+from tests.tiny import as_sequences, conversation
 
 
 def write(path, rows) -> str:
@@ -24,14 +24,15 @@ def row(id_="a", prompt=(1, 2), response=(3, 4, 5), **more) -> dict:
 
 def test_sequences_are_prompt_and_answer(tmp_path):
     (sequence,) = load_sequences(write(tmp_path / "r.jsonl", [row(category="x")]), 100, 10)
-    assert (sequence.id, sequence.tokens.tolist(), sequence.prompt_length) == ("a", [1, 2, 3, 4, 5], 2)
+    assert (sequence.id, sequence.tokens.tolist(), sequence.answers) == ("a", [1, 2, 3, 4, 5], ((2, 5),))
+    assert sequence.num_answer_tokens == 3
 
 
 def test_long_sequences_are_cut_and_short_answers_left_out(tmp_path):
     rows = [row("long", response=range(9)), row("short", response=[3]), row("cut away", prompt=range(8))]
     path = write(tmp_path / "r.jsonl", rows)
     (sequence,) = load_sequences(path, 6, 10)
-    assert (sequence.id, sequence.tokens.tolist()) == ("long", [1, 2, 0, 1, 2, 3])
+    assert (sequence.id, sequence.tokens.tolist(), sequence.answers) == ("long", [1, 2, 0, 1, 2, 3], ((2, 6),))
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path):
@@ -107,3 +108,9 @@ def test_the_draft_vocabulary_holds_the_answers_most_frequent_tokens():
     assert frequent_tokens(data, 4, []).tolist() == [2, 3, 5, 7], "of equally frequent tokens the lower id"
     full = frequent_tokens(data, 7, [])
     assert len(full) == len(full.unique()) == 7 and torch.isin(torch.tensor([2, 3, 5, 7]), full).all()
+
+
+def test_questions_of_later_turns_are_not_counted_either():
+    talk = conversation("c", [([8], [2, 2]), ([9, 9, 9, 9], [5])])
+    assert frequent_tokens([talk], 2, []).tolist() == [2, 5]
+    assert talk.num_answer_tokens == 3

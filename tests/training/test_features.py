@@ -9,13 +9,14 @@ from domino_spec.config import UserError
 from domino_spec.training import features as features_module
 from domino_spec.training.features import (
     FeatureCache,
+    OnlineFeatures,
     _batches,
     capture_features,
     compute_features,
     feature_scale,
-    pad_batch,
+    pack_batch,
 )
-from tests.tiny import as_sequences, assert_close, random_prompts, tiny_target
+from tests.tiny import as_sequences, assert_close, conversation, random_prompts, tiny_target
 
 LAYERS = (0, 2)
 
@@ -105,12 +106,39 @@ def test_a_sequence_whose_tokens_changed_is_captured_anew(tmp_path, target, sequ
     assert_close(cache.read(changed), compute_features(target, [changed], LAYERS)[0])
 
 
-def test_padding_is_zero_and_lengths_are_kept(target, sequences):
-    batch = pad_batch(sequences, compute_features(target, sequences, LAYERS))
-    assert batch.lengths.tolist() == [len(s.tokens) for s in sequences]
-    assert batch.prompt_lengths.tolist() == [s.prompt_length for s in sequences]
-    for row, length in zip(batch.features, batch.lengths, strict=True):
-        assert not row[length:].any() and row[:length].abs().sum(-1).gt(0).all()
+def test_a_pack_holds_every_sequence_whole_and_in_order(target, sequences):
+    talk = conversation("talk", [([1, 2], [3, 4, 5]), ([6], [7, 8])])
+    everything = [*sequences, talk]
+    features = compute_features(target, everything, LAYERS)
+    batch = pack_batch(everything, features)
+    assert batch.starts.tolist() == [0, 12, 21, 35, 48, 57, 65]
+    for i, sequence in enumerate(everything):
+        rows = slice(*batch.starts[i : i + 2].tolist())
+        assert torch.equal(batch.tokens[rows], sequence.tokens)
+        assert torch.equal(batch.features[rows], features[i])
+        learned = batch.tokens[rows][batch.is_answer[rows]].tolist()
+        expected = [t for start, end in sequence.answers for t in sequence.tokens[start:end].tolist()]
+        assert learned == expected
+    assert batch.is_answer[57:].tolist() == [False, False, True, True, True, False, True, True]
+
+
+def test_online_features_are_those_of_a_cache(tmp_path, target, sequences):
+    cache, online = capture_features(target, sequences, LAYERS, tmp_path), OnlineFeatures(target, LAYERS)
+    assert online.layers == cache.layers == LAYERS
+    stored, computed = cache.batch(sequences), online.batch(sequences)
+    for name in ("tokens", "starts", "is_answer"):
+        assert torch.equal(getattr(computed, name), getattr(stored, name))
+    assert_close(computed.features, stored.features)
+    assert_close(online.read(sequences[2]), cache.read(sequences[2]))
+    assert_close(feature_scale(online, sequences), feature_scale(cache, sequences))
+
+
+def test_online_features_can_be_trained_on(target, sequences):
+    """Computed without gradients, they must still enter a graph."""
+    features = OnlineFeatures(target, LAYERS).batch(sequences).features
+    weight = torch.ones(features.shape[1], requires_grad=True)
+    (features * weight).sum().backward()
+    assert_close(weight.grad, features.sum(0))
 
 
 def test_batches_respect_the_token_budget_and_lose_nothing(sequences):

@@ -17,11 +17,20 @@ import torch
 import yaml
 
 from domino_spec import files, load_draft, load_target
-from domino_spec.config import UserError, load_recipe
+from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.files import load_tensors
+from domino_spec.recipe import Recipe, load_recipe
 from domino_spec.training.loop import recipe_digest
 from domino_spec.training.run import run_training
+from tests.tiny import assert_close
+
+
+def changed(recipe: Recipe, **parts: dict) -> Recipe:
+    """The recipe with other settings in some of its parts."""
+    return dataclasses.replace(
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in parts.items()}
+    )
 
 
 def saved_state(out: Path):
@@ -90,9 +99,13 @@ def test_the_loss_falls(setup, tmp_path):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
-def test_an_interrupted_run_equals_an_uninterrupted_one(setup, tmp_path, objective):
-    recipe = setup.recipe(objective=objective, steps=8)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(objective="kl"), dict(causal_encoder="training_time_test", position_weights="acceptance")],
+    ids=["default", "kl", "own tokens and confidence"],
+)
+def test_an_interrupted_run_equals_an_uninterrupted_one(setup, tmp_path, settings):
+    recipe = setup.recipe(**settings, steps=8)
     run_training(recipe, tmp_path / "whole", device="cpu")
     for stop_at in (3, 4, None):
 
@@ -127,8 +140,7 @@ def test_cadences_may_change_when_resuming_but_nothing_else(setup, finished):
 def test_other_data_is_another_run(setup, finished, tmp_path):
     rows = setup.responses.read_text().splitlines()[:-1]
     (tmp_path / "fewer.jsonl").write_text("\n".join(rows) + "\n")
-    recipe = setup.recipe()
-    fewer = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, responses=str(tmp_path / "fewer.jsonl")))
+    fewer = changed(setup.recipe(), data=dict(responses=str(tmp_path / "fewer.jsonl")))
     with pytest.raises(UserError, match="another recipe or other data"):
         run_training(fewer, finished, device="cpu")
 
@@ -141,11 +153,14 @@ def test_the_digest_sees_everything_that_changes_a_number(setup):
         dict(lambda_base_end=0.1),
         dict(precision="bfloat16"),
         dict(objective="kl"),
+        dict(causal_encoder="training_time_test"),
+        dict(curriculum="off"),
+        dict(position_weights="acceptance"),
+        dict(lambda_base_fraction=0.5),
     ):
         digests.add(recipe_digest(setup.recipe(**change), [], "f"))
-    draft = dataclasses.replace(recipe.draft, block_size=5)
-    digests.add(recipe_digest(dataclasses.replace(recipe, draft=draft), [], "f"))
-    assert len(digests) == 7
+    digests.add(recipe_digest(changed(recipe, draft=dict(block_size=5)), [], "f"))
+    assert len(digests) == 11
     assert recipe_digest(setup.recipe(eval_every=99, log_every=3, checkpoint_minutes=9.0), [], "f") in digests
 
 
@@ -179,16 +194,44 @@ def test_a_damaged_state_is_one_line(setup, finished, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_kl_needs_the_last_layer_tapped(setup, tmp_path):
-    recipe = setup.recipe(objective="kl")
-    recipe = dataclasses.replace(recipe, draft=dataclasses.replace(recipe.draft, target_layer_ids=(0, 2)))
-    with pytest.raises(UserError, match="objective kl needs the target's last layer 3"):
-        run_training(recipe, tmp_path, device="cpu")
+@pytest.mark.parametrize("features", ["disk", "online"])
+def test_an_objective_that_needs_the_target_leaves_the_draft_as_the_recipe_says(setup, tmp_path, features):
+    """The last layer is tapped for the loss alone: neither the draft's taps nor its checkpoint know of it."""
+    recipe = changed(setup.recipe(objective="kl", steps=4), draft=dict(target_layer_ids=(0, 2)))
+    run_training(changed(recipe, data=dict(features=features)), tmp_path / "run", device="cpu")
+    draft = load_draft(tmp_path / "run" / "draft", load_target(setup.target, device="cpu"))
+    assert draft.config.target_layer_ids == (0, 2)
+    assert read_draft(tmp_path / "run" / "draft").backbone.fc.weight.shape == (32, 2 * 32)
+    plain = changed(setup.recipe(steps=1), draft=dict(target_layer_ids=(0, 2)))
+    run_training(plain, tmp_path / "plain", device="cpu")
+    scales = [saved_state(tmp_path / name)[0]["feature_scale"] for name in ("run", "plain")]
+    assert_close(*scales)
+    assert all(row["tau"] >= 1 for row in metrics(tmp_path / "run") if "tau" in row)
+
+
+def test_online_features_give_the_same_run_as_stored_ones(setup, finished, tmp_path):
+    run_training(changed(setup.recipe(), data=dict(features="online")), tmp_path, device="cpu")
+    assert not (tmp_path / "features").exists()
+    compared = 0
+    for online, stored in zip(metrics(tmp_path), metrics(finished), strict=True):
+        for name in ("base_loss", "final_loss", "tau", "tau_head_off"):
+            if name in stored:
+                # Batches of other lengths round otherwise; twelve steps of Adam magnify that.
+                assert online[name] == pytest.approx(stored[name], rel=1e-3), name
+                compared += 1
+    assert compared == 2 * 12 + 2 * 3
+
+
+def test_epochs_are_counted_in_the_sequences_that_are_trained_on(setup, tmp_path):
+    """Sixteen, as four of the twenty are held out: half of them in steps of four make two steps."""
+    run_training(setup.recipe(steps=None, epochs=0.5), tmp_path, device="cpu")
+    rows = [row for row in metrics(tmp_path) if "final_loss" in row]
+    assert [(row["step"], row["lambda_base"]) for row in rows] == [(1, 1.0), (2, 0.0)]
+    assert saved_state(tmp_path)[1]["step"] == "2"
 
 
 def test_a_block_longer_than_every_held_out_answer_is_refused_at_the_start(setup, tmp_path):
-    recipe = setup.recipe()
-    recipe = dataclasses.replace(recipe, draft=dataclasses.replace(recipe.draft, block_size=64))
+    recipe = changed(setup.recipe(), draft=dict(block_size=64))
     with pytest.raises(UserError, match="no held-out answer is long enough"):
         run_training(recipe, tmp_path, device="cpu")
 
@@ -265,13 +308,21 @@ def recipe_values(setup) -> dict:
         (("training", "learning_rate"), -1.0, r"learning_rate must be positive"),
         (("training", "lambda_base_start"), 1.5, r"lambda_base_start must be in \[0, 1\]"),
         (("training", "warmup_ratio"), 1.0, r"warmup_ratio must be in \[0, 1\)"),
-        (("training", "precision"), "float16", r"precision must be bfloat16 or float32"),
-        (("training", "objective"), "magic", r"objective must be cross_entropy or kl"),
+        (("training", "precision"), "float16", r"precision must be one of bfloat16, float32, got 'float16'"),
+        (("training", "objective"), "magic", r"objective must be one of cross_entropy, kl, tv, .*, got 'magic'"),
+        (("training", "causal_encoder"), "none", r"causal_encoder must be one of teacher_forcing, training_time_test"),
+        (("training", "curriculum"), "cosine", r"curriculum must be one of linear, constant, off"),
+        (("training", "position_weights"), "flat", r"position_weights must be one of exponential, acceptance"),
+        (("training", "confidence_floor"), 0.0, r"confidence_floor must be in \(0, 1\], got 0.0"),
+        (("training", "attention"), "eager", r"attention must be one of auto, flex, sdpa"),
+        (("training", "trained"), "tail", r"trained must be one of all, head"),
+        (("training", "epochs"), 1.0, r"give either steps or epochs"),
+        (("data", "features"), "tape", r"features must be one of disk, online"),
         (("training", "block_schedule"), [1], r"block_schedule must hold sizes of at least 2"),
         (("data", "max_length"), 3, r"max_length must be at least 16"),
         (("data", "held_out"), 0, r"held_out must be at least 1"),
         (("data", "temperature"), -1, r"temperature must not be negative"),
-        (("data", "feature_dtype"), "int8", r"feature_dtype must be bfloat16 or float32"),
+        (("data", "feature_dtype"), "int8", r"feature_dtype must be one of bfloat16, float32"),
         (("draft", "head", "low_rank"), 0, r"low_rank .* must be at least 1"),
         (("draft", "head", "pure_draft_prefix_len"), -1, r"pure_draft_prefix_len must not be negative"),
     ],
@@ -291,9 +342,17 @@ def test_a_wrong_recipe_is_refused_naming_file_and_key(setup, tmp_path, place, v
 
 def test_a_missing_key_is_named(setup, tmp_path):
     values = recipe_values(setup)
+    del values["target"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"missing key 'target'"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_does_not_say_where_it_ends_is_refused(setup, tmp_path):
+    values = recipe_values(setup)
     del values["training"]["steps"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match=r"training: missing key 'steps'"):
+    with pytest.raises(UserError, match=r"recipe.yaml.training: give either steps or epochs"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
@@ -315,6 +374,13 @@ def test_learning_rates_may_be_written_without_a_dot(setup, tmp_path):
     text = yaml.safe_dump(values).replace("learning_rate: 0.005", "learning_rate: 6e-4")
     (tmp_path / "recipe.yaml").write_text(text)
     assert load_recipe(tmp_path / "recipe.yaml").training.learning_rate == 6e-4
+
+
+def test_off_may_be_written_without_quotes(setup, tmp_path):
+    """YAML reads it as false."""
+    text = yaml.safe_dump(recipe_values(setup)).replace("curriculum: linear", "curriculum: off")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").training.curriculum == "off"
 
 
 def test_the_recipes_of_this_repository_are_valid():

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from domino_spec.config import OptimizationRecipe, UserError
+from domino_spec.config import UserError
+from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
 
 
@@ -15,31 +16,82 @@ def recipe(**settings) -> OptimizationRecipe:
     return OptimizationRecipe(**{"steps": 100, **settings})
 
 
+def lambdas(**settings) -> list[float]:
+    """lambda at every step of a run."""
+    settings = recipe(**settings)
+    return [lambda_base(step, settings) for step in range(settings.total_steps)]
+
+
 def test_lambda_goes_linearly_from_one_to_zero_over_the_run():
-    values = [lambda_base(step, recipe()) for step in range(100)]
+    values = lambdas()
     assert values[0] == 1 and values[-1] == 0
     steps = [a - b for a, b in pairwise(values)]
     assert all(s == pytest.approx(1 / 99) for s in steps)
 
 
 def test_lambda_can_start_and_end_elsewhere():
-    settings = recipe(lambda_base_start=0.8, lambda_base_end=0.2)
-    assert [lambda_base(s, settings) for s in (0, 99)] == pytest.approx([0.8, 0.2])
-    constant = recipe(lambda_base_start=0.5, lambda_base_end=0.5)
-    assert {lambda_base(s, constant) for s in range(100)} == {0.5}
+    values = lambdas(lambda_base_start=0.8, lambda_base_end=0.2)
+    assert (values[0], values[-1]) == pytest.approx((0.8, 0.2))
+    assert all(a - b == pytest.approx(0.6 / 99) for a, b in pairwise(values))
 
 
-def test_a_run_of_one_step_has_a_lambda():
-    assert lambda_base(0, recipe(steps=1)) == 1
+def test_lambda_can_reach_its_end_before_the_run_ends():
+    values = lambdas(steps=101, lambda_base_fraction=0.4, lambda_base_end=0.1)
+    assert values[:41] == pytest.approx([1 - 0.9 * step / 40 for step in range(41)])
+    assert values[40:] == pytest.approx([0.1] * 61)
 
 
-def test_a_run_that_does_not_know_its_steps_is_an_error():
-    """Never a schedule that silently becomes zero."""
-    with pytest.raises(TypeError):
-        OptimizationRecipe()
-    for steps in (0, -1):
-        with pytest.raises(UserError, match="steps must be at least 1"):
-            recipe(steps=steps)
+def test_lambda_can_be_constant_or_off():
+    assert set(lambdas(curriculum="constant", lambda_base_start=0.3)) == {0.3}, "the end does not count"
+    assert set(lambdas(curriculum="constant", lambda_base_fraction=0.1)) == {1.0}
+    assert set(lambdas(curriculum="off", lambda_base_start=0.3)) == {0.0}
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 1e-6])
+def test_a_run_of_one_step_has_a_lambda(fraction):
+    assert lambdas(steps=1, lambda_base_fraction=fraction) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(curriculum="quadratic"), "curriculum must be one of linear, constant, off, got 'quadratic'"),
+        (dict(lambda_base_start=1.1), r"lambda_base_start must be in \[0, 1\], got 1.1"),
+        (dict(lambda_base_end=-0.1), r"lambda_base_end must be in \[0, 1\], got -0.1"),
+        (dict(lambda_base_fraction=0.0), r"lambda_base_fraction must be in \(0, 1\], got 0.0"),
+        (dict(lambda_base_fraction=1.5), r"lambda_base_fraction must be in \(0, 1\], got 1.5"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(steps=-1), "steps must be at least 1, got -1"),
+        (dict(steps=None), "give either steps or epochs"),
+        (dict(steps=5, epochs=1.0), "give either steps or epochs"),
+        (dict(steps=None, epochs=0.0), "epochs must be positive, got 0.0"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(settings, message):
+    """Above all one that does not know its end: never a schedule that silently becomes zero."""
+    with pytest.raises(UserError, match=message):
+        recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    "epochs, sequences, batch_size, steps", [(3.0, 100, 8, 38), (0.5, 100, 10, 5), (1.0, 7, 4, 2), (0.01, 7, 4, 1)]
+)
+def test_epochs_become_steps_once_the_data_are_known(epochs, sequences, batch_size, steps):
+    """To the nearest whole step, and at least one."""
+    settings = recipe(steps=None, epochs=epochs, batch_size=batch_size, micro_batch_size=1).with_steps(sequences)
+    assert settings.total_steps == steps and settings.epochs is None
+    assert lambda_base(0, settings) == 1 and lambda_base(max(1, steps - 1), settings) == 0
+
+
+def test_steps_that_are_given_do_not_depend_on_the_data():
+    assert recipe(steps=70).with_steps(10**6).total_steps == 70
+
+
+def test_a_schedule_cannot_be_read_before_the_end_is_known():
+    settings = recipe(steps=None, epochs=2.0)
+    for schedule in (lambda_base, learning_rate):
+        with pytest.raises(AssertionError, match="when the data are known"):
+            schedule(0, settings)
 
 
 def test_learning_rate_warms_up_linearly_and_ends_near_zero():

@@ -1,0 +1,125 @@
+"""Attention of many blocks side by side: each sees its own sequence strictly before its anchor, and itself.
+
+The features of the anchor itself do not exist while decoding, so they are hidden here; other blocks and other sequences
+of the same pack are hidden too (DESIGN sections 4 and 6). Two forms compute the same: `SlicedAttention` hands chunks of
+neighbouring blocks, with just the context that they can see, to PyTorch's attention; `FlexibleAttention` hands the
+whole pack to FlexAttention on CUDA, which skips hidden tiles. Neither ever holds all pairs of slots and context.
+
+Shapes: A blocks, B slots, T context rows, D head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from domino_spec.config import UserError
+from domino_spec.draft.backbone import Attend, grouped_attention
+from domino_spec.training.anchors import Blocks
+
+CHUNK_SLOTS = 256
+"""Slots that share one attention call of `SlicedAttention`: more of them read the context less often, but each is
+also compared with the slots of the chunk's other blocks, only to be masked."""
+
+
+class _Chunk(NamedTuple):
+    slots: slice
+    context: slice
+    mask: Tensor
+    """[1, 1, slots, context + slots], added to the scores: 0 or minus infinity."""
+
+
+class SlicedAttention:
+    """Exact attention in chunks of neighbouring blocks of one sequence, on any device.
+
+    Args:
+        blocks: of the batch.
+        block_size: B.
+        context_rows: T.
+    """
+
+    def __init__(self, blocks: Blocks, block_size: int, context_rows: int) -> None:
+        self._rows = context_rows
+        self._dtype: torch.dtype | None = None
+        self._chunks: list[_Chunk] = []
+        starts, anchors = blocks.starts.tolist(), blocks.anchors.tolist()
+        size, first, device = max(1, CHUNK_SLOTS // block_size), 0, blocks.anchors.device
+        for end in range(1, len(anchors) + 1):
+            if end < len(anchors) and end - first < size and starts[end] == starts[first]:
+                continue
+            slots, context = slice(first * block_size, end * block_size), slice(starts[first], max(anchors[first:end]))
+            before = torch.arange(context.start, context.stop, device=device) < blocks.anchors[first:end, None]
+            block = torch.arange(end - first, device=device).repeat_interleave(block_size)
+            own = block[:, None] == block
+            hidden = ~torch.cat((before[block], own), dim=1)[None, None]
+            self._chunks.append(_Chunk(slots, context, hidden.float().masked_fill_(hidden, -torch.inf)))
+            first = end
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `Attend`, with one request: n is A * B."""
+        if self._dtype != query.dtype:  # once for all layers
+            self._dtype = query.dtype
+            self._chunks = [chunk._replace(mask=chunk.mask.to(query.dtype)) for chunk in self._chunks]
+        outputs = []
+        for slots, context, mask in self._chunks:
+            own = slice(self._rows + slots.start, self._rows + slots.stop)
+            keys, values = (torch.cat((x[:, :, context], x[:, :, own]), dim=2) for x in (key, value))
+            outputs.append(grouped_attention(query[:, :, slots], keys, values, mask))
+        return torch.cat(outputs, dim=2)
+
+
+class FlexibleAttention:
+    """The same in one call of FlexAttention, compiled on CUDA.
+
+    Args:
+        blocks: of the batch.
+        block_size: B.
+        context_rows: T.
+    """
+
+    def __init__(self, blocks: Blocks, block_size: int, context_rows: int) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        anchors, starts = blocks.anchors, blocks.starts
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            block = query // block_size
+            before = (key >= starts[block]) & (key < anchors[block])
+            own = (key - context_rows) // block_size == block
+            return torch.where(key < context_rows, before, own)
+
+        slots = len(anchors) * block_size
+        self._mask = create_block_mask(visible, None, None, slots, context_rows + slots, anchors.device.type)
+        self._attend = _flex_attention(compiled=anchors.device.type == "cuda")
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `Attend`, with one request: n is A * B."""
+        return self._attend(query, key, value, block_mask=self._mask, enable_gqa=True)
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention import flex_attention
+
+    attend: Callable[..., Tensor] = flex_attention.flex_attention  # type: ignore[assignment]
+    return torch.compile(attend, dynamic=True) if compiled else attend
+
+
+def block_attention(kind: str, blocks: Blocks, block_size: int, context_rows: int) -> Attend:
+    """The form that a recipe's `attention` names: auto, flex or sdpa.
+
+    Raises:
+        UserError: training with flex on CPU, where it has no backward pass.
+    """
+    device = blocks.anchors.device.type
+    if kind == "auto":
+        kind = "flex" if device == "cuda" else "sdpa"
+    if kind == "flex":
+        if device == "cpu" and torch.is_grad_enabled():
+            raise UserError("training with attention flex needs CUDA; set training.attention to auto or sdpa")
+        return FlexibleAttention(blocks, block_size, context_rows)
+    return SlicedAttention(blocks, block_size, context_rows)

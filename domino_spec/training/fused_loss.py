@@ -1,0 +1,140 @@
+"""The blended loss with one LM-head product for base and final logits, a chunk of tokens at a time.
+
+Both losses share the product `h W^T`, and the gradient of their sum reaches `h` through one product too (DESIGN
+section 4). [tokens, vocabulary] never exists for a whole batch: forward turns the logits of a chunk into losses and, in
+their place, gradients (`kernels.blended`) while they are at hand, and backward only scales what came of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domino_spec.kernels.blended import Terms, blended_rows_
+from domino_spec.training.losses import OBJECTIVES, BlendedLoss
+
+CHUNK_LOGITS = 2_000_000
+"""Logits in one chunk on CPU: 8 MB in float32."""
+CHUNK_LOGITS_CUDA = 160_000_000
+"""The same on CUDA, where a product over few rows would leave the device idle: 320 MB in bfloat16."""
+
+
+class _Blended(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        low_rank: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        lm_head: Tensor,
+        correction_weight: Tensor | None,
+        lambda_base: float,
+        target_hidden: Tensor | None,
+        terms: Terms,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        totals = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        # A frozen backbone spares the product that leads back to it.
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_low_rank = grad_correction = None
+        if low_rank is not None:
+            assert correction_weight is not None
+            grad_low_rank = torch.empty_like(low_rank)
+            grad_correction = torch.zeros_like(correction_weight, dtype=torch.float32)
+        for start in range(0, len(hidden), chunk := _chunk_rows(lm_head)):
+            rows = slice(start, start + chunk)
+            base = hidden[rows] @ lm_head.t()
+            correction = None
+            if low_rank is not None and correction_weight is not None:
+                correction = low_rank[rows] @ correction_weight.t()
+            target = None if target_hidden is None else target_hidden[rows] @ lm_head.t()
+            losses = blended_rows_(base, correction, target, labels[rows], weights[rows], lambda_base, terms)
+            totals += torch.stack([(part * weights[rows]).sum(dtype=torch.float64) for part in losses])
+            # `base` and `correction` now hold gradients.
+            if grad_hidden is not None:
+                torch.mm(base, lm_head, out=grad_hidden[rows])
+            if correction is not None:
+                assert low_rank is not None and correction_weight is not None
+                assert grad_low_rank is not None and grad_correction is not None
+                torch.mm(correction, correction_weight, out=grad_low_rank[rows])
+                grad_correction += correction.t() @ low_rank[rows]
+        ctx.save_for_backward(grad_hidden, grad_low_rank, grad_correction)
+        ctx.correction_dtype = None if correction_weight is None else correction_weight.dtype
+        base_total, final_total = totals.float()
+        blended = (1 - lambda_base) * final_total + lambda_base * base_total  # equal totals without a head
+        ctx.mark_non_differentiable(base_total, final_total)
+        return blended, base_total, final_total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_low_rank, grad_correction = (
+            None if saved is None else saved * grad for saved in ctx.saved_tensors
+        )
+        if grad_correction is not None:
+            grad_correction = grad_correction.to(ctx.correction_dtype)
+        return grad_hidden, grad_low_rank, None, None, None, grad_correction, None, None, None
+
+
+def _chunk_rows(lm_head: Tensor) -> int:
+    logits = CHUNK_LOGITS_CUDA if lm_head.device.type == "cuda" else CHUNK_LOGITS
+    return max(1, logits // len(lm_head))
+
+
+def blended_loss(
+    hidden: Tensor,
+    low_rank: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    lm_head: Tensor,
+    correction_weight: Tensor | None,
+    lambda_base: float,
+    target_hidden: Tensor | None = None,
+    terms: Terms = OBJECTIVES["cross_entropy"],
+) -> BlendedLoss:
+    """Weighted sum of blended losses over M drafted tokens (paper 4.2).
+
+    Args:
+        hidden: [M, H], the slot that predicts each token.
+        low_rank: [M, L], `head.low_rank` of each, zero rows where the base logits are used alone; None without a head.
+        labels: [M], indices into the logits; -1 where the label cannot be proposed (its weight must be 0).
+        weights: [M] float32.
+        lm_head: [V, H], frozen: it gets no gradient.
+        correction_weight: W2 [V, L]; None without a head.
+        lambda_base: weight of the base loss, 0 to 1.
+        target_hidden: [M, H], the target's own final hidden state before each label, for objectives that need its
+            distribution.
+        terms: of the objective.
+    """
+    dtype = hidden.dtype
+    return BlendedLoss(
+        *_Blended.apply(
+            hidden,
+            None if low_rank is None else low_rank.to(dtype),
+            labels.clamp(min=0),
+            weights,
+            lm_head.to(dtype),
+            None if correction_weight is None else correction_weight.to(dtype),
+            lambda_base,
+            None if target_hidden is None else target_hidden.to(dtype),
+            terms,
+        )
+    )
+
+
+@torch.no_grad()
+def label_probabilities(
+    hidden: Tensor, low_rank: Tensor | None, labels: Tensor, lm_head: Tensor, correction_weight: Tensor | None
+) -> Tensor:
+    """What the draft gives each label: arguments as in `blended_loss`, [M] float32 in chunks."""
+    lm_head = lm_head.to(hidden.dtype)
+    found = []
+    for start in range(0, len(hidden), chunk := _chunk_rows(lm_head)):
+        rows = slice(start, start + chunk)
+        logits = (hidden[rows] @ lm_head.t()).float()
+        if low_rank is not None and correction_weight is not None:
+            logits += low_rank[rows] @ correction_weight.to(low_rank.dtype).t()
+        chosen = logits.gather(1, labels[rows].clamp(min=0)[:, None])[:, 0]
+        found.append(torch.exp(chosen - logits.logsumexp(-1)))
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)

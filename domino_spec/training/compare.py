@@ -1,4 +1,4 @@
-"""Is one draft better than another? Paired differences of simulated tau on the same blocks, with intervals.
+"""Is one draft better than another? Simulated tau answer by answer, and paired ratios with intervals.
 
 Blocks of one answer are alike, so whole answers are drawn anew (a cluster bootstrap), and both drafts are compared on
 the same draw: what makes an answer easy for both cancels out.
@@ -11,6 +11,60 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from domino_spec.draft.model import Draft
+from domino_spec.target.model import Target
+from domino_spec.training.data import Sequence
+from domino_spec.training.evaluate import accepted_drafts, block_logits, expected_acceptance, text_probabilities
+from domino_spec.training.features import FeatureSource
+
+
+class Accepted(NamedTuple):
+    """Accepted drafts of every block, one tensor [blocks] for every answer that has any."""
+
+    head_on: list[Tensor]
+    head_off: list[Tensor]
+    answers: list[int]
+    """Which answers these are."""
+
+
+@torch.inference_mode()
+def accepted_by_answer(
+    draft: Draft,
+    answers: SequenceType[Sequence],
+    source: FeatureSource,
+    sampled_by: Target | None = None,
+    anchors_per_answer: int = 10**6,
+) -> Accepted:
+    """Run a draft over answers that it was not trained on.
+
+    Args:
+        draft: bound to its target.
+        answers: the target's own text.
+        source: of its features; with `sampled_by`, of the target's last layer too.
+        sampled_by: the target, where the text was sampled at temperature 1: gives what *sampled* drafts can expect
+            there, instead of what the most probable drafts reach.
+        anchors_per_answer: at most this many blocks each.
+    """
+    on: dict[int, Tensor] = {}
+    off: dict[int, Tensor] = {}
+    for indices, drafted, base, final in block_logits(draft, answers, source, anchors_per_answer, batch_size=1):
+        (index,) = set(indices)
+        target_probs = None
+        if sampled_by is not None:
+            width = draft.config.hidden_size
+            last = source.layers.index(sampled_by.num_layers - 1) * width
+            features = source.read(answers[index])[:, last : last + width].to(draft.device)
+            text = text_probabilities(sampled_by, features, answers[index].tokens.to(draft.device))
+            labels = torch.arange(1, drafted.choices.shape[1] + 1, device=draft.device)
+            target_probs = text[drafted.blocks.positions[:, None] + labels]
+        for logits, into in ((final, on), (base, off)):
+            if target_probs is None:
+                into[index] = accepted_drafts(logits, drafted.choices)
+            else:
+                chosen = logits.softmax(-1).gather(-1, drafted.choices.clamp(min=0)[..., None])[..., 0]
+                into[index] = expected_acceptance(chosen * (drafted.choices >= 0), target_probs)
+    return Accepted(list(on.values()), list(off.values()), list(on))
 
 
 class Interval(NamedTuple):

@@ -8,8 +8,10 @@ chooses is one that decoding, which corrects only the K best (DESIGN section 5),
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.draft.model import Draft
 from domino_spec.target.model import Target
-from domino_spec.training.blocks import forward_blocks
+from domino_spec.training.blocks import DraftedTokens, forward_blocks
 from domino_spec.training.data import Sequence
 from domino_spec.training.features import FeatureSource
 
@@ -72,34 +74,17 @@ def simulated_tau(
         UserError: every sequence is too short.
     """
     num_drafts = draft.config.max_drafts
-    usable, anchors = [], []
-    for sequence in sequences:
-        # Anchors that a whole block of the same answer follows.
-        allowed = torch.cat(
-            [torch.arange(start - 1, max(start - 1, end - num_drafts)) for start, end in sequence.answers]
-        )
-        if len(allowed):
-            count = min(anchors_per_sequence, len(allowed))
-            usable.append(sequence)
-            anchors.append(allowed[torch.linspace(0, len(allowed) - 1, count).round().long()])
-    if not usable:
-        raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
     accepted: list[Tensor] = []
     accepted_off: list[Tensor] = []
     recalled: list[Tensor] = []
-    for start in range(0, len(usable), batch_size):
-        chunk = slice(start, start + batch_size)
-        batch = source.batch(usable[chunk]).to(draft.device)
-        drafted = forward_blocks(draft, replace(batch, features=batch.features.to(draft.dtype)), anchors[chunk])
-        base = draft.base_logits(drafted.hidden)
-        final = base
-        if draft.head is not None and drafted.low_rank is not None:
-            final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
+    for _, drafted, base, final in block_logits(draft, sequences, source, anchors_per_sequence, batch_size):
+        if draft.head is not None:
             corrected = slice(draft.head.config.pure_draft_prefix_len, None)
             recalled.append(base_rank_of_best(base[:, corrected], final[:, corrected]) < candidates)
-        for logits, into in ((final, accepted), (base, accepted_off)):
-            correct = logits.argmax(-1) == drafted.choices  # a label of -1 is a miss
-            into.append(correct.long().cumprod(-1).sum(-1))
+        accepted.append(accepted_drafts(final, drafted.choices))
+        accepted_off.append(accepted_drafts(base, drafted.choices))
+    if not accepted:
+        raise UserError(f"no held-out answer is long enough for a block of {num_drafts} drafts; raise data.held_out")
     with_head, head_off = torch.cat(accepted), torch.cat(accepted_off)
     slots = sum(part.numel() for part in recalled)
     return SimulatedTau(
@@ -112,6 +97,55 @@ def simulated_tau(
         candidates=candidates,
         candidate_recall=sum(int(part.sum()) for part in recalled) / slots if slots else None,
     )
+
+
+class BlockLogits(NamedTuple):
+    """Logits of all blocks of some sequences."""
+
+    sequences: list[int]
+    """Which, with repetition: one index per block, [A]."""
+    drafted: DraftedTokens
+    base: Tensor
+    """[A, N, V]."""
+    final: Tensor
+    """[A, N, V]; `base` itself without a head."""
+
+
+def block_logits(
+    draft: Draft,
+    sequences: SequenceType[Sequence],
+    source: FeatureSource,
+    anchors_per_sequence: int,
+    batch_size: int,
+) -> Iterator[BlockLogits]:
+    """Run the draft at evenly spaced anchors that are followed by a whole block of the same answer's tokens.
+
+    Arguments as in `simulated_tau`; sequences without such an anchor are passed over.
+    """
+    num_drafts = draft.config.max_drafts
+    anchors = []
+    for sequence in sequences:
+        # The last num_drafts - 1 anchors of an answer have no whole block behind them.
+        ranges = [torch.arange(start - 1, max(start - 1, end - num_drafts)) for start, end in sequence.answers]
+        allowed = torch.cat(ranges)
+        count = min(anchors_per_sequence, len(allowed))
+        anchors.append(allowed[torch.linspace(0, len(allowed) - 1, count).round().long()] if count else allowed)
+    usable = [i for i, found in enumerate(anchors) if len(found)]
+    for start in range(0, len(usable), batch_size):
+        chunk = usable[start : start + batch_size]
+        batch = source.batch([sequences[i] for i in chunk]).to(draft.device)
+        batch = replace(batch, features=batch.features.to(draft.dtype))
+        drafted = forward_blocks(draft, batch, [anchors[i] for i in chunk])
+        base = final = draft.base_logits(drafted.hidden)
+        if draft.head is not None and drafted.low_rank is not None:
+            final = base + F.linear(drafted.low_rank, draft.head.correction_weight)
+        yield BlockLogits([i for i in chunk for _ in anchors[i]], drafted, base, final)
+
+
+def accepted_drafts(logits: Tensor, choices: Tensor) -> Tensor:
+    """How many of the most probable tokens are the text's, up to the first that is not: [A, N, V] and [A, N] to [A]."""
+    correct = logits.argmax(-1) == choices  # a label of -1 is a miss
+    return correct.long().cumprod(-1).sum(-1)
 
 
 def _survival(accepted: Tensor, num_drafts: int) -> list[float]:

@@ -16,6 +16,8 @@ from domino_spec.training.blocks import DraftedTokens, forward_blocks
 from domino_spec.training.features import pack_batch
 from tests.tiny import MemoryCache, as_sequences, assert_close, random_prompts, tiny_draft
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as it is on CPU
+
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 4, 2, 8, 3
 LENGTHS = [9, 4, 14, 6]
 ANCHORS = [[0, 3, 4, 7], [2], [5, 6, 7, 8, 9, 12], [0, 1]]

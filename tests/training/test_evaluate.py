@@ -213,7 +213,7 @@ def test_blocks_of_a_conversation_lie_within_one_answer(target):
     draft = tiny_draft(target, std=0.1)
     prompts, answers = random_prompts([3, 4, 2], seed=10), random_prompts([8, 12, 2], seed=11)
     sequence = conversation("c", list(zip(prompts, answers, strict=True)))
-    fit(target, draft, [sequence] * 8, 30)
+    fit(target, draft, [sequence] * 8, 15)
     source = MemoryCache(target, [sequence], draft.config.target_layer_ids)
     accepted = simulated_tau(draft, [sequence], source, anchors_per_sequence=10**6).accepted
     assert len(accepted) == (8 - 5 + 1) + (12 - 5 + 1), "the last answer is shorter than a block"

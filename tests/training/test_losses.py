@@ -179,9 +179,8 @@ def test_an_objective_is_least_at_the_targets_own_distribution(objective):
         assert_close(least.loss, torch.zeros(()))
     generator = torch.Generator().manual_seed(1)
     for distance in (0.01, 0.1, 1.0):
-        moved = arguments["hidden"] + distance * torch.randn(TOKENS, HIDDEN, generator=generator).repeat_interleave(
-            VOCAB, 0
-        )
+        way = distance * torch.randn(TOKENS, HIDDEN, generator=generator)
+        moved = arguments["hidden"] + way.repeat_interleave(VOCAB, 0)
         assert blended_loss(**{**arguments, "hidden": moved}, lambda_base=1.0).loss > least.loss * (1 + 1e-6) + 1e-6
 
 

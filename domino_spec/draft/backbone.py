@@ -53,15 +53,23 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of query [R, heads, n, D] to keys and values [R, kv_heads, m, D] where `mask` [R, 1, n, m] is True.
+    """Attention of query [R, heads, n, D] to keys and values [R, kv_heads, m, D] where `mask` [R, 1, n, m] is True."""
+    return folded_attention(query, key, value, fold_mask(mask, query, key))
 
-    A mask of floats is added to the scores instead. Grouped queries are folded into rows of their key/value head, so
-    keys and values are never repeated.
+
+def fold_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """`mask` [R, 1, n, m] for `folded_attention`, which reads it once for each query of a group."""
+    return mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
+
+
+def folded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """`grouped_attention` with a folded mask, of bools or of floats that are added to the scores.
+
+    Grouped queries are folded into rows of their key/value head, so keys and values are never repeated.
     """
     requests, heads, slots, head_dim = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(requests, key.shape[1], groups * slots, head_dim)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(1, 1, groups, 1))
+    folded = query.reshape(requests, key.shape[1], -1, head_dim)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
     return out.reshape(requests, heads, slots, head_dim)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.config import UserError
-from domino_spec.draft.backbone import Attend, grouped_attention
+from domino_spec.draft.backbone import Attend, fold_mask, folded_attention
 from domino_spec.training.anchors import Blocks
 
 CHUNK_SLOTS = 256
@@ -30,7 +30,7 @@ class _Chunk(NamedTuple):
     slots: slice
     context: slice
     mask: Tensor
-    """[1, 1, slots, context + slots], added to the scores: 0 or minus infinity."""
+    """[1, 1, slots, context + slots], added to the scores: 0 or minus infinity; later folded (`fold_mask`)."""
 
 
 class SlicedAttention:
@@ -44,7 +44,7 @@ class SlicedAttention:
 
     def __init__(self, blocks: Blocks, block_size: int, context_rows: int) -> None:
         self._rows = context_rows
-        self._dtype: torch.dtype | None = None
+        self._folded = False
         self._chunks: list[_Chunk] = []
         starts, anchors = blocks.starts.tolist(), blocks.anchors.tolist()
         size, first, device = max(1, CHUNK_SLOTS // block_size), 0, blocks.anchors.device
@@ -61,14 +61,15 @@ class SlicedAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `Attend`, with one request: n is A * B."""
-        if self._dtype != query.dtype:  # once for all layers
-            self._dtype = query.dtype
-            self._chunks = [chunk._replace(mask=chunk.mask.to(query.dtype)) for chunk in self._chunks]
-        outputs = []
+        if not self._folded:  # once for all layers, which then keep one mask for the backward pass
+            self._folded = True
+            masks = [fold_mask(chunk.mask.to(query.dtype), query, key) for chunk in self._chunks]
+            self._chunks = [chunk._replace(mask=mask) for chunk, mask in zip(self._chunks, masks, strict=True)]
+        outputs = [query[:, :, :0]]
         for slots, context, mask in self._chunks:
             own = slice(self._rows + slots.start, self._rows + slots.stop)
             keys, values = (torch.cat((x[:, :, context], x[:, :, own]), dim=2) for x in (key, value))
-            outputs.append(grouped_attention(query[:, :, slots], keys, values, mask))
+            outputs.append(folded_attention(query[:, :, slots], keys, values, mask))
         return torch.cat(outputs, dim=2)
 
 
@@ -92,9 +93,10 @@ class FlexibleAttention:
             own = (key - context_rows) // block_size == block
             return torch.where(key < context_rows, before, own)
 
-        slots = len(anchors) * block_size
-        self._mask = create_block_mask(visible, None, None, slots, context_rows + slots, anchors.device.type)
-        self._attend = _flex_attention(compiled=anchors.device.type == "cuda")
+        slots, device = len(anchors) * block_size, anchors.device.type
+        compiled = device == "cuda"  # elsewhere the mask is dense on the way, and the attention slow: for tests
+        self._mask = create_block_mask(visible, None, None, slots, context_rows + slots, device, _compile=compiled)
+        self._attend = _flex_attention(compiled)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `Attend`, with one request: n is A * B."""

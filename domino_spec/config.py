@@ -137,8 +137,6 @@ class DraftConfig:
     rope_scaling: Mapping[str, Any] | None = None
     """RoPE settings beyond theta, in the form transformers reads (`rope_type` and its parameters)."""
     max_position_embeddings: int = 32768
-    sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None
     target_fingerprint: str | None = None
     """Identifies the exact target weights that the draft was trained for; absent in published drafts."""
     published: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

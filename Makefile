@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Tests run in several processes of one thread each: most of them are too small to use two.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8
 
 BIN     := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
@@ -26,13 +28,13 @@ demo: $(RUNTIME) ## Install what is needed and race a real model against itself 
 	@$(BIN)/domino-spec demo $(ARGS)
 
 test: $(DEV) ## Install what is needed and run every test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(DEV) ## What a developer runs before a commit: format, lint, types, quick tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy domino_spec
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(PYTEST) -q -m "not slow" $(ARGS)
 
 format: $(DEV) ## Format the code and apply the linter's safe fixes
 	@$(BIN)/ruff format .

@@ -60,8 +60,9 @@ def by_suite(accepted: Accepted, ids: list[str]) -> dict[str, Accepted]:
     parts: dict[str, Accepted] = defaultdict(lambda: Accepted([], [], []))
     for on, off, answer in zip(*accepted, strict=True):
         for name in (ids[answer].split("/")[0], "all"):
-            for into, value in zip(parts[name], (on, off, answer), strict=True):
-                into.append(value)  # type: ignore[arg-type]
+            parts[name].head_on.append(on)
+            parts[name].head_off.append(off)
+            parts[name].answers.append(answer)
     return parts
 
 
@@ -105,7 +106,12 @@ def main() -> None:
             reference = measured.get((arguments.against, seed), results)[name]
             parts, other = by_suite(results[name], ids[name]), by_suite(reference, ids[name])
             for suite, part in sorted(parts.items()):
-                row = {"variant": variant, "seed": seed, "suite": suite, "blocks": sum(map(len, part.head_on))}
+                row: dict[str, Any] = {
+                    "variant": variant,
+                    "seed": seed,
+                    "suite": suite,
+                    "blocks": sum(map(len, part.head_on)),
+                }
                 row |= {"on": tau_interval(part.head_on), "off": tau_interval(part.head_off)}
                 row["ratio"] = tau_ratio(part.head_on, other[suite].head_on)
                 rows.append(row)

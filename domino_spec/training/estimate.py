@@ -29,7 +29,7 @@ from domino_spec.recipe import DataRecipe, OptimizationRecipe, Recipe
 from domino_spec.target.load import target_config
 from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.data import Sequence, load_sequences, split_held_out
-from domino_spec.training.flops import step_flops, step_work
+from domino_spec.training.flops import shortened, step_flops, step_work
 from domino_spec.training.memory import anchor_count, state_memory, work_memory
 from domino_spec.training.parallel import Processes, micro_batches
 from domino_spec.training.step import tapped_layers
@@ -245,25 +245,27 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     """The estimate in words."""
     parameters, data = estimate.parameters, estimate.data
     parts = ", ".join(
-        f"{label} {_short(parameters[key]).replace('G', 'B')}" for key, label in _PARTS.items() if key in parameters
+        f"{label} {shortened(parameters[key]).replace('G', 'B')}" for key, label in _PARTS.items() if key in parameters
     )
-    trained = "" if parameters["trained"] == parameters["total"] else f"; {_short(parameters['trained'])} are trained"
+    trained = (
+        "" if parameters["trained"] == parameters["total"] else f"; {shortened(parameters['trained'])} are trained"
+    )
     mean = f"{data.tokens / data.sequences:,.0f} tokens"
     source = f"counted in {data.counted}" if data.counted else "an assumption: there are no tokens on disk yet"
-    features = f"{_short(estimate.feature_cache)}B on disk" if estimate.feature_cache else "computed for every step"
+    features = f"{shortened(estimate.feature_cache)}B on disk" if estimate.feature_cache else "computed for every step"
     processes = "1 process" if estimate.processes == 1 else f"each of {estimate.processes} processes"
     shared = "" if estimate.processes == 1 else f", {_hours(estimate.hours)} of {estimate.processes}"
     lines = {
         "draft": f"{parameters['total']:,} parameters: {parts}{trained}",
         "target": f"{estimate.target_parameters:,} parameters, frozen",
         "data": f"{data.sequences:,} sequences of {mean} ({source})",
-        "steps": f"{estimate.steps:,}: {estimate.epochs:.3g} epochs, {_short(estimate.tokens)} tokens",
+        "steps": f"{estimate.steps:,}: {estimate.epochs:.3g} epochs, {shortened(estimate.tokens)} tokens",
         "features": features,
-        "memory": f"{_short(estimate.memory['total'])}B in {processes} ({estimate.parallel}):",
-        **{_row(name): f"{_short(size)}B" for name, size in estimate.memory.items() if name != "total" and size},
-        "operations": f"{_short(estimate.step_operations['total'])}FLOP a step:",
+        "memory": f"{shortened(estimate.memory['total'])}B in {processes} ({estimate.parallel}):",
+        **{_row(name): f"{shortened(size)}B" for name, size in estimate.memory.items() if name != "total" and size},
+        "operations": f"{shortened(estimate.step_operations['total'])}FLOP a step:",
         **{
-            _row(name): f"{_short(count)}FLOP"
+            _row(name): f"{shortened(count)}FLOP"
             for name, count in estimate.step_operations.items()
             if name != "total" and count
         },
@@ -273,7 +275,7 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     return [
         *(f"{name:{width}}{text}" for name, text in lines.items()),
         "",
-        f"The time is an estimate from counted operations at {ACHIEVED:.0%} of {_short(MATRIX_RATE)}FLOP/s, not a "
+        f"The time is an estimate from counted operations at {ACHIEVED:.0%} of {shortened(MATRIX_RATE)}FLOP/s, not a "
         "measurement.",
         "Regenerating answers is not in it. Memory is for the longest sequences, without what kernels need briefly.",
     ]
@@ -289,11 +291,3 @@ def _hours(hours: float) -> str:
 
 _ROWS = {"step_copies": "copies for a step", "target_ends": "target embedding and LM head", "lm_head": "LM head"}
 _PARTS = {"backbone": "backbone", "gru": "GRU", "w1": "W1", "w2": "W2"}
-
-
-def _short(value: float) -> str:
-    """With a prefix of the thousands, such as `1.05 G`."""
-    thousands = 0
-    while abs(value) >= 999.5 * 1000**thousands:
-        thousands += 1
-    return f"{value / 1000**thousands:.3g} {' kMGTPEZ'[thousands].strip()}"

@@ -186,3 +186,12 @@ def _seconds_of_a_product(left: Tensor, right: Tensor, out: Tensor) -> float:
         torch.mm(left, right, out=out)
     out[0, 0].item()
     return (time.perf_counter() - started) / PRODUCTS
+
+
+def shortened(value: float) -> str:
+    """1234567 as `1.23 M`; ends in a space where there is no prefix, so that a unit may follow."""
+    prefixes = iter(" kMGTPEZ")
+    prefix = next(prefixes).strip()
+    while abs(value) >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from domino_spec.files import atomic_path, read_jsonl
 from domino_spec.recipe import Recipe, load_recipe
+from domino_spec.training.flops import shortened
 from domino_spec.training.plots import SMOOTHING_POINTS, plot_training, running_mean
 from domino_spec.training.watch import METRICS_FILE, RunFacts
 
@@ -117,7 +118,7 @@ def _cost(recipe: Recipe, notes: dict[str, str], steps: list[Row], done: int) ->
     lines = [
         ("steps", f"{done:,}, of which {len(steps):,} are recorded"),
         ("sequences", f"{sequences:,}{passes}"),
-        ("tokens of text", f"about {_short(tokens * done)}"),
+        ("tokens of text", f"about {shortened(tokens * done)}"),
         ("time in steps", f"about {_span(seconds * done)}, without evaluation and saving"),
         ("pace", f"{tokens / seconds:,.0f} tokens/s, {recipe.training.batch_size / seconds:.3g} samples/s"),
     ]
@@ -126,10 +127,10 @@ def _cost(recipe: Recipe, notes: dict[str, str], steps: list[Row], done: int) ->
         # The median leaves out steps that something else held up.
         achieved = statistics.median(row["flops"] / row["seconds"] for row in operations)
         a_step = statistics.fmean(row["flops"] for row in operations)
-        lines.append(("operations", f"{_short(a_step)}FLOP a step"))
+        lines.append(("operations", f"{shortened(a_step)}FLOP a step"))
         rate = float(notes.get("matrix rate", 0))
-        share = f", **{achieved / rate:.1%}** of the {_short(rate)}FLOP/s that large products reach" if rate else ""
-        lines.append(("rate", f"{_short(achieved)}FLOP/s{share} (median step)"))
+        share = f", **{achieved / rate:.1%}** of the {shortened(rate)}FLOP/s that large products reach" if rate else ""
+        lines.append(("rate", f"{shortened(achieved)}FLOP/s{share} (median step)"))
     return lines
 
 
@@ -176,15 +177,6 @@ def _settings(recipe: Recipe, notes: dict[str, str], total: int) -> list[tuple[s
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     cells = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in cells)
-
-
-def _short(value: float) -> str:
-    """1234567 as `1.23 M`; ends in a space where there is no prefix, so that a unit may follow."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    while value >= 999.5 and len(prefixes) > 1:
-        value /= 1000
-        prefixes.pop(0)
-    return f"{value:.3g} {prefixes[0]}"
 
 
 def _span(seconds: float) -> str:

@@ -298,7 +298,7 @@ def done_in_parallel(items: Iterable[T], work: Callable[[T], R], threads: int) -
                 results.put((work(item), None, False))
         except StopIteration:
             results.put((None, None, True))
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that reads; it would otherwise wait forever
             results.put((None, error, True))
 
     for _ in range(threads):

@@ -180,8 +180,11 @@ class Metrics:
         self._write(step, values)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}; the run resumes from its state") from None
         scalars = dict(_scalars(values))
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)

@@ -45,6 +45,9 @@ def test_an_ordinary_loss_is_left_alone(losses):
     watch = Divergence()
     for step, loss in enumerate(losses):
         watch.check(step, loss)
+    with pytest.raises(LossError):  # and it was still looking
+        for step in range(Divergence.WINDOW):
+            watch.check(len(losses) + step, 10 * max(losses))
 
 
 def saved(out: Path) -> bytes:

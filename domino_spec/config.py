@@ -187,6 +187,103 @@ class DraftConfig:
         return len(self.target_layer_ids) * self.hidden_size
 
 
+@dataclass(frozen=True)
+class SingleLayerConfig:
+    """Shape of an EAGLE-3 or DART draft: one decoder layer over pairs of a token's embedding and a fused feature."""
+
+    method: str
+    """eagle3 or dart."""
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    """V, size of the target's vocabulary (not of the draft vocabulary)."""
+    target_hidden_size: int
+    """Width of each of the target's tapped hidden states."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Decoder layers of the target whose outputs are the features; None where the checkpoint leaves them to the
+    published rule (`feature_levels`), which needs the target's depth."""
+    num_target_layers: int | None = None
+    """Depth of the target; None where the checkpoint does not say."""
+    block_size: int = 8
+    """Drafts in a row that training teaches: EAGLE-3's training-time test steps; DART's `draft_length` + 1."""
+    draft_vocab_size: int | None = None
+    """Size of the frequent-token subset that the draft can propose; None for the whole vocabulary."""
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 32768
+    target_fingerprint: str | None = None
+    """Identifies the exact target weights that the draft was trained for; absent in published drafts."""
+    published: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The configuration file as read, so that keys we do not know are written back."""
+
+    def __post_init__(self) -> None:
+        require(self.method in SINGLE_LAYER_METHODS, f"method must be eagle3 or dart, got {self.method!r}")
+        require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {self.num_key_value_heads}",
+        )
+        ids, depth = self.target_layer_ids, self.num_target_layers
+        require(
+            ids is None or len(ids) == FEATURE_LEVELS,
+            f"{self.method} fuses {FEATURE_LEVELS} layers of the target, target_layer_ids has {len(ids or ())}",
+        )
+        for layer in ids or ():
+            require(
+                layer >= 0 and (depth is None or layer < depth),
+                f"target_layer_ids holds {layer}, but the target's layers are 0 to {(depth or 1) - 1}",
+            )
+        if self.draft_vocab_size is not None:
+            require(
+                1 <= self.draft_vocab_size <= self.vocab_size,
+                f"draft_vocab_size must be between 1 and {self.vocab_size}, got {self.draft_vocab_size}",
+            )
+
+    @property
+    def max_drafts(self) -> int:
+        """Drafted tokens of a block in training."""
+        return self.block_size
+
+    @property
+    def head(self) -> None:
+        """No Domino head."""
+        return None
+
+    @property
+    def num_masks(self) -> int:
+        """Masked positions behind the last real pair that one pass predicts from: DART's `draft_length`."""
+        return self.block_size - 1 if self.method == "dart" else 0
+
+    @property
+    def logits_size(self) -> int:
+        """Width of the draft's logits: the draft vocabulary where there is one, else V."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def feature_size(self) -> int:
+        """Width of one token's features: tapped layers times the target's hidden size."""
+        return FEATURE_LEVELS * self.target_hidden_size
+
+
+SINGLE_LAYER_METHODS = ("eagle3", "dart")
+FEATURE_LEVELS = 3
+"""A low, a middle and a high layer of the target."""
+
+
+def feature_levels(num_target_layers: int) -> tuple[int, int, int]:
+    """Decoder layers whose outputs EAGLE-3 and DART fuse, by the published rule: 36 layers give (1, 17, 32).
+
+    EAGLE names them as inputs of layers 2, N // 2 and N - 3.
+    """
+    require(num_target_layers >= 5, f"a target of {num_target_layers} layers is too shallow for three feature levels")
+    return 1, num_target_layers // 2 - 1, num_target_layers - 4
+
+
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     """Evenly spaced taps from layer 1 to `num_target_layers - 3`, one per draft layer (DFlash's rule).
 

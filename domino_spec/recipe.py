@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from domino_spec.config import HeadConfig, UserError, parse_settings, require
+from domino_spec.config import SINGLE_LAYER_METHODS, HeadConfig, UserError, parse_settings, require
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -37,8 +37,12 @@ class HeadRecipe:
 class DraftRecipe:
     """The draft to train. What is left out is `init_from`'s, else the default that is named here, else the target's."""
 
+    model: str = "block"
+    """block: a DFlash backbone, with the Domino head or without; or eagle3 or dart: one layer over pairs of a token and
+    a feature, as those methods publish it."""
     block_size: int | None = None
-    """B, slots of a block, the anchor's included; 16."""
+    """B, slots of a block, the anchor's included; 16. Of eagle3, steps of its training-time test, 7; of dart, its
+    masked positions and one, 8."""
     num_layers: int | None = None
     """Layers of the backbone; 5."""
     mask_token_id: int | None = None
@@ -64,6 +68,11 @@ class DraftRecipe:
             self.init_from is None or self.init_layers_from_target is None,
             "give either init_from or init_layers_from_target: the layers can start from one of them",
         )
+        _one_of("model", self.model, ("block", *SINGLE_LAYER_METHODS))
+        if self.model != "block":
+            require(self.head is None, f"a draft of model {self.model} has no Domino head: set head to null")
+            for name in ("num_layers", "mask_token_id", "shift_label", "init_from"):
+                require(getattr(self, name) is None, f"{name} is for drafts of model block; leave it out")
 
 
 @dataclass(frozen=True)
@@ -241,6 +250,12 @@ class Recipe:
     training: OptimizationRecipe
 
     def __post_init__(self) -> None:
+        if self.draft.model != "block":
+            require(
+                self.training.trained == "all" and not self.training.activation_checkpointing,
+                f"training.trained head and activation_checkpointing are for drafts of model block, not "
+                f"{self.draft.model}",
+            )
         if self.training.trained == "head":
             require(
                 self.draft.init_from is not None,

@@ -22,11 +22,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from domino_spec.config import DraftConfig, HeadConfig
+from domino_spec.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
 from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.model import Draft
+from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.methods import METHODS
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
@@ -130,6 +132,51 @@ def tiny_draft(
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(1 + noise if "norm" in name else noise)
     return draft.requires_grad_(False).eval().bind(target)
+
+
+def tiny_single_layer(
+    target: Target,
+    method: str = "eagle3",
+    *,
+    block_size: int = 4,
+    draft_vocab_ids: Tensor | None = None,
+    taps: tuple[int, int, int] = (0, 1, 3),
+    seed: int = 1,
+    std: float = 0.3,
+) -> SingleLayerDraft:
+    """A random EAGLE-3 or DART draft bound to `target`, every weight far from its neutral start."""
+    config = SingleLayerConfig(
+        method=method,
+        hidden_size=target.hidden_size,
+        intermediate_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=target.vocab_size,
+        target_hidden_size=target.hidden_size,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        block_size=block_size,
+        draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
+        target_fingerprint=target.fingerprint,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    draft = SingleLayerDraft(config, draft_vocab_ids)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return draft.requires_grad_(False).eval().bind(target)
+
+
+def draft_for(method: str, target: Target, **options) -> Draft | SingleLayerDraft | None:
+    """A random draft of the kind that a method is made for; None where it needs none."""
+    kinds = METHODS[method].kinds
+    if not kinds:
+        return None
+    if kinds[0] in SINGLE_LAYER_METHODS:
+        return tiny_single_layer(target, kinds[0], **options)
+    return tiny_draft(target, head=kinds[0] == "domino", **options)
 
 
 def random_prompts(lengths: list[int], vocab: int = VOCAB - 2, seed: int = 3) -> list[list[int]]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from domino_spec.config import DraftConfig
+from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.kernels import cpu
 from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_norm
 from domino_spec.target.packing import PackedLinear, pack_linears
@@ -141,7 +141,7 @@ class FusedBlockAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, as in Qwen3."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig | SingleLayerConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)

@@ -23,6 +23,10 @@ ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")
 _HEAD_PREFIXES = ("prefix_gru.", "embed_proj.")
 _OLD_HEAD_PREFIX = "logit_head."
 _VOCABULARY = "draft_vocab_ids"
+_HOW_TO_CONVERT = (
+    'convert it to safetensors, where you trust it: python -c "import torch; from safetensors.torch import save_file; '
+    "save_file(torch.load('pytorch_model.bin', map_location='cpu', weights_only=True), 'model.safetensors')\""
+)
 
 
 def parse_config(published: Mapping[str, Any], where: str = "config.json") -> DraftConfig:
@@ -64,13 +68,7 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
         )
     elif projector not in (None, "dflash", "none"):
         raise UserError(f"{where}: projector_type {projector!r} is not supported, only domino")
-    rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or published.get("rope_theta") or 10000.0
-    rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))  # older configurations say "type"
-    if rope_type == "default":
-        rope = {}
-    elif rope_type not in ROPE_INIT_FUNCTIONS:
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported in a draft")
+    theta, rope = parse_rope(published, where)
     try:
         return DraftConfig(
             hidden_size=hidden_size,
@@ -90,14 +88,28 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
             head=head,
             draft_vocab_size=nested.get("draft_vocab_size"),
             rms_norm_eps=published.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling=rope or None,
+            rope_theta=theta,
+            rope_scaling=rope,
             max_position_embeddings=published.get("max_position_embeddings", 32768),
             target_fingerprint=nested.get("target_fingerprint"),
             published=dict(published),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def parse_rope(published: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    """Base of RoPE and, where it is scaled, its settings beyond that, of a published configuration.
+
+    Raises:
+        UserError: an unknown kind of scaling.
+    """
+    rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or published.get("rope_theta") or 10000.0
+    rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))  # older configurations say "type"
+    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported in a draft")
+    return float(theta), None if rope_type == "default" else rope
 
 
 def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -187,7 +199,16 @@ def save_draft(draft: Draft, directory: str | Path, dtype: torch.dtype | None = 
 
 
 def read_config(directory: Path) -> DraftConfig:
-    """The configuration of a draft directory.
+    """The configuration of a DFlash or Domino draft directory.
+
+    Raises:
+        UserError: the directory or its config.json is missing or malformed.
+    """
+    return parse_config(read_published(directory), str(directory / CONFIG_FILE))
+
+
+def read_published(directory: Path) -> dict[str, Any]:
+    """The configuration file of a draft directory.
 
     Raises:
         UserError: the directory or its config.json is missing or malformed.
@@ -199,7 +220,7 @@ def read_config(directory: Path) -> DraftConfig:
     published = read_json(directory / CONFIG_FILE)
     if not isinstance(published, dict):
         raise UserError(f"{directory / CONFIG_FILE}: expected an object")
-    return parse_config(published, str(directory / CONFIG_FILE))
+    return published
 
 
 def read_draft(directory: Path) -> Draft:
@@ -210,7 +231,7 @@ def read_draft(directory: Path) -> Draft:
             configuration.
     """
     config = read_config(directory)
-    tensors = _read_weights(directory)
+    tensors = read_weights(directory)
     nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in tensors)
     tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in tensors.items()}
     vocabulary = tensors.pop(_VOCABULARY, None)
@@ -221,16 +242,7 @@ def read_draft(directory: Path) -> Draft:
     with torch.device("meta"):
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{directory / WEIGHTS_FILE}: tensor {name} is missing")
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{directory / WEIGHTS_FILE}: tensor {name} has shape {tuple(tensors[name].shape)}, "
-                f"but {CONFIG_FILE} means {tuple(shape)}"
-            )
-    if unknown := sorted(set(tensors) - set(expected)):
-        raise UserError(f"{directory / WEIGHTS_FILE}: unexpected tensor {unknown[0]}")
+    check_tensors(tensors, expected, directory / WEIGHTS_FILE)
     draft = Draft(config, vocabulary)
     head = {name: t for name, t in tensors.items() if name.startswith(_HEAD_PREFIXES)}
     draft.backbone.load_state_dict({n: t for n, t in tensors.items() if n not in head}, strict=False, assign=True)
@@ -240,7 +252,29 @@ def read_draft(directory: Path) -> Draft:
     return draft.requires_grad_(False).eval()
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: Path) -> None:
+    """Compare tensors with the names and shapes that a configuration asks for.
+
+    Raises:
+        UserError: one is missing, has another shape, or is not expected.
+    """
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{where}: tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, but {CONFIG_FILE} means {tuple(shape)}"
+            )
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise UserError(f"{where}: unexpected tensor {unknown[0]}")
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a draft directory, from one safetensors file or several.
+
+    Raises:
+        UserError: there is none, it is truncated or corrupted, or there are pickles only.
+    """
     if (directory / WEIGHTS_FILE).is_file():
         return load_tensors(directory / WEIGHTS_FILE)[0]
     if (directory / INDEX_FILE).is_file():
@@ -252,6 +286,6 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
     if pickles:
         raise UserError(
-            f"{directory} holds a pickle checkpoint ({pickles[0]}), which is never loaded; convert it to safetensors"
+            f"{directory} holds a pickle checkpoint ({pickles[0]}), which is never loaded; {_HOW_TO_CONVERT}"
         )
-    raise UserError(f"{directory} holds no {WEIGHTS_FILE}")
+    raise UserError(f"{directory} holds no {WEIGHTS_FILE}; if it is published as a pickle, {_HOW_TO_CONVERT}")

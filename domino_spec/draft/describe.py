@@ -1,13 +1,14 @@
-"""What a draft on disk is (method, shape, label convention, parameters per part, size) and whether it fits a target."""
+"""What a draft on disk is (method, shape, conventions, parameters per part, size) and whether it fits a target."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from domino_spec.config import DraftConfig, UserError
-from domino_spec.draft.checkpoint import read_draft
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.draft.load import AnyDraft, read_any_draft
 from domino_spec.draft.pairing import check_pairing, shape_mismatch
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.target.load import EMBEDDED_TARGET, load_target, target_config
 
 
@@ -15,13 +16,14 @@ from domino_spec.target.load import EMBEDDED_TARGET, load_target, target_config
 class DraftDescription:
     """A draft checkpoint in words and figures."""
 
-    config: DraftConfig
+    config: DraftConfig | SingleLayerConfig
     method: str
-    """`domino` with a head, `dflash` without."""
+    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
     dtypes: tuple[str, ...]
     """Types of its parameters as saved."""
     parameters: dict[str, int]
-    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), and total."""
+    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
+    embed_tokens (where the draft has its own); and total."""
     file_bytes: int
     """Size of its safetensors files."""
 
@@ -32,20 +34,33 @@ def describe_draft(directory: Path) -> DraftDescription:
     Raises:
         UserError: as `checkpoint.read_draft`.
     """
-    draft = read_draft(directory)
-    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
-    if draft.head is not None:
-        down, _, up = draft.head.embed_proj
-        parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
-        parts["w1"] = sum(p.numel() for p in down.parameters())
-        parts["w2"] = sum(p.numel() for p in up.parameters())
+    draft = read_any_draft(directory)
+    method, parts = _parts(draft)
     return DraftDescription(
         config=draft.config,
-        method="dflash" if draft.head is None else "domino",
+        method=method,
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
         parameters={**parts, "total": sum(parts.values())},
         file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
     )
+
+
+def _parts(draft: AnyDraft) -> tuple[str, dict[str, int]]:
+    """The draft's method, and how many parameters each of its parts has."""
+    if isinstance(draft, SingleLayerDraft):
+        ends = {"fc": draft.fc.weight.numel(), "lm_head": draft.lm_head.weight.numel()}
+        layer = sum(p.numel() for p in draft.parameters()) - sum(ends.values())  # norms and DART's mask among them
+        parts = {"fc": ends["fc"], "layer": layer, "lm_head": ends["lm_head"]}
+        own = draft.embed_tokens
+        return draft.config.method, parts if own is None else {**parts, "embed_tokens": own.numel()}
+    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
+    if draft.head is None:
+        return "dflash", parts
+    down, _, up = draft.head.embed_proj
+    parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
+    parts["w1"] = sum(p.numel() for p in down.parameters())
+    parts["w2"] = sum(p.numel() for p in up.parameters())
+    return "domino", parts
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Fit:
     """What was compared and what came out."""
 
 
-def check_fit(config: DraftConfig, draft_name: str, target_name: str) -> Fit:
+def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_name: str) -> Fit:
     """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
 
     A target on the hub is compared by its configuration alone, without its weights being downloaded.

@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
+from domino_spec.config import (
+    DraftConfig,
+    HeadConfig,
+    SingleLayerConfig,
+    UserError,
+    default_target_layer_ids,
+    feature_levels,
+)
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DraftRecipe
 from domino_spec.target.model import Target
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 16, 5  # the paper's (5.1)
+DEFAULT_STEPS = {"eagle3": 7, "dart": 8}  # EAGLE-3's training-time test; DART's masked positions and one
 
 
 def draft_config(recipe: DraftRecipe, target: Target, start: DraftConfig | None = None) -> DraftConfig:
@@ -48,6 +57,47 @@ def draft_config(recipe: DraftRecipe, target: Target, start: DraftConfig | None 
     return replace(config, vocab_size=target.vocab_size, target_fingerprint=target.fingerprint)
 
 
+def single_layer_config(recipe: DraftRecipe, target_config: Any) -> SingleLayerConfig:
+    """The configuration of a new EAGLE-3 or DART draft.
+
+    Args:
+        recipe: of the draft.
+        target_config: text configuration of the target (transformers).
+
+    Raises:
+        UserError: the recipe does not fit the target.
+    """
+    config = target_config
+    theta, rope = _rope(config)
+    return SingleLayerConfig(
+        method=recipe.model,
+        hidden_size=config.hidden_size,
+        intermediate_size=recipe.intermediate_size or config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        target_hidden_size=config.hidden_size,
+        target_layer_ids=recipe.target_layer_ids or feature_levels(config.num_hidden_layers),
+        num_target_layers=config.num_hidden_layers,
+        block_size=DEFAULT_STEPS[recipe.model] if recipe.block_size is None else recipe.block_size,
+        draft_vocab_size=recipe.draft_vocab_size,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=rope,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
+    """Base and further RoPE settings of a target, for a draft that attends fully."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
+        rope = dict(rope.get("full_attention") or {})
+    theta = rope.pop("rope_theta", 10000.0)
+    return theta, None if rope.get("rope_type", "default") == "default" else rope
+
+
 def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) -> DraftConfig:
     """The configuration of a draft that starts from nothing.
 
@@ -60,12 +110,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
         UserError: the recipe does not fit the target.
     """
     config = target_config
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
-        rope = dict(rope.get("full_attention") or {})
-    theta = rope.pop("rope_theta", 10000.0)
-    if rope.get("rope_type", "default") == "default":
-        rope = {}
+    theta, rope = _rope(config)
     num_layers = DEFAULT_NUM_LAYERS if recipe.num_layers is None else recipe.num_layers
     return DraftConfig(
         hidden_size=config.hidden_size,
@@ -84,7 +129,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
         draft_vocab_size=recipe.draft_vocab_size,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
-        rope_scaling=rope or None,
+        rope_scaling=rope,
         max_position_embeddings=config.max_position_embeddings,
     )
 
@@ -130,7 +175,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def new_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
+def new_draft(
+    recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int
+) -> Draft | SingleLayerDraft:
     """A draft in float32, bound to its target, with reproducible first weights.
 
     Args:
@@ -143,6 +190,8 @@ def new_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | Non
         UserError: the recipe does not fit the target, or `init_from` cannot be read, fits neither, or was made for
             other weights.
     """
+    if recipe.model != "block":
+        return _new_single_layer(recipe, target, draft_vocab_ids, seed)
     if recipe.init_from is not None:
         return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
     draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
@@ -151,6 +200,47 @@ def new_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | Non
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
     return draft.bind(target)
+
+
+@torch.no_grad()
+def _new_single_layer(
+    recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int
+) -> SingleLayerDraft:
+    config = replace(
+        single_layer_config(recipe, target.config),
+        vocab_size=target.vocab_size,
+        target_fingerprint=target.fingerprint,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = SingleLayerDraft(config, draft_vocab_ids)
+        for name, parameter in draft.named_parameters():
+            if not name.endswith("norm.weight"):
+                nn.init.normal_(parameter, std=0.02)
+    draft.norm.weight.copy_(_norm_scale(target.decoder.norm))
+    draft.bind(target)
+    draft.lm_head.weight.copy_(draft.ends.lm_head)
+    # The feature begins as the highest level, as it is; what lower levels add is learned (docs/log.md).
+    draft.fc.weight.zero_()
+    torch.nn.init.eye_(draft.fc.weight[:, -config.target_hidden_size :])
+    if recipe.init_layers_from_target is not None:
+        _copy_pair_layer(draft, target, recipe.init_layers_from_target)
+    return draft
+
+
+def _copy_pair_layer(draft: SingleLayerDraft, target: Target, layer_ids: tuple[int, ...]) -> None:
+    """A layer of the target reads features as it reads its own residual; what reads embeddings stays random."""
+    if len(layer_ids) != 1:
+        raise UserError(f"init_layers_from_target names {len(layer_ids)} layers, but the draft has 1")
+    source = _layer_weights(target, layer_ids[0])
+    source["hidden_norm.weight"] = source.pop("input_layernorm.weight")
+    width = draft.config.hidden_size
+    for name, parameter in draft.midlayer.named_parameters():
+        if name not in source:
+            continue
+        part = parameter[:, width:] if parameter.shape[-1] == 2 * width else parameter
+        if source[name].shape == part.shape:
+            part.copy_(source[name])
 
 
 def _random_draft(config: DraftConfig, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
@@ -191,18 +281,23 @@ def _copy_layers(draft: Draft, target: Target, layer_ids: tuple[int, ...]) -> No
             f"init_layers_from_target names {len(layer_ids)} layers, but the draft has {len(draft.backbone.layers)}"
         )
     for layer, source_id in zip(draft.backbone.layers, layer_ids, strict=True):
-        if not 0 <= source_id < target.num_layers:
-            raise UserError(
-                f"init_layers_from_target holds {source_id}; the target's layers are 0 to {target.num_layers - 1}"
-            )
-        source: dict[str, Tensor] = dict(target.layers[source_id].named_parameters())
-        for name, module in target.layers[source_id].named_modules():
-            if name.endswith("norm"):
-                source[f"{name}.weight"] = _norm_scale(module)
+        source = _layer_weights(target, source_id)
         for name, parameter in layer.named_parameters():
             # Targets without q/k norm (Llama) leave the draft's own at one.
             if name in source and source[name].shape == parameter.shape:
                 parameter.copy_(source[name])
+
+
+def _layer_weights(target: Target, layer_id: int) -> dict[str, Tensor]:
+    if not 0 <= layer_id < target.num_layers:
+        raise UserError(
+            f"init_layers_from_target holds {layer_id}; the target's layers are 0 to {target.num_layers - 1}"
+        )
+    source: dict[str, Tensor] = dict(target.layers[layer_id].named_parameters())
+    for name, module in target.layers[layer_id].named_modules():
+        if name.endswith("norm"):
+            source[f"{name}.weight"] = _norm_scale(module)
+    return source
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:

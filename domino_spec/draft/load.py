@@ -1,4 +1,4 @@
-"""Loading a draft from the package, a directory or the hub, checked against its target and bound to it."""
+"""Drafts of any kind: loaded from the package, a directory or the hub, checked against a target; and written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft
+from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published, save_draft
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
+from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
 
 EMBEDDED_DRAFT = "smollm2-135m-domino"
+AnyDraft = Draft | SingleLayerDraft
 
 
 def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
@@ -50,14 +53,29 @@ def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
         raise UserError(f"cannot get draft {name} from the hub and it is not a directory here: {reason}") from None
 
 
+def read_any_draft(directory: Path) -> AnyDraft:
+    """A draft of the kind that its config.json tells, its tensors in the dtype they were saved in; not bound yet.
+
+    Raises:
+        UserError: as `checkpoint.read_draft`.
+    """
+    return read_single_layer(directory) if is_single_layer(read_published(directory)) else read_draft(directory)
+
+
+def save_any_draft(draft: AnyDraft, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a draft in the published layout of its kind; arguments and errors as `checkpoint.save_draft`."""
+    save = save_single_layer if isinstance(draft, SingleLayerDraft) else save_draft
+    save(draft, directory, dtype)  # type: ignore[arg-type]
+
+
 def load_draft(
     name_or_path: str | Path,
     target: Target,
     *,
     dtype: torch.dtype | str = "auto",
     allow_other_target: bool = False,
-) -> Draft:
-    """Load a draft for `target`, on its device.
+) -> AnyDraft:
+    """Load a draft of any kind for `target`, on its device.
 
     Args:
         name_or_path: the shipped draft's name, a directory, or a hub id.
@@ -68,7 +86,7 @@ def load_draft(
     Raises:
         UserError: it does not exist, cannot be read, or was made for another target.
     """
-    draft = read_draft(draft_directory(name_or_path))
+    draft = read_any_draft(draft_directory(name_or_path))
     check_pairing(draft.config, str(name_or_path), target, allow_other_target)
     own_dtype = target.dtype if isinstance(dtype, str) else dtype
     draft = draft.to(target.device, own_dtype).bind(target)

@@ -77,6 +77,15 @@ class Draft(nn.Module):
         return self._ends[0]
 
     @property
+    def feature_scale(self) -> Tensor | None:
+        """What training multiplies features with, [F] (`Backbone.scale_features`)."""
+        return self.backbone.feature_scale
+
+    def scale_features(self, scale: Tensor, trained: bool = False) -> None:
+        """See `Backbone.scale_features`."""
+        self.backbone.scale_features(scale, trained)
+
+    @property
     def packed(self) -> bool:
         """True once `pack` was called."""
         return self._packed_lm_head is not None

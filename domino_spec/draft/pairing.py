@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import logging
 
-from domino_spec.config import DraftConfig, UserError
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError, feature_levels
 from domino_spec.target.model import Target
 
 _log = logging.getLogger(__name__)
 
 
-def shape_mismatch(config: DraftConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
+def shape_mismatch(
+    config: DraftConfig | SingleLayerConfig, hidden_size: int, vocab_size: int, num_layers: int
+) -> str | None:
     """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
     for what, draft_side, target_side in (
-        ("hidden size", config.hidden_size, hidden_size),
+        (
+            "hidden size",
+            config.target_hidden_size if isinstance(config, SingleLayerConfig) else config.hidden_size,
+            hidden_size,
+        ),
         ("vocabulary", config.vocab_size, vocab_size),
         ("number of target layers", config.num_target_layers, num_layers),
     ):
-        if draft_side != target_side:
+        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
             return f"the draft was made for {what} {draft_side}, the target has {target_side}"
+    if isinstance(config, SingleLayerConfig):
+        try:
+            deepest = max(config.target_layer_ids or feature_levels(num_layers))
+        except UserError as error:
+            return f"the draft reads three levels of the target's layers, but {error}"
+        if deepest >= num_layers:
+            return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
     return None
 
 
 def check_pairing(
-    config: DraftConfig,
+    config: DraftConfig | SingleLayerConfig,
     draft_name: str,
     target: Target,
     allow_other_target: bool = False,

@@ -39,6 +39,13 @@ class PackedLinear(nn.Module):
             self.weight, self.bias = weight, bias
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
 
+    @property
+    def unpacked(self) -> Tensor:
+        """The weight [out, in] as it was given."""
+        if self.panels is None:
+            return self.weight
+        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""
         if self.panels is not None:

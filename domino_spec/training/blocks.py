@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.kernels.reference import head_rollout
 from domino_spec.training.anchors import Blocks, gather_blocks
 from domino_spec.training.attention import block_attention
+from domino_spec.training.chains import forward_chains
 from domino_spec.training.features import Batch
 
 ROLLOUT_LOGITS = 8_000_000
@@ -35,14 +38,14 @@ class DraftedTokens:
 
 
 def forward_blocks(
-    draft: Draft,
+    draft: AnyDraft,
     batch: Batch,
     anchors: SequenceType[Tensor],
     block_size: int | None = None,
     causal_encoder: str = "teacher_forcing",
     attention: str = "auto",
 ) -> DraftedTokens:
-    """Run all blocks of a batch in one backbone pass.
+    """Run all blocks of a batch side by side.
 
     Args:
         draft: bound to its target.
@@ -53,6 +56,9 @@ def forward_blocks(
             training_time_test, the draft's greedy tokens (paper 4.2, 5.3.2).
         attention: auto, flex or sdpa.
     """
+    if isinstance(draft, SingleLayerDraft):
+        hidden, blocks = forward_chains(draft, batch, anchors, block_size)
+        return DraftedTokens(hidden, None, blocks, draft.to_choices(blocks.labels).where(blocks.valid[:, :1], -1))
     config = draft.config if block_size is None else replace(draft.config, block_size=block_size)
     device = batch.tokens.device
     blocks = gather_blocks(batch, anchors, config.max_drafts)

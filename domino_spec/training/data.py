@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.config import UserError
+from domino_spec.drafters.vocabulary import count_tokens, fill_up, rank_tokens
 from domino_spec.files import read_jsonl
 
 
@@ -154,18 +154,15 @@ def frequent_tokens(sequences: Iterable[Sequence], size: int, always: Iterable[i
 
     Returns:
         [size] int64; when fewer distinct tokens occur, the lowest unused ids fill up.
+
+    Raises:
+        UserError: more tokens must be in than `size`.
     """
-    counts: Counter[int] = Counter()
+    return torch.tensor(fill_up(rank_tokens(count_tokens(answer_texts(sequences)), always, size), size))
+
+
+def answer_texts(sequences: Iterable[Sequence]) -> Iterator[Tensor]:
+    """The tokens of every answer, prompts not included."""
     for sequence in sequences:
         for start, end in sequence.answers:
-            counts.update(sequence.tokens[start:end].tolist())
-    chosen = dict.fromkeys(always)
-    for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if len(chosen) >= size:
-            break
-        chosen.setdefault(token)
-    filler = 0
-    while len(chosen) < size:
-        chosen.setdefault(filler)
-        filler += 1
-    return torch.tensor(sorted(chosen))
+            yield sequence.tokens[start:end]

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from domino_spec.config import DraftConfig, UserError
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
 from domino_spec.draft.checkpoint import read_config
-from domino_spec.draft.initialize import continued_config, fresh_config
-from domino_spec.draft.load import draft_directory
+from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
+from domino_spec.draft.load import AnyDraft, draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import shape_mismatch
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DataRecipe, OptimizationRecipe, Recipe
 from domino_spec.target.load import target_config
 from domino_spec.training.anchors import sample_anchors
@@ -66,7 +67,7 @@ class Estimate:
     parallel: str
     """single, ddp or fsdp."""
     parameters: dict[str, int]
-    """Of the draft: backbone, gru, w1, w2, head (their sum), total, trained."""
+    """Of the draft: backbone, gru, w1, w2, head (their sum), total, trained; of a single layer: layer, lm_head, ..."""
     target_parameters: int
     memory: dict[str, int]
     """Per process, by what takes it, and their total: with the longest sequences that the recipe allows."""
@@ -112,7 +113,7 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
     layers = tapped_layers(draft, training)
     data, sample = _data(recipe.data, text_config.vocab_size)
     feature_bytes = getattr(torch, recipe.data.feature_dtype).itemsize
-    token_features = len(layers) * draft.config.hidden_size * feature_bytes
+    token_features = len(layers) * text_config.hidden_size * feature_bytes
     online = recipe.data.features == "online"
 
     settings = training.with_steps(data.sequences)
@@ -148,12 +149,14 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
     )
 
 
-def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig:
+def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerConfig:
     """The configuration that training would give the draft, but for a mask token that the tokenizer would name.
 
     Raises:
         UserError: the recipe does not fit the target, or the draft that it starts from.
     """
+    if recipe.draft.model != "block":
+        return single_layer_config(recipe.draft, text_config)
     if recipe.draft.init_from is None:
         return fresh_config(recipe.draft, text_config, recipe.draft.mask_token_id or 0)
     start = read_config(draft_directory(recipe.draft.init_from, weights=False))
@@ -163,11 +166,14 @@ def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig:
     return continued_config(recipe.draft, start)
 
 
-def meta_draft(config: DraftConfig, trained: str = "all") -> Draft:
+def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") -> AnyDraft:
     """A draft without contents."""
     size = config.draft_vocab_size
     with torch.device("meta"):
-        draft = Draft(config, None if size is None else torch.empty(size, dtype=torch.int64))
+        vocabulary = None if size is None else torch.empty(size, dtype=torch.int64)
+        if isinstance(config, SingleLayerConfig):
+            return SingleLayerDraft(config, vocabulary)
+        draft = Draft(config, vocabulary)
     draft.backbone.requires_grad_(trained == "all")
     return draft
 
@@ -185,10 +191,13 @@ def _meta_target(text_config: Any, name: str) -> dict[str, int]:
     return {"decoder": decoder, "ends": total - decoder}
 
 
-def _count_parameters(draft: Draft) -> dict[str, int]:
+def _count_parameters(draft: AnyDraft) -> dict[str, int]:
     def count(module: nn.Module | None) -> int:
         return 0 if module is None else sum(p.numel() for p in module.parameters())
 
+    if isinstance(draft, SingleLayerDraft):
+        lm_head = count(draft.lm_head)
+        return {"layer": count(draft) - lm_head, "lm_head": lm_head, "total": count(draft), "trained": count(draft)}
     parts = {"backbone": count(draft.backbone)}
     if draft.head is not None:
         parts |= {"gru": count(draft.head.prefix_gru)}
@@ -218,7 +227,7 @@ def _data(recipe: DataRecipe, vocab_size: int) -> tuple[Data, list[Sequence]]:
 
 
 def _step_operations(
-    config: DraftConfig, recipe: OptimizationRecipe, sample: SequenceType[Sequence]
+    config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, sample: SequenceType[Sequence]
 ) -> dict[str, float]:
     """Operations of a step on average, over the sample and over the block schedule."""
     sizes = (*recipe.block_schedule, config.block_size)
@@ -290,4 +299,11 @@ def _hours(hours: float) -> str:
 
 
 _ROWS = {"step_copies": "copies for a step", "target_ends": "target embedding and LM head", "lm_head": "LM head"}
-_PARTS = {"backbone": "backbone", "gru": "GRU", "w1": "W1", "w2": "W2"}
+_PARTS = {
+    "backbone": "backbone",
+    "gru": "GRU",
+    "w1": "W1",
+    "w2": "W2",
+    "layer": "layer and feature fusion",
+    "lm_head": "its own LM head",
+}

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, save_draft
-from domino_spec.draft.model import Draft
+from domino_spec.draft.checkpoint import CONFIG_FILE
+from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
 from domino_spec.files import load_tensors
 from domino_spec.training.state import STATE_FILE
 
 
-def export_draft(run: Path, out: Path, dtype: torch.dtype) -> Draft:
+def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
     """Write the draft of a training run in the published layout, read back before it is called done.
 
     Args:
@@ -30,22 +30,22 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> Draft:
         raise UserError(f"{run} holds no trained draft: give the directory that `domino-spec train` wrote with --out")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the run's own draft; choose another directory")
-    draft = read_draft(source)
+    draft = read_any_draft(source)
     if dtype == torch.float32:
         _restore_master_weights(draft.float(), run)
         # The published configuration names the type of the tensors beside it.
         published = {**draft.config.published, "dtype": "float32"}
-        draft.config = dataclasses.replace(draft.config, published=published)
-    save_draft(draft, out)
-    return read_draft(out)
+        draft.config = dataclasses.replace(draft.config, published=published)  # type: ignore[type-var,assignment]
+    save_any_draft(draft, out)
+    return read_any_draft(out)
 
 
-def _restore_master_weights(draft: Draft, run: Path) -> None:
+def _restore_master_weights(draft: AnyDraft, run: Path) -> None:
     """Replace bfloat16 weights by the float32 ones that they were rounded from."""
     tensors, _ = load_tensors(run / STATE_FILE)
     for name, parameter in draft.named_parameters():
         master = tensors.get(f"weight/{name}")
-        if master is not None and name == "backbone.fc.weight" and "feature_scale" in tensors:
+        if master is not None and name in ("backbone.fc.weight", "fc.weight") and "feature_scale" in tensors:
             master = master * tensors["feature_scale"]
         if master is None or not torch.equal(master.bfloat16(), parameter.bfloat16()):
             raise UserError(

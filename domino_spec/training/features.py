@@ -88,6 +88,30 @@ class OnlineFeatures:
         return pack_batch(sequences, compute_features(self.target, sequences, self.layers))
 
 
+class SelectedFeatures:
+    """Some of the layers that another source holds: one cache serves several drafts.
+
+    Args:
+        source: of features of at least these layers.
+        layers: wanted, in this order.
+        hidden_size: H of the target.
+    """
+
+    def __init__(self, source: FeatureSource, layers: SequenceType[int], hidden_size: int) -> None:
+        self.source, self.layers = source, tuple(layers)
+        offsets = [source.layers.index(layer) * hidden_size for layer in layers]
+        self._columns = torch.cat([torch.arange(offset, offset + hidden_size) for offset in offsets])
+
+    def read(self, sequence: Sequence) -> Tensor:
+        """Features [T, layers * H] of one sequence."""
+        return self.source.read(sequence)[:, self._columns]
+
+    def batch(self, sequences: SequenceType[Sequence]) -> Batch:
+        """Some sequences with their features."""
+        batch = self.source.batch(sequences)
+        return dataclasses.replace(batch, features=batch.features[:, self._columns.to(batch.features.device)])
+
+
 class _Place(NamedTuple):
     """Where a sequence's features are."""
 
@@ -256,8 +280,10 @@ def capture_features(
     layers: SequenceType[int],
     directory: Path,
     on_progress: Callable[[int], None] = lambda tokens: None,
-) -> FeatureCache:
+) -> FeatureSource:
     """Fill a feature cache with what it still lacks.
+
+    A cache of more layers than are wanted is filled with all of its own and read in part.
 
     Args:
         target: loaded in the precision that the features should have.
@@ -275,14 +301,25 @@ def capture_features(
         "dtype": str(target.dtype).removeprefix("torch."),
         "hidden_size": target.hidden_size,
     }
+    held = _held_layers(directory)
+    if set(held) >= set(layers):
+        settings["layers"] = held
     cache = FeatureCache(directory, settings)
+    source = cache if cache.layers == tuple(layers) else SelectedFeatures(cache, layers, target.hidden_size)
     if all(s in cache for s in sequences):
         on_progress(sum(len(s.tokens) for s in sequences))
-        return cache
+        return source
     with cache.writing():
         on_progress(sum(len(s.tokens) for s in sequences if s in cache))
-        _capture_missing(target, [s for s in sequences if s not in cache], layers, cache, on_progress)
-    return cache
+        _capture_missing(target, [s for s in sequences if s not in cache], cache.layers, cache, on_progress)
+    return source
+
+
+def _held_layers(directory: Path) -> list[int]:
+    """Layers that a cache holds; none where there is no cache yet."""
+    known = directory / "settings.json"
+    held = read_json(known) if known.exists() else None
+    return held.get("layers", []) if isinstance(held, dict) else []
 
 
 def _capture_missing(

@@ -26,7 +26,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig
+from domino_spec.config import FEATURE_LEVELS, DraftConfig, SingleLayerConfig
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.data import Sequence
 from domino_spec.training.losses import OBJECTIVES
@@ -75,7 +75,7 @@ class Flops:
 
 
 def step_work(
-    config: DraftConfig,
+    config: DraftConfig | SingleLayerConfig,
     sequences: SequenceType[Sequence],
     anchors: SequenceType[Tensor],
     block_size: int,
@@ -109,8 +109,10 @@ def step_work(
     return Work(context, sum(map(len, anchors)), block_size, pairs, labels)
 
 
-def step_flops(config: DraftConfig, recipe: OptimizationRecipe, work: Work) -> Flops:
+def step_flops(config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, work: Work) -> Flops:
     """Operations of a step, by the rules above."""
+    if isinstance(config, SingleLayerConfig):
+        return _single_layer_flops(config, recipe, work)
     hidden, vocabulary, num_layers = config.hidden_size, config.logits_size, config.num_hidden_layers
     queries = config.num_attention_heads * config.head_dim
     keys_values = 2 * config.num_key_value_heads * config.head_dim
@@ -151,6 +153,25 @@ def step_flops(config: DraftConfig, recipe: OptimizationRecipe, work: Work) -> F
         attention=attention * (3 if trained else 1),
         lm_head=lm_head,
         head=head,
+    )
+
+
+def _single_layer_flops(config: SingleLayerConfig, recipe: OptimizationRecipe, work: Work) -> Flops:
+    hidden, vocabulary = config.hidden_size, config.logits_size
+    queries = config.num_attention_heads * config.head_dim
+    keys_values = 2 * config.num_key_value_heads * config.head_dim
+    fc = _product(work.context, FEATURE_LEVELS * config.target_hidden_size, hidden)
+    projection = _product(work.context, 2 * hidden, keys_values)
+    weights = 2 * hidden * (queries + keys_values) + queries * hidden + 3 * hidden * config.intermediate_size
+    lm_head = 3 * _product(work.labels, hidden, vocabulary)
+    if OBJECTIVES[recipe.objective].needs_target:
+        lm_head += _product(work.labels, config.target_hidden_size, vocabulary)
+    return Flops(
+        context=2 * fc + 2.5 * projection,  # of a pair, the embedding gets no gradient
+        layers=3 * _product(work.blocks * work.block_size, 1, weights),
+        attention=3 * 2 * _product(work.pairs, 1, queries),
+        lm_head=lm_head,
+        head=0.0,
     )
 
 

@@ -33,11 +33,13 @@ class _Blended(torch.autograd.Function):
         correction_weight: Tensor | None,
         lambda_base: float,
         target_hidden: Tensor | None,
+        target_lm_head: Tensor,
         terms: Terms,
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         # A frozen backbone spares the product that leads back to it.
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_lm_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.needs_input_grad[4] else None
         grad_low_rank = grad_correction = None
         if low_rank is not None:
             assert correction_weight is not None
@@ -49,19 +51,21 @@ class _Blended(torch.autograd.Function):
             correction = None
             if low_rank is not None and correction_weight is not None:
                 correction = low_rank[rows] @ correction_weight.t()
-            target = None if target_hidden is None else target_hidden[rows] @ lm_head.t()
+            target = None if target_hidden is None else target_hidden[rows] @ target_lm_head.t()
             losses = blended_rows_(base, correction, target, labels[rows], weights[rows], lambda_base, terms)
             totals += torch.stack([(part * weights[rows]).sum(dtype=torch.float64) for part in losses])
             # `base` and `correction` now hold gradients.
             if grad_hidden is not None:
                 torch.mm(base, lm_head, out=grad_hidden[rows])
+            if grad_lm_head is not None:
+                grad_lm_head += base.t() @ hidden[rows]
             if correction is not None:
                 assert low_rank is not None and correction_weight is not None
                 assert grad_low_rank is not None and grad_correction is not None
                 torch.mm(correction, correction_weight, out=grad_low_rank[rows])
                 grad_correction += correction.t() @ low_rank[rows]
-        ctx.save_for_backward(grad_hidden, grad_low_rank, grad_correction)
-        ctx.correction_dtype = None if correction_weight is None else correction_weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_low_rank, grad_lm_head, grad_correction)
+        ctx.weight_dtype = lm_head.dtype
         base_total, final_total = totals.float()
         blended = (1 - lambda_base) * final_total + lambda_base * base_total  # equal totals without a head
         ctx.mark_non_differentiable(base_total, final_total)
@@ -69,12 +73,14 @@ class _Blended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_low_rank, grad_correction = (
+        grad_hidden, grad_low_rank, grad_lm_head, grad_correction = (
             None if saved is None else saved * grad for saved in ctx.saved_tensors
         )
-        if grad_correction is not None:
-            grad_correction = grad_correction.to(ctx.correction_dtype)
-        return grad_hidden, grad_low_rank, None, None, None, grad_correction, None, None, None
+        # Weights' gradients were added up in float32.
+        grad_lm_head, grad_correction = (
+            None if g is None else g.to(ctx.weight_dtype) for g in (grad_lm_head, grad_correction)
+        )
+        return grad_hidden, grad_low_rank, None, None, grad_lm_head, grad_correction, None, None, None, None
 
 
 def _chunk_rows(lm_head: Tensor) -> int:
@@ -92,6 +98,7 @@ def blended_loss(
     lambda_base: float,
     target_hidden: Tensor | None = None,
     terms: Terms = OBJECTIVES["cross_entropy"],
+    target_lm_head: Tensor | None = None,
 ) -> BlendedLoss:
     """Weighted sum of blended losses over M drafted tokens (paper 4.2).
 
@@ -100,24 +107,28 @@ def blended_loss(
         low_rank: [M, L], `head.low_rank` of each, zero rows where the base logits are used alone; None without a head.
         labels: [M], indices into the logits; -1 where the label cannot be proposed (its weight must be 0).
         weights: [M] float32.
-        lm_head: [V, H], frozen: it gets no gradient.
+        lm_head: [V, H], the draft's output projection: the target's, frozen, or its own.
         correction_weight: W2 [V, L]; None without a head.
         lambda_base: weight of the base loss, 0 to 1.
         target_hidden: [M, H], the target's own final hidden state before each label, for objectives that need its
             distribution.
         terms: of the objective.
+        target_lm_head: [V, H'], rows of the target's output projection for the same tokens; None where it is `lm_head`.
     """
     dtype = hidden.dtype
+    own = lm_head.to(dtype)
+    theirs = own.detach() if target_lm_head is None else target_lm_head.to(dtype)
     return BlendedLoss(
         *_Blended.apply(
             hidden,
             None if low_rank is None else low_rank.to(dtype),
             labels.clamp(min=0),
             weights,
-            lm_head.to(dtype),
+            own,
             None if correction_weight is None else correction_weight.to(dtype),
             lambda_base,
             None if target_hidden is None else target_hidden.to(dtype),
+            theirs,
             terms,
         )
     )

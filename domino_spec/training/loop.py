@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe, Recipe
 from domino_spec.training.anchors import sample_anchors
@@ -103,7 +104,7 @@ class Trainer:
 
     def __init__(
         self,
-        draft: Draft,
+        draft: AnyDraft,
         recipe: OptimizationRecipe,
         sequences: SequenceType[Sequence],
         source: FeatureSource,
@@ -113,9 +114,9 @@ class Trainer:
         self.draft, self.recipe, self.sequences, self.source = draft, recipe, sequences, source
         self.processes = processes
         self.step = 0
-        if recipe.trained == "head":
-            draft.backbone.requires_grad_(False)
-        draft.backbone.recompute_layers = recipe.activation_checkpointing
+        if isinstance(draft, Draft):  # a recipe asks neither of a single layer
+            draft.backbone.requires_grad_(recipe.trained != "head")
+            draft.backbone.recompute_layers = recipe.activation_checkpointing
         self._share = micro_batches(recipe.batch_size, recipe.micro_batch_size, processes)
         loss = BlockLoss(draft, recipe, source.layers)
         self.shared = Shared(loss, processes, recipe.parallel, recipe.precision == "bfloat16")
@@ -215,7 +216,7 @@ def train(
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, SimulatedTau], None] = lambda step, tau: None,
     on_save: Callable[[], None] = lambda: None,
-) -> Draft:
+) -> AnyDraft:
     """Run from the trainer's step to the recipe's last.
 
     Saves every `checkpoint_minutes`, at the end, and when interrupted: SIGINT and SIGTERM (`torchrun` passes on the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from domino_spec.config import DraftConfig
+from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.fused_loss import CHUNK_LOGITS_CUDA
@@ -45,9 +45,9 @@ def state_memory(total: int, trained: int, recipe: OptimizationRecipe, processes
 
 
 def work_memory(
-    config: DraftConfig, recipe: OptimizationRecipe, max_length: int, token_features: int
+    config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, max_length: int, token_features: int
 ) -> dict[str, int]:
-    """Bytes that a micro-batch of the longest sequences takes on a GPU.
+    """Bytes that a micro-batch of the longest sequences takes on a GPU; without the activations of a single layer.
 
     Args:
         config: of the draft.
@@ -67,14 +67,15 @@ def work_memory(
     labels = blocks * replace(config, block_size=size).max_drafts
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
+    counted = isinstance(config, DraftConfig)  # one layer's activations are few beside the rest
     return {
         "features": rows * token_features,
-        "activations": activation_bytes(config, recipe, rows, blocks, size),
+        "activations": activation_bytes(config, recipe, rows, blocks, size) if counted else 0,
         "loss": element * (held * logits + 2 * labels * width),
     }
 
 
-def anchor_count(config: DraftConfig, recipe: OptimizationRecipe, block_size: int) -> int:
+def anchor_count(config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, block_size: int) -> int:
     """Blocks per sequence: shorter ones are more (`curriculum.block_size`)."""
     return recipe.anchors * config.block_size // block_size
 

@@ -26,9 +26,8 @@ import transformers
 import yaml
 
 from domino_spec.config import UserError
-from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.initialize import new_draft
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft, save_any_draft
 from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe
 from domino_spec.target.load import load_target
@@ -56,7 +55,7 @@ def run_training(
     on_features: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, SimulatedTau], None] = lambda step, tau: None,
-) -> Draft:
+) -> AnyDraft:
     """Train the recipe's draft into `out`; repeating the same call resumes it, with any number of processes.
 
     Args:
@@ -86,7 +85,7 @@ def _train(
     on_features: Callable[[int, int], None],
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
-) -> Draft:
+) -> AnyDraft:
     tracker_modules(recipe.training.trackers)
     target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
     sequences = load_training_data(recipe.data, target)
@@ -107,7 +106,9 @@ def _train(
         on_start(facts)
     source = _feature_source(recipe, target, sequences, draft, features or out / "features", processes, on_features)
     scale = feature_scale(source, training)[: draft.config.feature_size]
-    draft.backbone.scale_features(scale.to(target.device), trained=recipe.draft.init_from is not None)
+    # A random `fc` may be taken for one of scaled features; one that means something must go on meaning it.
+    meant = recipe.draft.init_from is not None or recipe.draft.model != "block"
+    draft.scale_features(scale.to(target.device), trained=meant)
     settings = recipe.training.with_steps(len(training))
     trainer = Trainer(draft, settings, training, source, processes)
     trainer.resume(out, digest)
@@ -128,7 +129,7 @@ def _train(
     def save() -> None:
         whole = whole_draft(draft)
         if processes.is_first:
-            save_draft(whole, out / "draft", dtype=torch.bfloat16)
+            save_any_draft(whole, out / "draft", dtype=torch.bfloat16)
 
     with metrics or contextlib.nullcontext():
         train(trainer, held_out, out, digest, record_step, record_evaluation, save)
@@ -139,7 +140,7 @@ def _feature_source(
     recipe: Recipe,
     target: Target,
     sequences: list[Sequence],
-    draft: Draft,
+    draft: AnyDraft,
     directory: Path,
     processes: Processes,
     on_features: Callable[[int, int], None],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.config import UserError
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft
 from domino_spec.files import load_metadata, load_tensors, save_tensors
 from domino_spec.training.parallel import ALONE, Processes, like, whole
 
@@ -21,7 +21,7 @@ STATE_FILE = "state.safetensors"
 
 
 def save_state(
-    draft: Draft,
+    draft: AnyDraft,
     optimizer: torch.optim.AdamW,
     step: int,
     recipe_digest: str,
@@ -44,8 +44,8 @@ def save_state(
         return
     if draft.draft_vocab_ids is not None:
         tensors["draft_vocab_ids"] = draft.draft_vocab_ids
-    if draft.backbone.feature_scale is not None:
-        tensors["feature_scale"] = draft.backbone.feature_scale  # export needs it: it belongs into fc.weight
+    if draft.feature_scale is not None:
+        tensors["feature_scale"] = draft.feature_scale  # export needs it: it belongs into fc.weight
     save_tensors(tensors, directory / STATE_FILE, {"step": str(step), "recipe": recipe_digest})
 
 
@@ -60,7 +60,7 @@ def refuse_other_run(directory: Path, recipe_digest: str) -> None:
         raise UserError(f"{directory} holds a run of another recipe or other data; choose another --out or remove it")
 
 
-def load_state(draft: Draft, optimizer: torch.optim.AdamW, recipe_digest: str, directory: Path) -> int:
+def load_state(draft: AnyDraft, optimizer: torch.optim.AdamW, recipe_digest: str, directory: Path) -> int:
     """Restore a run into a fresh draft and optimizer; returns the steps done (0 where nothing was saved).
 
     Raises:

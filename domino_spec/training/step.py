@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.anchors import acceptance_weights, position_weights
@@ -28,9 +29,10 @@ class MicroLoss(NamedTuple):
     """Sum of weights; with weights that follow acceptance, the number of blocks, since their sum is what they say."""
 
 
-def tapped_layers(draft: Draft, recipe: OptimizationRecipe) -> tuple[int, ...]:
+def tapped_layers(draft: AnyDraft, recipe: OptimizationRecipe) -> tuple[int, ...]:
     """Decoder layers whose outputs training reads: the draft's own, then the last where its distribution is needed."""
     config = draft.config
+    assert config.num_target_layers is not None and config.target_layer_ids is not None, "the draft is not bound"
     last = config.num_target_layers - 1
     if not OBJECTIVES[recipe.objective].needs_target or last in config.target_layer_ids:
         return config.target_layer_ids
@@ -46,7 +48,7 @@ class BlockLoss(nn.Module):
         layers: tapped decoder layers, as in the batches' features.
     """
 
-    def __init__(self, draft: Draft, recipe: OptimizationRecipe, layers: tuple[int, ...]) -> None:
+    def __init__(self, draft: AnyDraft, recipe: OptimizationRecipe, layers: tuple[int, ...]) -> None:
         super().__init__()
         self.draft, self.recipe, self._layers = draft, recipe, layers
 
@@ -68,9 +70,12 @@ class BlockLoss(nn.Module):
         hidden = drafted.hidden.flatten(0, 1)[rows].to(dtype)
         low_rank = None if drafted.low_rank is None else drafted.low_rank.flatten(0, 1)[rows].to(dtype)
         correction = None if draft.head is None else draft.head.correction_weight
+        # A block draft reads with the target's LM head, the others with their own.
+        target_lm_head = draft.ends.lm_head.detach()
+        lm_head = target_lm_head if isinstance(draft, Draft) else draft.lm_head.weight
         labels = drafted.choices.flatten()[rows]
         if recipe.position_weights == "acceptance":
-            found = label_probabilities(hidden, low_rank, labels, draft.ends.lm_head, correction)
+            found = label_probabilities(hidden, low_rank, labels, lm_head, correction)
             # A label that the draft cannot propose has no probability, and nothing after it can be accepted.
             confidence = torch.zeros(usable.shape, device=device).index_copy(0, rows, found).view_as(drafted.choices)
             weights = acceptance_weights(confidence, drafted.blocks.valid, recipe.confidence_floor)
@@ -86,11 +91,12 @@ class BlockLoss(nn.Module):
             low_rank,
             labels,
             weights.flatten()[rows],
-            draft.ends.lm_head,
+            lm_head,
             correction,
             lambda_base,
             target_hidden,
             terms,
+            target_lm_head,
         )
         return MicroLoss(*losses, denominator)
 
@@ -98,8 +104,10 @@ class BlockLoss(nn.Module):
     def _target_hidden(self, batch: Batch, drafted: DraftedTokens, rows: Tensor) -> Tensor:
         """The target's final hidden state before each label, from the tap of its last layer: [M, H]."""
         config = self.draft.config
-        start = self._layers.index(config.num_target_layers - 1) * config.hidden_size
-        last = batch.features[:, start : start + config.hidden_size]
+        assert config.num_target_layers is not None
+        width = self.draft.ends.lm_head.shape[1]
+        start = self._layers.index(config.num_target_layers - 1) * width
+        last = batch.features[:, start : start + width]
         offsets = torch.arange(drafted.choices.shape[-1], device=last.device)
         positions = (drafted.blocks.anchors[:, None] + offsets).flatten()[rows]
         return self.draft.ends.final_norm(last[positions])

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from domino_spec.config import DraftConfig, UserError
-from domino_spec.draft.model import Draft
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.draft.load import AnyDraft
 from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
 from domino_spec.recipe import Recipe
 from domino_spec.training.data import Sequence
@@ -71,7 +71,7 @@ class RunFacts:
 
 def run_facts(
     recipe: Recipe,
-    draft: Draft,
+    draft: AnyDraft,
     training: SequenceType[Sequence],
     held_out: SequenceType[Sequence],
     processes: int = 1,
@@ -104,7 +104,11 @@ def run_facts(
     )
 
 
-def _shape(config: DraftConfig) -> str:
+def _shape(config: DraftConfig | SingleLayerConfig) -> str:
+    if isinstance(config, SingleLayerConfig):
+        taps = " ".join(map(str, config.target_layer_ids or ()))
+        vocabulary = "" if config.draft_vocab_size is None else f", draft vocabulary {config.draft_vocab_size}"
+        return f"{config.method}, {config.block_size} drafts in a row, taps {taps}{vocabulary}"
     parts = [
         f"{config.num_hidden_layers} layers",
         f"blocks of {config.block_size}",

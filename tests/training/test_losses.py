@@ -119,11 +119,27 @@ def test_the_schedules_ends_train_one_loss_only(objective, lambda_base):
         assert_close(result.loss, result.final)
 
 
-def test_the_lm_head_is_frozen():
-    arguments = inputs(True, "cross_entropy")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_lm_head_of_the_draft_s_own_is_trained(monkeypatch, objective):
+    """And the target's, which gives the distribution to compare with, is not."""
+    monkeypatch.setattr(fused_loss, "CHUNK_LOGITS", 5 * VOCAB)
+    arguments = inputs(False, objective)
+    target_lm_head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
     arguments["lm_head"].requires_grad_(True)
-    blended_loss(**arguments, lambda_base=0.5).loss.backward()
-    assert arguments["lm_head"].grad is None
+    result = blended_loss(**arguments, lambda_base=0.5, target_lm_head=target_lm_head)
+    found = torch.autograd.grad(result.loss, [arguments["hidden"], arguments["lm_head"]], retain_graph=True)
+    logits = arguments["hidden"] @ arguments["lm_head"].T
+    target = None
+    if arguments["target_hidden"] is not None:
+        target = (arguments["target_hidden"] @ target_lm_head.T).detach()
+    losses = token_losses(logits, arguments["labels"].clamp(min=0), target, arguments["terms"])
+    plain = (losses * arguments["weights"]).sum()
+    expected = torch.autograd.grad(plain, [arguments["hidden"], arguments["lm_head"]])
+    assert_close(result.loss, plain)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+    assert expected[1].abs().max() > 0.01
+    assert torch.autograd.grad(result.loss, target_lm_head, allow_unused=True) == (None,)
 
 
 def test_the_target_is_frozen():

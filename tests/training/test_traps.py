@@ -112,7 +112,7 @@ def test_a_bench_of_a_draft_made_for_another_target_measures_nothing(setup, tmp_
     word_tokenizer().save_pretrained(tmp_path / "other")
     (tmp_path / "suite.jsonl").write_text(json.dumps({"id": "a", "turns": ["w3 w4"]}) + "\n")
     options = dict(
-        draft=str(tmp_path / "draft"),
+        drafts=[str(tmp_path / "draft")],
         suites=[str(tmp_path / "suite.jsonl")],
         methods=["domino"],
         out=tmp_path / "bench",

@@ -1,0 +1,300 @@
+"""Published layouts of EAGLE-3 and DART drafts: config.json and safetensors to a `SingleLayerDraft`, and back.
+
+Three layouts are read: EAGLE-3's own (a Llama configuration with `draft_vocab_size`, tensors `midlayer.*`), that of
+speculators (the layer's configuration nested, tensors `layers.0.*`), and DART's (EAGLE-3's with `draft_length` and
+`midlayer.mask_rep`). What they do not hold (the target's layers and fingerprint, the steps of training) stands under
+the key `domino_spec`, which other readers ignore.
+
+The draft vocabulary stands in files as offsets: `d2t[i] + i` is the token that row i of the LM head stands for, and
+`t2d` says of every token whether it is one of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domino_spec.config import FEATURE_LEVELS, SingleLayerConfig, UserError
+from domino_spec.draft.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_tensors,
+    parse_rope,
+    read_published,
+    read_weights,
+)
+from domino_spec.draft.single_layer import SingleLayerDraft, TensorLayout
+from domino_spec.files import save_tensors, write_json
+
+OWN_SETTINGS = "domino_spec"
+ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
+PUBLISHED_STEPS = 7
+"""Steps of EAGLE-3's training-time test, where a checkpoint does not say."""
+_LAYER, _EMBEDDING, _D2T, _T2D, _MASK = "midlayer", "embed_tokens.weight", "d2t", "t2d", "mask_rep"
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_DEEPSPEC = (
+    "an EAGLE-3 draft of DeepSpec's kind (five layers of the target, norms of queries and keys), which is another "
+    "model than the published EAGLE-3 and not supported"
+)
+
+
+def is_single_layer(published: Mapping[str, Any]) -> bool:
+    """Whether a configuration is an EAGLE-3 or DART draft's; EAGLE's own name an ordinary Llama."""
+    if isinstance(published.get("dflash_config"), Mapping):
+        return False
+    architectures = [str(name).lower() for name in published.get("architectures") or ()]
+    return (
+        "draft_length" in published
+        or "draft_vocab_size" in published
+        or published.get("speculators_model_type") == "eagle3"
+        or any("eagle3" in name for name in architectures)
+    )
+
+
+def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -> SingleLayerConfig:
+    """Our settings from a published configuration.
+
+    Where it leaves out `head_dim`, hidden size over heads is assumed, and `read_single_layer` asks the tensors.
+
+    Raises:
+        UserError: it lacks a setting, or asks for something unsupported.
+    """
+    layer: Mapping[str, Any] = published.get("transformer_layer_config") or published
+    own: Mapping[str, Any] = published.get(OWN_SETTINGS) or {}
+
+    def need(key: str) -> Any:
+        if layer.get(key) is None:
+            raise UserError(f"{where}: missing key {key!r}")
+        return layer[key]
+
+    for key in _UNSUPPORTED:
+        if published.get(key) or layer.get(key):
+            raise UserError(f"{where}: {key} is not supported in an EAGLE-3 or DART draft")
+    if layer.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act {layer['hidden_act']!r} is not supported in a draft, only silu")
+    if layer.get("sliding_window") and layer.get("use_sliding_window", True):
+        raise UserError(f"{where}: sliding_window {layer['sliding_window']} is not supported in a draft")
+    if layer.get("num_hidden_layers", 1) != 1:
+        raise UserError(
+            f"{where}: an EAGLE-3 or DART draft has one layer, num_hidden_layers is {need('num_hidden_layers')}"
+        )
+    taps = _target_layer_ids(published)
+    if len(taps or ()) > FEATURE_LEVELS:
+        raise UserError(f"{where} is {_DEEPSPEC}")
+    method = "dart" if "draft_length" in published else "eagle3"
+    heads, hidden_size = need("num_attention_heads"), need("hidden_size")
+    theta, rope = parse_rope(layer, where)
+    try:
+        return SingleLayerConfig(
+            method=method,
+            hidden_size=hidden_size,
+            intermediate_size=need("intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=layer.get("num_key_value_heads") or heads,
+            head_dim=layer.get("head_dim") or hidden_size // heads,
+            vocab_size=need("vocab_size"),
+            target_hidden_size=published.get("target_hidden_size") or hidden_size,
+            target_layer_ids=taps,
+            num_target_layers=own.get("num_target_layers"),
+            block_size=published["draft_length"] + 1 if method == "dart" else own.get("ttt_length", PUBLISHED_STEPS),
+            draft_vocab_size=published.get("draft_vocab_size"),
+            rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=rope,
+            max_position_embeddings=layer.get("max_position_embeddings", 32768),
+            target_fingerprint=own.get("target_fingerprint"),
+            published=dict(published),
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _target_layer_ids(published: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Layers whose outputs are read, by whichever convention the file names them; None where it does not."""
+    if ids := (published.get(OWN_SETTINGS) or {}).get("target_layer_ids"):
+        return tuple(ids)
+    if ids := published.get("target_layer_ids"):
+        return tuple(ids)
+    name = "eagle_aux_hidden_state_layer_ids"
+    if ids := (published.get("eagle_config") or {}).get(name):  # as SGLang reads it: outputs
+        return tuple(ids)
+    if ids := published.get(name):  # as vLLM reads it: inputs, so the output of the layer before
+        return tuple(i - 1 for i in ids)
+    return None
+
+
+def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
+    if config.published:
+        return dict(config.published)
+    assert config.target_layer_ids is not None
+    own: dict[str, Any] = {
+        "num_target_layers": config.num_target_layers,
+        "target_layer_ids": list(config.target_layer_ids),
+        "target_fingerprint": config.target_fingerprint,
+    }
+    method = {"draft_length": config.num_masks} if config.method == "dart" else {}
+    if config.method == "eagle3":
+        own["ttt_length"] = config.block_size
+    return {
+        "architectures": [ARCHITECTURES[config.method]],
+        "model_type": "llama",
+        "attention_bias": False,
+        "draft_vocab_size": config.logits_size,
+        **method,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "rope_theta": config.rope_theta,
+        "target_hidden_size": config.target_hidden_size,
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+        OWN_SETTINGS: own,
+    }
+
+
+def single_layer_tensors(draft: SingleLayerDraft) -> dict[str, Tensor]:
+    """The draft's tensors under their published names.
+
+    Raises:
+        ValueError: the draft is packed for decoding.
+    """
+    if draft.packed:
+        raise ValueError("a draft packed for decoding cannot be saved; load it with a target that is not packed")
+    layout, config = draft.layout, draft.config
+    tensors = dict(draft.state_dict())
+    for name in ("draft_vocab_ids", _MASK):
+        tensors.pop(name, None)
+    tensors = {
+        f"{layout.layer}.{name.removeprefix(_LAYER + '.')}" if name.startswith(_LAYER + ".") else name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("rotary_emb.")
+    }
+    tensors["fc.weight"] = draft.fc_weight
+    if draft.mask_rep is not None:
+        tensors[f"{layout.layer}.{_MASK}"] = draft.mask_rep
+    if draft.embed_tokens is not None:
+        tensors[_EMBEDDING] = draft.embed_tokens
+    if (ids := draft.draft_vocab_ids) is not None:
+        tensors[_D2T] = (ids - torch.arange(len(ids), device=ids.device)).to(layout.d2t)
+        if layout.t2d is not None:
+            tensors[_T2D] = _membership(ids, config.vocab_size).to(layout.t2d)
+    return tensors
+
+
+def _membership(token_ids: Tensor, vocab_size: int) -> Tensor:
+    known = torch.zeros(vocab_size, dtype=torch.bool, device=token_ids.device)
+    known[token_ids] = True
+    return known
+
+
+def save_single_layer(draft: SingleLayerDraft, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and `model.safetensors`, each atomically.
+
+    Args:
+        draft: what to write; bound to its target, unless it was read from a file.
+        directory: made when missing.
+        dtype: of the floating-point tensors; None keeps what they are.
+
+    Raises:
+        UserError: a file could not be written; what was there before survives.
+    """
+    directory = Path(directory)
+    tensors = {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in single_layer_tensors(draft).items()
+    }
+    save_tensors(tensors, directory / WEIGHTS_FILE)
+    write_json(published_single_layer(draft.config, dtype or draft.dtype), directory / CONFIG_FILE)
+
+
+def read_single_layer(directory: Path) -> SingleLayerDraft:
+    """A draft from a directory, its tensors in the dtype they were saved in; not bound to a target yet.
+
+    Raises:
+        UserError: a missing, truncated or corrupted file, a pickle checkpoint, tensors that do not fit the
+            configuration, or another kind of draft.
+    """
+    published = read_published(directory)
+    config = parse_single_layer(published, str(directory / CONFIG_FILE))
+    tensors, where = read_weights(directory), directory / WEIGHTS_FILE
+    if any(name.endswith((".q_norm.weight", ".k_norm.weight")) for name in tensors):
+        raise UserError(f"{directory} is {_DEEPSPEC}")
+    layer = next((p for p in (_LAYER, "layers.0") if any(name.startswith(p + ".") for name in tensors)), _LAYER)
+    config = _with_head_dim(config, tensors.get(f"{layer}.self_attn.q_proj.weight"), published, where)
+    d2t, t2d, embedding = (tensors.pop(name, None) for name in (_D2T, _T2D, _EMBEDDING))
+    if d2t is None and config.draft_vocab_size == config.vocab_size:
+        config = replace(config, draft_vocab_size=None)
+    vocabulary = _draft_vocabulary(config, d2t, t2d, where)
+    layout = TensorLayout(
+        layer, torch.int64 if d2t is None else d2t.dtype, torch.bool if d2t is None else getattr(t2d, "dtype", None)
+    )
+    with torch.device("meta"):
+        shapes = SingleLayerDraft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
+        shapes.layout = layout
+        expected = {name: tensor.shape for name, tensor in single_layer_tensors(shapes).items()}
+    check_tensors(tensors, {n: s for n, s in expected.items() if n not in (_D2T, _T2D)}, where)
+    if embedding is not None and embedding.shape != (config.vocab_size, config.hidden_size):
+        raise UserError(
+            f"{where}: tensor {_EMBEDDING} has shape {tuple(embedding.shape)}, but {CONFIG_FILE} means "
+            f"{(config.vocab_size, config.hidden_size)}"
+        )
+    draft = SingleLayerDraft(config, vocabulary)
+    own_names = {
+        f"{_LAYER}.{n.removeprefix(layer + '.')}" if n.startswith(layer + ".") else n: t for n, t in tensors.items()
+    }
+    if draft.mask_rep is not None:
+        own_names[_MASK] = own_names.pop(f"{_LAYER}.{_MASK}")
+    draft.load_state_dict(own_names, strict=False, assign=True)
+    draft.embed_tokens, draft.layout = embedding, layout
+    return draft.requires_grad_(False).eval()
+
+
+def _with_head_dim(
+    config: SingleLayerConfig, queries: Tensor | None, published: Mapping[str, Any], where: Path
+) -> SingleLayerConfig:
+    """The width of heads that the tensors have, which must be the stated one where one is stated."""
+    heads = config.num_attention_heads
+    if queries is None or queries.shape[0] == heads * config.head_dim:
+        return config
+    layer = published.get("transformer_layer_config") or published
+    if layer.get("head_dim") is not None or queries.shape[0] % heads:
+        raise UserError(
+            f"{where}: {CONFIG_FILE} means {heads} heads of head_dim {config.head_dim}, but q_proj has "
+            f"{queries.shape[0]} rows; put right whichever is wrong"
+        )
+    return replace(config, head_dim=queries.shape[0] // heads)
+
+
+def _draft_vocabulary(config: SingleLayerConfig, d2t: Tensor | None, t2d: Tensor | None, where: Path) -> Tensor | None:
+    """Absolute token ids of the draft vocabulary in the order of the LM head's rows; None for the whole vocabulary."""
+    size, vocab_size = config.draft_vocab_size, config.vocab_size
+    if (d2t is None) != (size is None) or (d2t is None and t2d is not None):
+        raise UserError(f"{where}: draft_vocab_size in {CONFIG_FILE} and the tensors d2t and t2d must come together")
+    if d2t is None:
+        return None
+    if d2t.shape != (size,) or d2t.is_floating_point():
+        raise UserError(f"{where}: tensor d2t must hold {size} whole offsets, it is {d2t.dtype} {tuple(d2t.shape)}")
+    ids = d2t.long() + torch.arange(len(d2t))
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise UserError(
+            f"{where}: d2t leads outside the vocabulary of {vocab_size}; it must hold offsets, not token ids"
+        )
+    if len(ids.unique()) < len(ids):
+        raise UserError(f"{where}: d2t leads to the same token twice; it must hold offsets, not token ids")
+    if t2d is not None and not (t2d.shape == (vocab_size,) and torch.equal(t2d.bool(), _membership(ids, vocab_size))):
+        raise UserError(f"{where}: t2d does not name the tokens that d2t leads to")
+    return ids

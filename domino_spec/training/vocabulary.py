@@ -1,0 +1,58 @@
+"""`domino-spec vocabulary`: the most frequent tokens of the answers that a draft is trained on, as a file (FR-Spec)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from domino_spec.config import UserError
+from domino_spec.drafters.vocabulary import FrequentTokens, count_for
+from domino_spec.files import read_jsonl
+from domino_spec.recipe import Recipe
+from domino_spec.target.load import load_target
+from domino_spec.target.model import Target
+from domino_spec.training.data import answer_texts, split_held_out
+from domino_spec.training.datasets import load_training_data
+
+
+def rank_answers(paths: Path | str | Iterable[Path | str], target: Target, size: int | None = None) -> FrequentTokens:
+    """Rank the tokens of answers on disk; prompts are not counted.
+
+    Args:
+        paths: JSONL files as `regenerate` writes them.
+        target: whose tokens they are.
+        size: how many tokens to keep; None for all that occur.
+
+    Raises:
+        UserError: a file that cannot be read, token ids outside the vocabulary, or too small a size.
+    """
+    files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    return count_for(target, _responses(files, target.vocab_size), ", ".join(map(str, files)), size)
+
+
+def write_vocabulary(recipe: Recipe, out: Path, size: int | None = None, device: str = "auto") -> FrequentTokens:
+    """Rank the tokens of a recipe's training answers, the held-out ones not among them, and write the ranking.
+
+    Args:
+        recipe: whose data and target are used.
+        out: the JSON file.
+        size: how many tokens to keep; None for all that occur.
+        device: where the target is loaded, which is asked for its vocabulary and its fingerprint only.
+
+    Raises:
+        UserError: bad data, too small a size, or a file that cannot be read or written.
+    """
+    target = load_target(recipe.target, device=device, pack=False)
+    training, _ = split_held_out(load_training_data(recipe.data, target), recipe.data.held_out)
+    ranking = count_for(target, answer_texts(training), f"training answers of {recipe.data.responses}", size)
+    ranking.save(out)
+    return ranking
+
+
+def _responses(files: Iterable[Path], vocab_size: int) -> Iterator[list[int]]:
+    for path in files:
+        for row in read_jsonl(path, {"id": str, "response_ids": list}):
+            ids = row["response_ids"]
+            if not all(isinstance(token, int) and 0 <= token < vocab_size for token in ids):
+                raise UserError(f"{path}: {row['id']} holds token ids outside the target's vocabulary of {vocab_size}")
+            yield ids

@@ -1,8 +1,9 @@
-"""`domino-tree` and `dflash-tree`: a tree of the prefixes that the draft believes in most.
+"""`domino-tree`, `dflash-tree` and `domino-best-first`: a tree of the prefixes that the draft believes in most.
 
 The same draft and the same backbone pass as the chain; then, instead of one most probable token per slot, the best few
-prefixes of every depth, each with a GRU state of its own (`kernels.reference.head_tree`). Without a head the slots'
-probabilities are multiplied, which is how DDTree grows trees on DFlash.
+prefixes, each with a GRU state of its own, in one of three orders (`kernels.trees`): depth by depth with a fixed width
+(what the first two use), best first as DominoTree and DDTree grow them, or with a quota for each depth. Without a head
+the slots' probabilities are multiplied.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from dataclasses import replace
 
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.drafters.domino import BlockDrafter, ContextCache
-from domino_spec.kernels.reference import head_tree
+from domino_spec.kernels.trees import best_first_tree, head_tree
+
+BUILDERS = ("depth", "best-first", "quota")
+"""Orders in which trees grow."""
+
+
+def default_width(budget: int) -> int:
+    """Prefixes that are extended at each depth: a third of the budget, at least 4 (docs/log.md)."""
+    return max(4, -(-budget // 3))
 
 
 class TreeDrafter:
@@ -19,17 +28,29 @@ class TreeDrafter:
 
     Args:
         block: the drafter of chains whose backbone pass is used; its candidates and least confidence hold here too.
-        budget: drafts of a tree at most; no more than `width` at each depth exist.
-        width: prefixes that are extended at each depth.
+        budget: drafts of a tree at most.
+        width: of the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed.
+            None for `default_width`.
+        builder: of `BUILDERS`.
+
+    Raises:
+        ValueError: an unknown builder, a budget or a width below 1, or a width for a builder that has none.
     """
 
-    def __init__(self, block: BlockDrafter, budget: int, width: int = 4) -> None:
+    def __init__(self, block: BlockDrafter, budget: int, width: int | None = None, builder: str = "depth") -> None:
         assert block.temperature == 0, "siblings are chosen, not sampled"
-        if budget < 1 or width < 1:
+        if builder not in BUILDERS:
+            raise ValueError(f"unknown builder {builder!r}; known builders are {', '.join(BUILDERS)}")
+        if width is not None and builder != "depth":
+            raise ValueError(f"builder {builder} has no width; only depth has one")
+        if width is None and builder == "depth":
+            width = default_width(budget)
+        if budget < 1 or (width is not None and width < 1):
             raise ValueError(f"a tree needs a budget and a width of at least 1, got {budget} and {width}")
-        self.block, self.width = block, width
+        self.block, self.width, self.builder = block, width, builder
         self.feature_layers = block.feature_layers
-        self.max_drafts = min(budget, width * block.max_drafts)  # the cache makes room for so many rows
+        # The cache makes room for so many rows.
+        self.max_drafts = budget if width is None else min(budget, width * block.max_drafts)
 
     def start(self, state: State) -> ContextCache:
         """The context caches of the chain's drafter."""
@@ -42,17 +63,11 @@ class TreeDrafter:
             nothing = Proposal.empty(len(anchors), anchors.device)
             return replace(nothing, parents=nothing.tokens)  # a tree all the same: who drafts beside it must see that
         hidden = block.slots(state, own)
-        tree = head_tree(
-            block.head,
-            hidden,
-            draft.base_logits(hidden),
-            draft.embed(anchors),
-            draft.embed_choices,
-            block.candidates,
-            num_drafts,
-            self.width,
-            block.min_confidence,
-        )
+        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.embed_choices)
+        if self.builder == "best-first":
+            tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
+        else:
+            tree = head_tree(*given, block.candidates, num_drafts, self.width, block.min_confidence)
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents)
 
     def advance(self, own: ContextCache, verdict: Verdict) -> ContextCache:

@@ -2,14 +2,13 @@
 
 The truth that faster twins are tested against. Per drafted token: candidates from the base logits, the low-rank
 correction evaluated on those rows of W2 only, a choice, and one GRU step (paper 4.1.2, 4.3; DESIGN section 7).
-`head_rollout` drafts a chain; `head_tree` keeps the best few prefixes of every depth, each with a GRU state of its own.
+Here are chains; `kernels.trees` grows trees in the same way.
 
-Shapes: R requests, N drafted tokens, H hidden, V logits width, K candidates, G GRU width, L low rank, W tree width.
+Shapes: R requests, N drafted tokens, H hidden, V logits width, K candidates, G GRU width, L low rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -107,102 +106,3 @@ def head_rollout(
         probs=torch.stack(all_probs, dim=1) if all_probs else None,
         confidence=confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None,
     )
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Drafted tokens as indices into the logits, parents first."""
-
-    choices: Tensor
-    """[R, N]."""
-    parents: Tensor
-    """[R, N], index of each draft's parent; -1 for a child of the anchor."""
-    num_drafts: Tensor
-    """[R], how many of them are meant."""
-
-
-def head_tree(
-    head: DominoHead | None,
-    hidden: Tensor,
-    base_logits: Tensor,
-    anchor_embedding: Tensor,
-    embed_choice: Callable[[Tensor], Tensor],
-    candidates: int | None,
-    budget: int,
-    width: int,
-    min_confidence: float = 0.0,
-) -> Tree:
-    """The prefixes that the draft believes in most, as a tree.
-
-    One batched step per depth extends the `width` most probable prefixes of the depth before; of all prefixes seen, the
-    `budget` most probable are kept. A prefix is at most as probable as its parent, so what is kept is a tree.
-
-    Args:
-        head: the Domino head; None multiplies the slots' own probabilities.
-        hidden: [R, depths, H], the slot that predicts each depth.
-        base_logits: [R, depths, V].
-        anchor_embedding: [R, H].
-        embed_choice: indices into the logits [...] to target embeddings [..., H].
-        candidates: K; probabilities are over the K best base logits of a slot, corrected. None for all.
-        budget: N, drafts of a tree at most.
-        width: W, prefixes that are extended at each depth.
-        min_confidence: prefixes less probable than this are left out.
-    """
-    requests, depths, hidden_width = hidden.shape
-    threshold = math.log(min_confidence) if min_confidence > 0 else -math.inf
-    if head is not None:
-        w1_hidden, w1_state = head.input_weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
-        from_hidden = F.linear(hidden, w1_hidden)  # [R, depths, L]
-        states = head.step(anchor_embedding, head.initial_state(requests, like=hidden))[:, None]  # [R, W, G]
-    scores = hidden.new_zeros(requests, 1, dtype=torch.float32)  # log probability of every prefix of the last depth
-    first = -1  # index of that depth's first prefix
-    all_choices, all_scores, all_parents = [], [], []
-    for depth in range(depths):
-        logits, ids = base_logits[:, depth], None
-        if candidates is not None and candidates < base_logits.shape[-1]:
-            logits, ids = logits.topk(candidates, dim=-1)  # [R, K]
-        logits = logits[:, None].expand(-1, scores.shape[1], -1)  # [R, W, K]
-        if head is not None and depth >= head.config.pure_draft_prefix_len:
-            low_rank = F.silu(from_hidden[:, depth, None] + F.linear(states, w1_state))  # [R, W, L]
-            if ids is None:
-                logits = logits + F.linear(low_rank, head.correction_weight)
-            else:
-                logits = logits + low_rank @ head.correction_weight[ids].transpose(1, 2)
-        paths = (scores[..., None] + logits.float().log_softmax(-1)).flatten(1)  # [R, W * K]
-        # On a CPU, prefixes that nobody would keep are not extended; elsewhere that would take a look at the device.
-        scores, index = paths.topk(min(width, paths.shape[1]), dim=1)
-        if hidden.device.type == "cpu":
-            worth = int((scores >= threshold).any(0).sum())
-            if worth == 0:
-                break
-            scores, index = scores[:, :worth], index[:, :worth]
-        parents, positions = index // logits.shape[-1], index % logits.shape[-1]
-        choices = positions if ids is None else ids.gather(1, positions)
-        all_choices.append(choices)
-        all_scores.append(scores)
-        all_parents.append(parents + first if depth else torch.full_like(parents, -1))
-        first = sum(part.shape[1] for part in all_choices[:-1])
-        if head is not None and depth + 1 < depths:
-            states = states.gather(1, parents[..., None].expand(-1, -1, states.shape[-1]))
-            states = head.step(embed_choice(choices), states)
-    if not all_choices:
-        nothing = torch.zeros(requests, 0, dtype=torch.long, device=hidden.device)
-        return Tree(nothing, nothing, nothing.sum(1))
-    return _best(torch.cat(all_choices, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1), budget, threshold)
-
-
-def _best(choices: Tensor, scores: Tensor, parents: Tensor, budget: int, threshold: float) -> Tree:
-    """The `budget` best of M prefixes, in their order, with parents renumbered."""
-    total = choices.shape[1]
-    # Stable: where a child is as probable as its parent, the parent, which comes first, stays first.
-    ranked = scores.sort(dim=1, descending=True, stable=True)
-    kept = ranked.indices[:, :budget]
-    meant = ranked.values[:, :budget] >= threshold
-    num_drafts = meant.sum(1)
-    kept = torch.where(meant, kept, total).sort(dim=1).values  # in order of depth; what is not meant, last
-    places = torch.full((len(choices), total + 1), -1, device=choices.device)
-    places.scatter_(1, kept, torch.arange(kept.shape[1], device=choices.device).expand_as(kept))
-    inside = kept.clamp(max=total - 1)
-    of_kept = parents.gather(1, inside)
-    renumbered = torch.where(of_kept < 0, -1, places.gather(1, of_kept.clamp(min=0)))
-    return Tree(choices.gather(1, inside), renumbered, num_drafts)

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from domino_spec import generate
-from domino_spec.api import METHODS, make_drafter
 from domino_spec.decoding.generate import Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.domino import BlockDrafter
 from domino_spec.drafters.ngram import PromptLookup
 from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.methods import METHODS, make_drafter
 from domino_spec.target.margin import top_two
 from tests.tiny import (
     ARCHITECTURES,
     VOCAB,
     Oracle,
     as_target,
+    draft_for,
     plain_greedy,
     random_prompts,
     run,
@@ -32,10 +33,15 @@ LENGTHS = {1: [7], 4: [1, 5, 17, 9]}
 
 
 def drafter_for(method: str, target, requests: int, candidates: int | None = None, **options):
-    draft = None if method in ("none", "ngram") else tiny_draft(target)
     settings = SamplingSettings()
     return make_drafter(
-        method, draft, requests=requests, settings=settings, device=target.device, candidates=candidates, **options
+        method,
+        draft_for(method, target),
+        requests=requests,
+        settings=settings,
+        device=target.device,
+        candidates=candidates,
+        **options,
     )
 
 
@@ -78,7 +84,7 @@ def test_restricted_candidates_change_no_text(model, target, candidates):
     assert [g.token_ids for g in generations] == [plain_greedy(model, p, COUNT) for p in prompts]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "ngram")])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].kinds and m not in ("eagle3", "dart")])
 @pytest.mark.parametrize("min_confidence", [0.05, 0.3, 0.99])
 def test_leaving_out_doubtful_drafts_changes_no_text(model, target, method, min_confidence):
     """Few, no, and different numbers of drafts in one batch, some requests with a match to copy."""
@@ -209,9 +215,9 @@ def test_frequency_penalty_and_bias_give_the_same_text_with_and_without_drafts(t
 
 def test_the_python_surface_decodes_token_ids_with_any_method(model, target):
     prompts = random_prompts([4, 9])
-    draft = tiny_draft(target)
     expected = [plain_greedy(model, p, 10) for p in prompts]
     for method in [*METHODS, None]:
+        draft = tiny_draft(target) if method is None else draft_for(method, target)
         results = generate(target, draft, prompts, method=method, max_new_tokens=10)
         assert [r.token_ids for r in results] == expected
         assert all(r.text == "" for r in results), "no tokenizer, no text"

@@ -56,6 +56,8 @@ DRAFTERS = {
     "domino-tree K=4": ("domino", dict(candidates=4)),
     "domino-tree all, sure": ("domino", dict(candidates=None, min_confidence=0.02)),
     "dflash-tree": ("dflash", {}),
+    "domino-best-first K=4": ("domino", dict(candidates=4)),
+    "domino-best-first all, sure": ("domino", dict(candidates=None, min_confidence=0.02)),
     "domino-tree+ngram": ("domino", dict(candidates=4, min_confidence=0.02)),
 }
 CASES = [
@@ -86,6 +88,8 @@ CASES = [
     ("domino-tree all, sure", BOTH, {}),
     ("dflash-tree", TOP_K, {"num_drafts": 5}),
     ("dflash-tree", PLAIN, {"num_drafts": 2}),
+    ("domino-best-first K=4", PENALISED, {"num_drafts": 7}),
+    ("domino-best-first all, sure", BOTH, {}),
     ("domino-tree+ngram", BOTH, {"num_drafts": 7}),
     ("domino-tree+ngram", PENALISED, {"num_drafts": 5}),
 ]
@@ -117,8 +121,8 @@ def small():
 
 
 @torch.inference_mode()
-def exact_joint(model, settings: dict) -> torch.Tensor:
-    """[12, 12, 12], probability of every text of three tokens after `PROMPT`, by transformers alone."""
+def exact_joint(model, settings: dict, prompt: list[int] = PROMPT) -> torch.Tensor:
+    """[12, 12, 12], probability of every text of three tokens after a prompt, by transformers alone."""
     kinds = {
         "repetition_penalty": RepetitionPenaltyLogitsProcessor,
         "temperature": TemperatureLogitsWarper,
@@ -128,7 +132,7 @@ def exact_joint(model, settings: dict) -> torch.Tensor:
     }
     processors = LogitsProcessorList([kind(settings[name]) for name, kind in kinds.items() if name in settings])
     joint = torch.ones(1, dtype=torch.double)
-    texts = torch.tensor([PROMPT])
+    texts = torch.tensor([prompt])
     for _ in range(TOKENS):
         probs = processors(texts, model(texts).logits[:, -1]).softmax(-1).double()
         joint = (joint[:, None] * probs).flatten()
@@ -258,7 +262,7 @@ def rows_of_a_chain(choices, proposal, ancestors):
     return tokens, accepted, torch.arange(path.shape[1]).expand_as(path)
 
 
-@pytest.mark.parametrize("name", ["domino-tree K=4", "dflash-tree"])
+@pytest.mark.parametrize("name", ["domino-tree K=4", "dflash-tree", "domino-best-first K=4"])
 @pytest.mark.parametrize("wrong_walk", [children_of_the_refused, bonus_of_a_chain, rows_of_a_chain])
 def test_a_wrong_walk_is_detected(small, monkeypatch, name, wrong_walk):
     monkeypatch.setattr(verify_module, "walk_tree", wrong_walk)

@@ -20,6 +20,7 @@ METHODS = [
     ("domino", dict(matching_rule=True)),
     ("dflash-tree", {}),
     ("domino-tree", dict(candidates=5, min_confidence=0.0)),
+    ("domino-best-first", {}),
     ("domino-tree+ngram", dict(min_confidence=0.0)),
 ]
 IDS = [f"{m} {o}" for m, o in METHODS]
@@ -62,7 +63,7 @@ def test_the_matching_rule_writes_what_plain_decoding_draws(target, method):
 
 
 @pytest.mark.parametrize("min_confidence", [0.0, 0.05])
-@pytest.mark.parametrize("method", ["dflash-tree", "domino-tree", "domino-tree+ngram"])
+@pytest.mark.parametrize("method", ["dflash-tree", "domino-tree", "domino-best-first", "domino-tree+ngram"])
 def test_trees_write_what_plain_decoding_draws(method, min_confidence):
     """A walk follows the target's own draws, so at one seed trees, and copies among trees, change nothing at all.
 

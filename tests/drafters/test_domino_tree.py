@@ -1,4 +1,4 @@
-"""`domino-tree` and `dflash-tree` inside the loop: what they propose, and on which context."""
+"""`domino-tree`, `dflash-tree` and `domino-best-first` inside the loop: what they propose, and on which context."""
 
 from __future__ import annotations
 
@@ -10,8 +10,19 @@ from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal
 from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
-from tests.tiny import VOCAB, TreeOracle, plain_greedy, random_prompts, run, tiny_draft
+from domino_spec.drafters.domino_tree import BUILDERS, TreeDrafter, default_width
+from domino_spec.drafters.plain import PlainDecoding
+from tests.decoding.test_lossless import (  # noqa: F401
+    FALSE_ALARM,
+    NUCLEUS,
+    PROMPT,
+    REQUESTS,
+    TOKENS,
+    exact_joint,
+    p_value,
+    small,
+)
+from tests.tiny import VOCAB, TreeOracle, as_target, plain_greedy, random_prompts, run, tiny_draft, tiny_model
 
 SUBSET = torch.arange(0, VOCAB, 3)
 
@@ -50,18 +61,18 @@ def drafts(proposal: Proposal, r: int = 0) -> list[tuple[int, int]]:
     return list(zip(proposal.parents[r, :count].tolist(), proposal.tokens[r, :count].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("min_confidence", [0.0, 0.03])
+@pytest.mark.parametrize("min_confidence, builder", [(0.0, "depth"), (0.03, "depth"), (0.03, "best-first")])
 @pytest.mark.parametrize(
     "options",
     [dict(), dict(prefix=0, draft_vocab_ids=SUBSET), dict(shift_label=False), dict(head=False)],
     ids=["head", "subset", "unshifted", "no head"],
 )
-def test_trees_of_every_cycle_equal_a_fresh_computation(model, target, options, min_confidence):
+def test_trees_of_every_cycle_equal_a_fresh_computation(model, target, options, min_confidence, builder):
     """Context grown along accepted paths of trees, by another number of rows for each request, is the context."""
     block = BlockDrafter(
         tiny_draft(target, **options), use_head=options.get("head", True), candidates=8, min_confidence=min_confidence
     )
-    drafter = TreeDrafter(block, TREE_BUDGET)
+    drafter = TreeDrafter(block, TREE_BUDGET, builder=builder)
     prompts, count = random_prompts([7, 3, 1]), 12
     texts = [p + plain_greedy(model, p, count + 12) for p in prompts]
     watched = Watched(drafter, TreeOracle(texts, 8))
@@ -84,9 +95,10 @@ def test_a_tree_of_width_one_is_the_chain(target, head):
         assert drafts(tree) == list(enumerate(chain.tokens[0].tolist(), start=-1))
 
 
-def test_a_tree_is_as_large_as_asked_for(target):
+@pytest.mark.parametrize("builder", ["depth", "best-first"])
+def test_a_tree_is_as_large_as_asked_for(target, builder):
     """However few drafts are asked for, the most probable ones come first, from the same full block."""
-    drafter = TreeDrafter(BlockDrafter(tiny_draft(target)), TREE_BUDGET)
+    drafter = TreeDrafter(BlockDrafter(tiny_draft(target)), TREE_BUDGET, builder=builder)
     (text,) = random_prompts([6])
     assert drafter.max_drafts == TREE_BUDGET == 11
     sizes = {n: drafts(fresh_proposal(target, drafter, text, n)) for n in (1, 4, 7, 11)}
@@ -120,7 +132,7 @@ def test_without_drafts_a_tree_is_plain_decoding(model, target):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("method", ["domino-tree", "dflash-tree", "domino-tree+ngram"])
+@pytest.mark.parametrize("method", ["domino-tree", "dflash-tree", "domino-best-first", "domino-tree+ngram"])
 def test_trees_choose_their_drafts_at_any_temperature(target, method, temperature):
     draft, settings = tiny_draft(target), SamplingSettings(temperature=temperature)
     drafter = make_drafter(method, draft, requests=1, settings=settings, device=target.device)
@@ -131,7 +143,97 @@ def test_trees_choose_their_drafts_at_any_temperature(target, method, temperatur
     assert proposal.parents is not None and proposal.draft_probs is None and proposal.candidate_ids is None
 
 
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("budget", [1, 16, 60, 64])
+def test_budgets_up_to_64_are_spent_whole(target, builder, budget):
+    drafter = TreeDrafter(BlockDrafter(tiny_draft(target, block_size=8)), budget, builder=builder)
+    assert drafter.max_drafts == budget
+    proposal = fresh_proposal(target, drafter, [1, 2, 3])
+    assert proposal.num_drafts.tolist() == [budget] and len(paths(drafts(proposal))) == budget
+
+
+def test_builders_spend_a_budget_in_their_own_ways(target):
+    """Quotas on every depth alike; best first, where the head is sure, deeper than it is wide or the reverse."""
+    block = BlockDrafter(tiny_draft(target, block_size=8))
+    depths = {}
+    for builder in BUILDERS:
+        proposal = fresh_proposal(target, TreeDrafter(block, 20, builder=builder), [1, 2, 3])
+        depths[builder] = [len(path) for path in paths(drafts(proposal))]
+    assert [depths["quota"].count(d) for d in range(1, 9)] == [3, 3, 3, 3, 2, 2, 2, 2]
+    assert max(depths["depth"].count(d) for d in range(1, 9)) <= default_width(20) == 7
+    assert sorted(depths["best-first"]) != sorted(depths["quota"]) != sorted(depths["depth"])
+
+
+@pytest.mark.parametrize("budget, width", [(1, 4), (11, 4), (12, 4), (13, 5), (64, 22)])
+def test_the_width_grows_with_the_budget(target, budget, width):
+    assert TreeDrafter(BlockDrafter(tiny_draft(target)), budget).width == default_width(budget) == width
+
+
+@pytest.fixture(scope="module")
+def few_tokens():
+    """A model with few tokens to choose from, so that trees are often right in part, and a draft."""
+    model = tiny_model(vocab_size=12)
+    target = as_target(model)
+    return model, target, tiny_draft(target, block_size=6)
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.1])
+@pytest.mark.parametrize("budget", [7, 16, 64])
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_every_builder_writes_the_plain_text(few_tokens, builder, budget, min_confidence):
+    """Requests of unequal length, each with a tree of its own shape; at temperature 0 and, at one seed, above it."""
+    model, target, draft = few_tokens
+    prompts, count = random_prompts([6, 1, 11, 4], vocab=12), 24
+    drafter = TreeDrafter(BlockDrafter(draft, candidates=9, min_confidence=min_confidence), budget, builder=builder)
+    generations = run(target, drafter, prompts, count)
+    assert [g.token_ids for g in generations] == [plain_greedy(model, p, count) for p in prompts]
+    settings = SamplingSettings(temperature=1.0, top_k=4, seed=3)
+    plain = run(target, PlainDecoding(), prompts, count, settings=settings)
+    generations = run(target, drafter, prompts, count, settings=settings)
+    assert [g.token_ids for g in generations] == [g.token_ids for g in plain]
+    assert {n for g in generations for n in g.acceptance_lengths} >= {1, 2}
+    sizes = {n for g in generations for n in g.num_drafts}
+    assert sizes == {budget} if min_confidence == 0 else len(sizes) > 1
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_no_row_is_verified_that_no_request_proposes(few_tokens, builder):
+    _, target, draft = few_tokens
+    drafter = TreeDrafter(BlockDrafter(draft, min_confidence=0.1), 16, builder=builder)
+    state = prefill(target, random_prompts([6, 1, 11, 4], vocab=12), drafter, 1)
+    proposal = drafter.propose(state, drafter.start(state), 16)
+    assert proposal.tokens.shape == proposal.parents.shape == (4, proposal.num_drafts.max())
+    assert len(set(proposal.num_drafts.tolist())) > 1 and proposal.num_drafts.max() < 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_the_joint_distribution_is_the_targets_own_at_unequal_lengths(small, builder):  # noqa: F811
+    """Two prompts of unequal length in one batch, by the statistic of tests/decoding/test_lossless.py.
+
+    The six comparisons together raise a false alarm with probability 1e-4.
+    """
+    model, target, trained = small
+    shorter = PROMPT[:3]
+    drafter = TreeDrafter(BlockDrafter(trained["domino"], candidates=5, min_confidence=0.02), 16, builder=builder)
+    sampled = run(target, drafter, [PROMPT, shorter] * (REQUESTS // 2), TOKENS, settings=SamplingSettings(**NUCLEUS))
+    for prompt, generations in ((PROMPT, sampled[::2]), (shorter, sampled[1::2])):
+        places = torch.tensor([g.token_ids for g in generations]) @ torch.tensor([12**2, 12, 1])
+        counts = places.bincount(minlength=12**TOKENS).view((12,) * TOKENS)
+        assert p_value(counts, exact_joint(model, NUCLEUS, prompt)) > FALSE_ALARM / 6
+        other = shorter if prompt == PROMPT else PROMPT
+        assert p_value(counts, exact_joint(model, NUCLEUS, other)) < FALSE_ALARM / 6, "the statistic must have power"
+
+
 @pytest.mark.parametrize("budget, width", [(0, 6), (11, 0)])
 def test_sizes_out_of_range_are_refused(target, budget, width):
     with pytest.raises(ValueError, match="a budget and a width of at least 1"):
         TreeDrafter(BlockDrafter(tiny_draft(target)), budget, width)
+
+
+def test_builders_that_do_not_exist_or_have_no_width_are_refused(target):
+    block = BlockDrafter(tiny_draft(target))
+    with pytest.raises(ValueError, match="unknown builder 'wide'; known builders are depth, best-first, quota"):
+        TreeDrafter(block, 11, builder="wide")
+    with pytest.raises(ValueError, match="builder best-first has no width"):
+        TreeDrafter(block, 11, 4, "best-first")

@@ -3,135 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
-from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import Generation, Limits, decode
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with, sampling_settings
 from domino_spec.draft import load as draft_loading
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
-from domino_spec.drafters.lookup_first import LookupFirst
-from domino_spec.drafters.ngram import PromptLookup
-from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.drafters.ngram_model import NgramModel
+from domino_spec.methods import METHODS, TREE_BUDGET, AnyDraft, default_method, make_drafter  # noqa: F401
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
 
 Prompt = str | Sequence[Message] | Sequence[int]
-
-
-TREE_BUDGET = 11
-"""Drafts of a tree by default: with the anchor, as many rows as one tile of the native products holds with AVX-512."""
-SMALLEST_TREE = 2
-"""Drafts of a tree where many requests share a CPU's rows."""
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What drafters are made of."""
-
-    draft: Draft | None
-    streams: RandomStreams
-    candidates: int | None
-    draft_temperature: float
-    min_confidence: float
-    tree_budget: int
-
-
-def _chain(given: Ingredients, use_head: bool = True) -> BlockDrafter:
-    assert given.draft is not None
-    return BlockDrafter(
-        given.draft,
-        use_head=use_head,
-        candidates=given.candidates,
-        temperature=given.draft_temperature,
-        streams=given.streams,
-        min_confidence=given.min_confidence,
-    )
-
-
-def _tree(given: Ingredients, use_head: bool = True) -> TreeDrafter:
-    return TreeDrafter(_chain(given, use_head), given.tree_budget)
-
-
-METHODS: dict[str, Callable[[Ingredients], Drafter]] = {
-    "none": lambda given: PlainDecoding(),
-    "ngram": lambda given: PromptLookup(),
-    "dflash": lambda given: _chain(given, use_head=False),
-    "domino": _chain,
-    "domino+ngram": lambda given: LookupFirst(_chain(given)),
-    "dflash-tree": lambda given: _tree(given, use_head=False),
-    "domino-tree": _tree,
-    "domino-tree+ngram": lambda given: LookupFirst(_tree(given)),
-}
-"""Drafting methods by name."""
-
-WITHOUT_DRAFT = ("none", "ngram")
-"""Methods that need none."""
-CHOOSING = ("domino+ngram", "dflash-tree", "domino-tree", "domino-tree+ngram")
-"""Methods with a draft that choose their tokens at any temperature: copies and trees are not sampled."""
-
-
-def make_drafter(
-    method: str,
-    draft: Draft | None,
-    *,
-    requests: int,
-    settings: SamplingSettings,
-    device: torch.device,
-    candidates: int | None = DEFAULT_CANDIDATES,
-    sample_drafts: bool | None = None,
-    draft_temperature: float | None = None,
-    min_confidence: float = 0.0,
-    num_drafts: int | None = None,
-) -> Drafter:
-    """A drafter by its method's name.
-
-    Args:
-        method: a key of `METHODS`.
-        draft: bound to the target; needed by `domino` and `dflash`.
-        requests: R, how many requests are decoded together.
-        settings: of the target's distribution; sampled drafts use its seed and, by default, its temperature.
-        device: of the target.
-        candidates: K, or None for the whole draft vocabulary.
-        sample_drafts: at temperature > 0, True samples drafts and False takes the most probable tokens. None is what
-            the method does best: `domino` and `dflash` sample (docs/benchmarks.md), `CHOOSING` ones cannot. At
-            temperature 0 nothing is sampled.
-        draft_temperature: of sampled drafts; None for the target's.
-        min_confidence: see `BlockDrafter`.
-        num_drafts: of a tree; None is what pays: 11 for one request, fewer where several share a CPU's rows. A chain is
-            as long as its draft allows.
-
-    Raises:
-        UserError: an unknown method, or one whose draft is missing.
-    """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
-    if draft is None and method not in WITHOUT_DRAFT:
-        raise UserError(f"method {method} needs a draft")
-    if not 0 <= min_confidence < 1:
-        raise UserError(f"min_confidence must be at least 0 and less than 1, got {min_confidence}")
-    if candidates is not None and candidates < 1:
-        raise UserError(f"candidates must be at least 1, got {candidates}")
-    temperature = 0.0
-    if sample_drafts is None:
-        sample_drafts = method not in CHOOSING
-    elif sample_drafts and method in CHOOSING:
-        raise UserError(f"method {method} chooses its drafts; sample_drafts is for domino and dflash")
-    if sample_drafts and not settings.greedy:
-        temperature = settings.temperature if draft_temperature is None else draft_temperature
-    streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)
-    budget = num_drafts or TREE_BUDGET
-    if num_drafts is None and device.type == "cpu":
-        budget = max(SMALLEST_TREE, (TREE_BUDGET + 1) // requests - 1)
-    return METHODS[method](Ingredients(draft, streams, candidates, temperature, min_confidence, budget))
 
 
 def default_min_confidence(device: torch.device) -> float:
@@ -145,7 +32,7 @@ def load_draft(
     *,
     dtype: torch.dtype | str = "auto",
     allow_other_target: bool = False,
-) -> Draft:
+) -> AnyDraft:
     """Load a draft for a target, ready for `generate` and for transformers' own `generate`.
 
     Args:
@@ -165,7 +52,7 @@ def load_draft(
     return draft
 
 
-def _custom_generate(draft: Draft, target: Target) -> Callable[..., torch.Tensor]:
+def _custom_generate(draft: AnyDraft, target: Target) -> Callable[..., torch.Tensor]:
     def custom_generate(
         model: PreTrainedModel,
         input_ids: torch.Tensor,
@@ -198,17 +85,6 @@ def _custom_generate(draft: Draft, target: Target) -> Callable[..., torch.Tensor
     return custom_generate
 
 
-def default_method(draft: Draft | None, sample_drafts: bool | None = None) -> str:
-    """A tree of what the draft is, or a chain where drafts are to be sampled; `none` without a draft.
-
-    The choice does not look at the number of requests: at temperature > 0 it decides which text a seed gives.
-    """
-    if draft is None:
-        return "none"
-    name = "domino" if draft.head is not None else "dflash"
-    return name if sample_drafts else f"{name}-tree"
-
-
 def prompt_ids(target: Target, prompt: Prompt, *, chat: bool = True, enable_thinking: bool = False) -> list[int]:
     """Token ids of a text, a chat or token ids.
 
@@ -224,7 +100,7 @@ def prompt_ids(target: Target, prompt: Prompt, *, chat: bool = True, enable_thin
 
 def stream(
     target: Target,
-    draft: Draft | None,
+    draft: AnyDraft | None,
     prompts: Sequence[Prompt],
     *,
     method: str | None = None,
@@ -240,6 +116,7 @@ def stream(
     min_confidence: float | None = None,
     matching_rule: bool = False,
     exact: bool = False,
+    ngrams: NgramModel | None = None,
     settings: SamplingSettings | None = None,
     chat: bool = True,
     enable_thinking: bool = False,
@@ -248,12 +125,13 @@ def stream(
     """As `generate`, yielding the growing generations after every cycle (the same list each time).
 
     Args:
-        method: a key of `METHODS`; None is `default_method`'s choice.
+        method: a key of `methods.METHODS`; None is `default_method`'s choice.
         num_drafts: drafts per cycle at most; None is a chain as long as the draft allows, or see `make_drafter`.
         sample_drafts: see `make_drafter`.
         min_confidence: see `BlockDrafter`; None takes the device's default.
         matching_rule: see `verify`.
         exact: refuse a target whose verify pass may round otherwise than its plain step (`Target.check_exact`).
+        ngrams: of method dart, see `make_drafter`.
         generations: filled in place, so that partial text survives an interrupt.
     """
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -275,6 +153,7 @@ def stream(
         sample_drafts=sample_drafts,
         min_confidence=default_min_confidence(target.device) if min_confidence is None else min_confidence,
         num_drafts=num_drafts,
+        ngrams=ngrams,
     )
     yield from decode(
         target,
@@ -288,7 +167,7 @@ def stream(
     )
 
 
-def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **options) -> list[Generation]:
+def generate(target: Target, draft: AnyDraft | None, prompts: Sequence[Prompt], **options) -> list[Generation]:
     """Decode prompts together, losslessly, and return one `Generation` each.
 
     Args:
@@ -296,8 +175,8 @@ def generate(target: Target, draft: Draft | None, prompts: Sequence[Prompt], **o
         draft: from `load_draft`; None decodes plainly with the same engine.
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
-            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `exact`, `settings` (all
-            warpers), `chat`, `enable_thinking`.
+            `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `exact`, `ngrams`,
+            `settings` (all warpers), `chat`, `enable_thinking`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.

@@ -9,10 +9,19 @@ import pytest
 
 import domino_spec
 from domino_spec import UserError, generate
-from domino_spec.api import METHODS, default_method, make_drafter, prompt_ids
+from domino_spec.api import prompt_ids
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.kernels import cpu
-from tests.tiny import as_target, plain_greedy, tiny_draft, tiny_model, tiny_target
+from domino_spec.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
+from tests.tiny import (
+    as_target,
+    draft_for,
+    plain_greedy,
+    tiny_draft,
+    tiny_model,
+    tiny_single_layer,
+    tiny_target,
+)
 
 
 def test_every_exported_name_is_there():
@@ -54,6 +63,32 @@ def test_the_default_method_is_what_the_draft_is(target):
     assert default_method(with_head, sample_drafts=True) == "domino", "trees are not sampled"
 
 
+def test_a_method_takes_the_draft_that_was_made_for_it(target):
+    domino, plain = tiny_draft(target), tiny_draft(target, head=False)
+    eagle3, dart = tiny_single_layer(target, "eagle3"), tiny_single_layer(target, "dart")
+    drafts = [eagle3, domino, plain, dart]
+    wanted = {"domino-tree": domino, "dflash": plain, "eagle3": eagle3, "dart": dart, "none": None, "ngram": None}
+    assert {method: choose_draft(method, drafts) for method in wanted} == wanted
+    assert choose_draft("dflash", [eagle3, domino]) is domino, "with its head off"
+    assert choose_draft("domino", [plain, dart]) is None
+    assert [default_method(draft) for draft in drafts] == ["eagle3", "domino-tree", "dflash-tree", "dart"]
+
+
+@pytest.mark.parametrize(
+    "method, kind, said",
+    [
+        ("domino", "dflash", "method domino needs a Domino draft; this is a DFlash draft (use dflash)"),
+        ("eagle3", "domino", "method eagle3 needs an EAGLE-3 draft; this is a Domino draft (use dflash)"),
+        ("domino-tree", "dart", "method domino-tree needs a Domino draft; this is a DART draft (use dart)"),
+    ],
+)
+def test_a_draft_of_another_kind_is_refused(target, method, kind, said):
+    draft = tiny_single_layer(target, kind) if kind == "dart" else tiny_draft(target, head=kind == "domino")
+    with pytest.raises(UserError) as caught:
+        make_drafter(method, draft, requests=1, settings=SamplingSettings(), device=target.device)
+    assert str(caught.value) == said
+
+
 def test_the_size_of_a_tree_is_asked_for_or_follows_the_number_of_requests(target):
     def drafts(requests: int, num_drafts: int | None = None, method: str = "domino-tree") -> int:
         options = dict(requests=requests, settings=SamplingSettings(), device=target.device, num_drafts=num_drafts)
@@ -61,14 +96,14 @@ def test_the_size_of_a_tree_is_asked_for_or_follows_the_number_of_requests(targe
 
     assert [drafts(r) for r in (1, 2, 4, 16)] == [11, 5, 2, 2]
     assert drafts(1, 17) == drafts(4, 17) == drafts(4, 17, "domino-tree+ngram") == 17
-    assert drafts(1, 100_000) == 20, "four prefixes at each of five depths; room for more would be memory for nothing"
+    assert drafts(1, 100_000) == LARGEST_TREE, "room for more would be memory for nothing"
     assert drafts(1, 30, "domino") == tiny_draft(target).config.max_drafts, "a chain ends with its block"
 
 
 def test_every_method_makes_a_drafter(target):
     for method in METHODS:
         drafter = make_drafter(
-            method, tiny_draft(target), requests=2, settings=SamplingSettings(), device=target.device
+            method, draft_for(method, target), requests=2, settings=SamplingSettings(), device=target.device
         )
         assert drafter.max_drafts == (0 if method == "none" else drafter.max_drafts) >= 0
 
@@ -113,7 +148,7 @@ def test_options_that_make_no_sense_are_refused(target, options, message):
 
 
 def test_a_head_can_be_asked_for_only_where_there_is_one(target):
-    with pytest.raises(UserError, match="needs a draft with a Domino head"):
+    with pytest.raises(UserError, match="method domino needs a Domino draft; this is a DFlash draft"):
         generate(target, tiny_draft(target, head=False), [[1, 2]], method="domino")
 
 

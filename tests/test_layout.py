@@ -16,6 +16,7 @@ ROOMS = [
     {"draft"},
     {"decoding"},
     {"drafters"},
+    {"methods"},
     {"api"},
     {"training"},
     {"bench"},

@@ -136,8 +136,10 @@ def public_rows(what: str, data: PublicData, instead: str) -> Iterator[Row]:
         )
     except failures as error:
         reason = " ".join(str(error).split())[:200]
+        # What is streamed is never cached.
+        cache = "" if data.streaming else "; HF_HOME names a cache that holds it, filled where there is a network"
         raise UserError(
-            f"cannot get {what} from the hub: check the network, or {instead} ({type(error).__name__}: {reason})"
+            f"cannot get {what} from the hub: check the network, or {instead}{cache} ({type(error).__name__}: {reason})"
         ) from None
 
 

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from domino_spec.bench.breakdown import Breakdown, render_breakdown
+from domino_spec.bench.cells import Record, name_of, number, table, with_interval
 from domino_spec.bench.figures import AGREEMENT
+from domino_spec.bench.intervals import LEVEL, RESAMPLES
+from domino_spec.bench.tables import (
+    against_reference,
+    at,
+    baseline_of,
+    head_by_suites,
+    head_on_and_off,
+    methods_by_suites,
+    suites_at,
+    suites_by_batch,
+)
+
+__all__ = ["DEFINITIONS", "name_of", "render", "table"]
 
 DEFINITIONS = f"""\
 - **tau**: mean of accepted drafts + 1 over all verify passes of all prompts, before stop and length cuts shorten the
@@ -18,9 +31,15 @@ DEFINITIONS = f"""\
 - **End to end**: all tokens over seconds of prefill and decoding.
 - **c**: seconds per pass of the method over seconds per step of `none`. The speed-up must lie within
   {AGREEMENT:.0%} of tau / c; what is missing is what length and stop cut off last passes.
-- In brackets: the budget, drafts per pass. Those of a tree stand on several paths, of which a pass accepts one."""
-
-Record = dict[str, Any]
+- In brackets behind a method: its budget, the most drafts of one pass. Those of a tree stand on several paths, of which
+  a pass accepts one.
+- In brackets behind a figure: its {LEVEL:.0%} interval over prompts. Whole conversations, with all their turns and
+  repeats, are drawn anew within their suite, {RESAMPLES:,} times with a fixed seed; a ratio is taken on the same draw
+  for both sides. The percentiles are widened as Student's t asks for that many prompts; of five prompts a suite or
+  fewer, the interval is about the range of single prompts, and holds the truth less often than it says. A figure
+  without brackets has no interval: a suite with one prompt says nothing of others.
+- **Turns**: a later turn's prompt holds the target's own greedy answers to the turns before it, the same for every
+  method (`earlier_answers.jsonl`)."""
 
 
 def render(report: Record, plots: Sequence[str] = ()) -> str:
@@ -52,28 +71,12 @@ def render(report: Record, plots: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are numbers."""
-    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def name_of(entry: Record) -> str:
-    """A method with its budget, as the tables call it."""
-    return entry["method"] + (f" ({entry['budget']})" if entry["budget"] else "")
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def _provenance(report: Record) -> str:
     settings, sessions = report["settings"], report["sessions"]
-    suites = ", ".join(f"{name} ({count})" for name, count in settings["suites"].items())
     lines = [
         ["target", f"{settings['target']} (fingerprint {settings['target_fingerprint']})"],
-        ["draft", "none" if settings["draft"] is None else f"{settings['draft']} (weights {settings['draft_digest']})"],
-        ["suites (prompts)", f"{suites}; first turn of each"],
+        *_drafts(settings),
+        ["suites (prompts)", _suites(settings)],
         ["decoding", _decoding_line(settings)],
         ["device", f"{settings['device_name']} ({settings['device']}), {_arithmetic(settings)}"],
     ]
@@ -90,6 +93,27 @@ def _provenance(report: Record) -> str:
     return text
 
 
+def _drafts(settings: Record) -> list[list[str]]:
+    drafts = settings.get("drafts")
+    if drafts is None:  # a bench of one draft, measured before there could be several
+        drafts = [{"name": settings["draft"], "digest": settings["draft_digest"]}] if settings["draft"] else []
+    lines = [["draft", f"{draft['name']} (weights {draft['digest']})"] for draft in drafts] or [["draft", "none"]]
+    assistant = settings.get("assistant")
+    return lines + ([["assistant of transformers", assistant]] if assistant else [])
+
+
+def _suites(settings: Record) -> str:
+    turns = settings.get("turns")
+    if turns is None:  # measured before later turns were
+        return ", ".join(f"{name} ({count})" for name, count in settings["suites"].items()) + "; first turn of each"
+    return ", ".join(
+        f"{name} ({count})"
+        if turns.get(name, count) == count
+        else f"{name} ({count} conversations, {turns[name]} turns)"
+        for name, count in settings["suites"].items()
+    )
+
+
 def _arithmetic(settings: Record) -> str:
     packing = "weights packed for all methods but transformers" if settings["packed_weights"] else "weights not packed"
     return f"{settings['dtype']}, {settings['threads']} threads, {packing}"
@@ -104,33 +128,43 @@ def _decoding_line(settings: Record) -> str:
 
 
 def _at_temperature(report: Record, temperature: float) -> list[str]:
-    def at(entries: Sequence[Record]) -> list[Record]:
-        return [entry for entry in entries if entry["temperature"] == temperature]
+    suites = suites_at(report, temperature)
+    means, pooled = at(report["mean"], temperature), at(report["pooled"], temperature)
+    baseline = baseline_of(report, temperature)
 
-    suites = {name: {name_of(e): e for e in at(entries)} for name, entries in report["suites"].items()}
-    means, pooled = at(report["mean"]), at(report["pooled"])
-
-    def by_suite(figure: str, digits: int, show: Callable[[Record], bool] = lambda _: True) -> str:
+    def by_suite(cell: Callable[[Record], str]) -> str:
         rows = []
-        for mean in filter(show, means):
+        for mean in means:
             name = name_of(mean)
-            values = [_number(entries.get(name, {}).get(figure), digits) for entries in suites.values()]
-            rows.append([name, *values, _number(mean[figure], digits)])
+            rows.append([name, *(cell(entries.get(name, {})) for entries in suites.values()), cell(mean)])
         return table(["method", *suites, "mean"], rows)
 
     parts = [
         f"## Temperature {temperature:g}",
-        "### Acceptance length (tau)",
-        by_suite("tau", 2, lambda entry: entry["budget"] > 0),
-        "### Decode tokens/s",
-        by_suite("tokens_per_second", 1),
+        f"### Speed-up over `{baseline}`, and tau (laid out like Table 1 of the paper)",
+        methods_by_suites(report, temperature),
+        f"### By suite and batch size (laid out like Table 3): speed-up over `{baseline}`",
+        suites_by_batch(report, temperature),
     ]
-    for baseline in ("none", "transformers"):
-        figure = f"speedup_over_{baseline}"
-        if any(entry[figure] is not None for entry in pooled):
-            parts += [f"### Decode speed-up over `{baseline}`", by_suite(figure, 2)]
-    parts += ["### Cost of a pass, and end to end (all runs together)", _cost(pooled)]
-    return parts
+    head = head_on_and_off(report, temperature)
+    if head is not None:
+        parts += ["### One draft with its Domino head off and on (laid out like Table 4)", head]
+        parts += ["### The same by suite (laid out like Table 6)", *head_by_suites(report, temperature)]
+    beside = against_reference(report, temperature)
+    if beside:
+        parts += [
+            "### Methods against one of them",
+            "Ratios on the same prompts, above 1 where the method is the better:",
+            *beside,
+        ]
+    parts += ["### Decode tokens/s", by_suite(lambda entry: number(entry.get("tokens_per_second"), 1))]
+    other = "speedup_over_transformers"
+    if baseline != "transformers" and any(entry[other] is not None for entry in pooled):
+        parts += [
+            "### Decode speed-up over `transformers`",
+            by_suite(lambda entry: with_interval(entry, other)),
+        ]
+    return [*parts, "### Cost of a pass, and end to end (all runs together)", _cost(pooled)]
 
 
 def _cost(pooled: Sequence[Record]) -> str:
@@ -141,14 +175,14 @@ def _cost(pooled: Sequence[Record]) -> str:
             str(e["runs"]),
             str(e["tokens"]),
             str(e["passes"]),
-            _number(e["tau"], 3),
-            _number(e["cost_ratio"], 3),
-            _number(e["tau_over_cost"], 3),
-            _number(e["speedup_over_none"], 3),
+            with_interval(e, "tau", 3),
+            with_interval(e, "cost_ratio", 3),
+            number(e["tau_over_cost"], 3),
+            with_interval(e, "speedup_over_none", 3),
             verdict[e["agrees"]],
-            _number(e["end_to_end_tokens_per_second"], 1),
-            _number(e["end_to_end_speedup_over_none"]),
-            _number(e["end_to_end_speedup_over_transformers"]),
+            number(e["end_to_end_tokens_per_second"], 1),
+            number(e["end_to_end_speedup_over_none"]),
+            number(e["end_to_end_speedup_over_transformers"]),
         ]
         for e in pooled
     ]
@@ -181,7 +215,7 @@ def _same_text(report: Record) -> list[str]:
             str(e["compared"]),
             str(e["equal"]),
             str(e["near_ties"]),
-            _number(e["largest_margin"], 6),
+            number(e["largest_margin"], 6),
         ]
         for e in report["greedy_equality"]
     ]
@@ -206,8 +240,8 @@ def _same_text(report: Record) -> list[str]:
                 str(d["position"]),
                 f"{d['token']} / {d['reference_token']}",
                 "–" if d["top_tokens"] is None else " / ".join(map(str, d["top_tokens"])),
-                _number(d["margin"], 6),
-                _number(d["rounding"], 6),
+                number(d["margin"], 6),
+                number(d["rounding"], 6),
                 {True: "yes", False: "**no**", None: "–"}[d["near_tie"]],
             ]
             for d in report["differences"]
@@ -222,11 +256,13 @@ def _same_text(report: Record) -> list[str]:
 
 
 def _positions(entries: Sequence[Record]) -> str:
-    most = max(entry["budget"] for entry in entries)
+    # A tree's budget is far beyond its depth: what no pass of any method reached is not shown.
+    reached = max(sum(value > 0 for value in entry["by_position"]) for entry in entries)
+    most = max(1, min(reached + 1, max(entry["budget"] for entry in entries)))
     rows = [
         [
             f"{name_of(entry)}, T = {entry['temperature']:g}",
-            *(_number(value) for value in entry["by_position"]),
+            *(number(value) for value in entry["by_position"][:most]),
             *("" for _ in range(most - entry["budget"])),
         ]
         for entry in entries

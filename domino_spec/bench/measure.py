@@ -7,20 +7,18 @@ down or warms up does so for all of them alike.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from domino_spec.api import prompt_ids
 from domino_spec.bench.methods import Contender, Run
 from domino_spec.bench.rows import Row, RunKey, append_row
-from domino_spec.bench.suites import Prompt
-from domino_spec.config import UserError
+from domino_spec.bench.ties import TextCheck
+from domino_spec.bench.turns import Request
 from domino_spec.decoding.generate import Generation
-from domino_spec.target.model import Target
 
 BATCH = 1
 """Requests decoded together; one for now."""
@@ -28,15 +26,6 @@ WARM_UP_TOKENS = 8
 
 Say = Callable[[str], None]
 """Takes one line of progress."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt as the models see it."""
-
-    suite: str
-    id: str
-    token_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -68,36 +57,6 @@ class Plan:
                     yield key, request, contender
 
 
-def encode_requests(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Request]:
-    """Prompts in the target's chat template, thinking off; the first turn of each.
-
-    Suites take turns, so that an interrupted bench has measured something of every one.
-
-    Raises:
-        UserError: one leaves no room for the answer.
-    """
-    requests = []
-    for prompt in _in_turns(prompts):
-        ids = prompt_ids(target, prompt.turns[0])
-        if len(ids) + max_new_tokens > target.max_length:
-            raise UserError(
-                f"prompt {prompt.id} of suite {prompt.suite} has {len(ids)} tokens: with max_new_tokens "
-                f"{max_new_tokens} it exceeds the context of {target.max_length} tokens of {target.name}"
-            )
-        requests.append(Request(prompt.suite, prompt.id, ids))
-    return requests
-
-
-def _in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt of every suite, then the second of every suite, and so on."""
-    place: Counter[str] = Counter()
-    keyed = []
-    for prompt in prompts:
-        keyed.append((place[prompt.suite], prompt))
-        place[prompt.suite] += 1
-    return [prompt for _, prompt in sorted(keyed, key=lambda entry: entry[0])]
-
-
 def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> list[Row]:
     """Measure what is not there yet, appending to `out`/raw.jsonl as it goes.
 
@@ -106,7 +65,8 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
         run: decodes one prompt.
         out: the bench directory, prepared by `rows.start_or_resume`.
         rows: what it already holds.
-        say: called with a line of progress after every prompt.
+        say: called with a line of progress after every prompt, and at once when a greedy text differs from a
+            reference's.
 
     Returns:
         All rows, old and new.
@@ -119,35 +79,40 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
         if contender not in warm:
             warm.add(contender)
             run(contender, request.token_ids, plan.seed, min(WARM_UP_TOKENS, plan.max_new_tokens))
+    texts = TextCheck(rows)
     started = time.perf_counter()
     line: list[str] = []
     for count, (key, request, contender) in enumerate(pending, 1):
         seed = plan.seed + key.repeat
         generation = run(contender, request.token_ids, seed, plan.max_new_tokens)
-        row = _row(key, seed, len(request.token_ids), generation)
+        row = _row(key, seed, request, generation)
         append_row(out, row)
         rows.append(row)
         line.append(_figures(row))
+        place = f"[{len(rows)}/{len(rows) - count + len(pending)}] {key.id}"
+        for difference in texts.add(row):
+            say(f"{place}: {difference}")
         if count == len(pending) or pending[count][1] is not request:
             left = (time.perf_counter() - started) / count * (len(pending) - count)
-            say(f"[{len(rows)}/{len(rows) - count + len(pending)}] {key.id}: {', '.join(line)}; {_duration(left)} left")
+            say(f"{place}: {', '.join(line)}; {_duration(left)} left")
             line = []
     return rows
 
 
-def _row(key: RunKey, seed: int, prompt_tokens: int, generation: Generation) -> Row:
+def _row(key: RunKey, seed: int, request: Request, generation: Generation) -> Row:
     return Row(
         **key._asdict(),
         seed=seed,
         batch=BATCH,
         threads=torch.get_num_threads(),
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(request.token_ids),
         token_ids=tuple(generation.token_ids),
         num_verify_passes=generation.num_verify_passes,
         num_drafts=tuple(generation.num_drafts),
         acceptance_lengths=tuple(generation.acceptance_lengths),
         seconds_prefill=generation.seconds_prefill,
         seconds_decode=generation.seconds_decode,
+        turn=request.turn,
     )
 
 
@@ -156,7 +121,8 @@ def _figures(row: Row) -> str:
         row.method + (f"({row.budget})" if row.budget else "") + (f" T={row.temperature:g}" if row.temperature else "")
     )
     speed = f"{row.decode_tokens / row.seconds_decode:.1f} tok/s" if row.seconds_decode else "one token"
-    tau = f" tau {sum(row.acceptance_lengths) / row.num_verify_passes:.2f}" if row.budget else ""
+    drafted = row.budget and row.num_verify_passes  # a peer's first pass may bring all tokens
+    tau = f" tau {sum(row.acceptance_lengths) / row.num_verify_passes:.2f}" if drafted else ""
     return f"{name} {speed}{tau}"
 
 

@@ -1,21 +1,28 @@
 """What a bench compares: methods by name, each with a budget and a temperature, and how one prompt is run with it.
 
 Our own methods run through `domino_spec.api`, exactly as a user runs them; outside baselines run through their own
-library (`baseline`).
+library (`baseline`, `peers`). A method may be written NAME:DRAFTS, with a budget of its own, and NAME@SIZE, with its
+draft vocabulary cut to the SIZE most frequent tokens (FR-Spec): eagle3:15, eagle3@2048:15.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from domino_spec.api import generate, make_drafter
+from domino_spec.api import generate
 from domino_spec.bench.baseline import transformers_generate
+from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
 from domino_spec.config import UserError
+from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import Generation
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.draft.model import Draft
+from domino_spec.drafters.ngram_model import NgramModel
+from domino_spec.drafters.vocabulary import FrequentTokens, restricted
+from domino_spec.methods import METHODS as DRAFTING
+from domino_spec.methods import AnyDraft, choose_draft, kind_of, make_drafter
 from domino_spec.target.model import Target
 
 TRANSFORMERS = "transformers"
@@ -26,13 +33,15 @@ class Method:
     """How a method of the bench decodes."""
 
     drafting: str | None
-    """Key of `api.METHODS`; None for a baseline that runs outside this package."""
+    """Key of `domino_spec.methods.METHODS`; None for a baseline that runs outside this package."""
     sample_drafts: bool | None = None
-    """At temperature > 0; None is the method's own default (see `api.make_drafter`)."""
+    """At temperature > 0; None is the method's own default (see `make_drafter`)."""
     matching_rule: bool = False
     """Accept drafts by the released implementation's rule."""
     all_drafts: bool = True
     """Propose the whole budget every time; False leaves out drafts below the device's default confidence."""
+    kind: str | None = None
+    """The only kind of draft that it is measured with; None for any that serves."""
 
     @property
     def needs_temperature(self) -> bool:
@@ -48,17 +57,25 @@ METHODS: dict[str, Method] = {
     "domino": Method("domino"),
     "domino-confident": Method("domino", all_drafts=False),
     "domino+ngram": Method("domino+ngram", all_drafts=False),
+    "domino-head-off": Method("dflash", kind="domino"),
     "domino-tree": Method("domino-tree"),
+    "domino-best-first": Method("domino-best-first"),
     "domino-tree-confident": Method("domino-tree", all_drafts=False),
     "domino-tree+ngram": Method("domino-tree+ngram", all_drafts=False),
     "dflash-tree": Method("dflash-tree"),
     "domino-argmax": Method("domino", sample_drafts=False),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
+    "eagle3": Method("eagle3"),
+    "dart": Method("dart"),
     TRANSFORMERS: Method(None),
+    ASSISTED: Method(None),
+    LOOKUP: Method(None),
+    DFLASH: Method(None),
 }
 """Methods of the bench by name. Above temperature 0, plain `domino` and `dflash` sample their drafts; `-argmax` takes
 the most probable tokens; `-matching` samples, and accepts by the released rule. `-tree` proposes trees, chosen at any
-temperature. `-confident` proposes fewer drafts where the draft doubts them."""
+temperature. `-confident` proposes fewer drafts where the draft doubts them. `dflash` takes a DFlash draft where there
+is one, else a Domino draft with its head off; `domino-head-off` is always the latter."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,7 @@ class Contender:
     """One method with one setting: a column of the report."""
 
     method: str
+    """Key of `METHODS`, with `@SIZE` behind it where the draft vocabulary is cut."""
     budget: int
     """The most drafts of one pass, of a tree those of all its branches; 0 where nothing is drafted."""
     temperature: float
@@ -73,6 +91,105 @@ class Contender:
 
 Run = Callable[[Contender, list[int], int, int], Generation]
 """Decodes one prompt: (contender, prompt ids, seed, max_new_tokens) to what it produced."""
+
+
+class Wanted(NamedTuple):
+    """A method as it was asked for."""
+
+    name: str
+    """NAME or NAME@SIZE."""
+    budget: int | None
+    """None where it has no budget of its own."""
+
+
+def parse_method(text: str) -> Wanted:
+    """NAME, NAME:DRAFTS, NAME@SIZE or NAME@SIZE:DRAFTS.
+
+    Raises:
+        UserError: an unknown name, or numbers that are none or below 1.
+    """
+    name = re.split("[:@]", text)[0]
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; known methods are {', '.join(METHODS)}")
+    match = re.fullmatch(r"[^:@]+(@[1-9][0-9]*)?(:[1-9][0-9]*)?", text)
+    if match is None:
+        raise UserError(f"method {text!r} must be NAME, NAME:DRAFTS, NAME@SIZE or NAME@SIZE:DRAFTS, such as eagle3:15")
+    if match[1] and not _takes_draft(name):
+        raise UserError(f"method {name} has no draft whose vocabulary could be cut: leave out {match[1]}")
+    return Wanted(name + (match[1] or ""), int(match[2][1:]) if match[2] else None)
+
+
+def method_of(name: str) -> Method:
+    """The method of a contender's name, which may have `@SIZE` behind it."""
+    return METHODS[name.partition("@")[0]]
+
+
+def _takes_draft(name: str) -> bool:
+    drafting = METHODS[name].drafting
+    return drafting is not None and bool(DRAFTING[drafting].kinds)
+
+
+class Drafting:
+    """What methods draft with.
+
+    Args:
+        target: the model served.
+        drafts: loaded and bound to it; a method takes the first of the kind that it was made for.
+        ranking: tokens by frequency, for methods with `@SIZE`.
+        ngrams: counts of text, for method `dart`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafts: Sequence[AnyDraft] = (),
+        ranking: FrequentTokens | None = None,
+        ngrams: NgramModel | None = None,
+    ) -> None:
+        self.target, self.drafts, self.ranking, self.ngrams = target, list(drafts), ranking, ngrams
+        self._cut: dict[tuple[int, int], AnyDraft] = {}
+
+    def draft_for(self, name: str) -> AnyDraft | None:
+        """The draft of a method, its vocabulary cut where the name says so; None where it needs none or has none.
+
+        Raises:
+            UserError: a cut without a ranking, or one that the draft does not allow.
+        """
+        method, size = method_of(name), name.partition("@")[2]
+        if method.drafting is None:
+            return choose_draft("dflash", self.drafts) if name == DFLASH else None
+        kinds = [draft for draft in self.drafts if method.kind in (None, kind_of(draft))]
+        draft = choose_draft(method.drafting, kinds)
+        if draft is None or not size:
+            return draft
+        if self.ranking is None:
+            raise UserError(
+                f"method {name} needs tokens ranked by frequency: --ranking FILE, from `domino-spec vocabulary`"
+            )
+        key = (id(draft), int(size))
+        if key not in self._cut:
+            self._cut[key] = restricted(draft, self.ranking, int(size), self.target)
+        return self._cut[key]
+
+    def drafter_for(self, name: str, **options: Any) -> Drafter:
+        """A drafter for one request.
+
+        Args:
+            name: of a method that runs in our loop.
+            options: those of `make_drafter`.
+
+        Raises:
+            UserError: the draft is missing, or an option is out of range.
+        """
+        method, draft = method_of(name), self.draft_for(name)
+        assert method.drafting is not None
+        if method.kind is not None and draft is None:
+            raise UserError(f"method {name} needs a {method.kind.capitalize()} draft: name one with --draft")
+        if draft is None and DRAFTING[method.drafting].kinds and self.drafts:
+            draft = self.drafts[0]  # of another kind: the refusal says so
+        return make_drafter(
+            method.drafting, draft, requests=1, device=self.target.device, ngrams=self.ngrams, **options
+        )
 
 
 def check_methods(methods: Sequence[str], temperatures: Sequence[float]) -> None:
@@ -83,27 +200,22 @@ def check_methods(methods: Sequence[str], temperatures: Sequence[float]) -> None
     """
     if not methods:
         raise UserError(f"no method given; known methods are {', '.join(METHODS)}")
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"unknown method {method!r}; known methods are {', '.join(METHODS)}")
-        if METHODS[method].needs_temperature and not any(temperatures):
-            raise UserError(f"method {method} needs a temperature above 0; at 0 use {METHODS[method].drafting}")
+    for text in methods:
+        method = method_of(parse_method(text).name)
+        if method.needs_temperature and not any(temperatures):
+            raise UserError(f"method {text} needs a temperature above 0; at 0 use {method.drafting}")
 
 
 def contenders(
-    target: Target,
-    draft: Draft | None,
-    methods: Sequence[str],
-    budgets: Sequence[int],
-    temperatures: Sequence[float],
+    drafting: Drafting, methods: Sequence[str], budgets: Sequence[int], temperatures: Sequence[float]
 ) -> list[Contender]:
     """Every method with every budget and temperature that it knows, each once, in the order given.
 
     Args:
-        target: the model served.
-        draft: for the methods that need one.
-        methods: keys of `METHODS`.
-        budgets: drafts per pass; a method that can draft fewer takes its most. Empty: every method's own number.
+        drafting: what methods draft with.
+        methods: as `parse_method` reads them.
+        budgets: drafts per pass, for methods without a budget of their own; a method that can draft fewer takes its
+            most. Empty: every method's own number.
         temperatures: 0 for greedy.
 
     Raises:
@@ -114,46 +226,48 @@ def contenders(
     found: dict[Contender, None] = {}
     for temperature in temperatures:
         settings = SamplingSettings(temperature=temperature)  # refuses a negative one before anything is measured
-        for name in methods:
-            method = METHODS[name]
+        for name, own_budget in map(parse_method, methods):
+            method = method_of(name)
             if method.needs_temperature and temperature == 0:
                 continue
             wanted: list[int | None] = [*budgets] or [None]
-            for budget in wanted:
-                most = 0
-                if method.drafting is not None:
-                    drafter = make_drafter(
-                        method.drafting,
-                        draft,
-                        requests=1,
-                        settings=settings,
-                        device=target.device,
-                        num_drafts=budget,
-                    )
-                    most = drafter.max_drafts
-                found[Contender(name, most if budget is None else min(budget, most), temperature)] = None
+            for budget in wanted if own_budget is None else [own_budget]:
+                if name in PEERS:
+                    most = peer_drafts(name, drafting.draft_for(name), budget)  # DFlash: its block, whatever is asked
+                elif method.drafting is None:
+                    most = 0
+                else:
+                    most = drafting.drafter_for(name, settings=settings, num_drafts=budget).max_drafts
+                    most = most if budget is None else min(budget, most)
+                found[Contender(name, most, temperature)] = None
     return list(found)
 
 
-def runner(target: Target, draft: Draft | None, baseline: Any, candidates: int | None) -> Run:
+def runner(drafting: Drafting, baseline: Any, candidates: int | None, peers: Peers | None = None) -> Run:
     """How a bench decodes one prompt.
 
     Args:
-        target: the model served.
-        draft: for the methods that need one.
+        drafting: what methods draft with.
         baseline: the same weights as an ordinary transformers model, for the method `transformers`; else None.
         candidates: K of the head's restricted candidates, None for all.
+        peers: for the methods `peers.PEERS`; else None.
     """
+    target = drafting.target
 
     def run(contender: Contender, prompt: list[int], seed: int, max_new_tokens: int) -> Generation:
-        method = METHODS[contender.method]
+        method = method_of(contender.method)
+        if contender.method in PEERS:
+            assert peers is not None
+            return peers.generate(
+                contender.method, contender.budget, prompt, contender.temperature, seed, max_new_tokens
+            )
         if method.drafting is None:
             return transformers_generate(
                 baseline, target.stop_token_ids, prompt, contender.temperature, seed, max_new_tokens
             )
         (generation,) = generate(
             target,
-            draft,
+            drafting.draft_for(contender.method),
             [prompt],
             method=method.drafting,
             num_drafts=contender.budget,
@@ -164,6 +278,7 @@ def runner(target: Target, draft: Draft | None, baseline: Any, candidates: int |
             sample_drafts=method.sample_drafts,
             min_confidence=0.0 if method.all_drafts else None,
             matching_rule=method.matching_rule,
+            ngrams=drafting.ngrams,
         )
         return generation
 

@@ -1,4 +1,4 @@
-"""A bench directory's report: report.json with every figure, report.md to read, both made from what lies there.
+"""A bench directory's report: report.json with every figure, report.md and report.html to read, all made from it.
 
 Figures come from raw.jsonl alone and can be made again at any time, on any machine, without a model. Beside them stand
 what was recorded while measuring: settings.json (configuration and sessions), ties.json (margins of greedy texts that
@@ -7,14 +7,28 @@ differ) and breakdown.json (stages of a cycle).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from domino_spec.bench.breakdown import Breakdown
-from domino_spec.bench.figures import Figures, acceptance, contenders_of, figures, means
+from domino_spec.bench.figures import (
+    Against,
+    Figures,
+    acceptance,
+    against,
+    contenders_of,
+    draws_of,
+    figures,
+    means,
+    measured,
+)
+from domino_spec.bench.html import write_html
+from domino_spec.bench.intervals import LEVEL, RESAMPLES, Draws
 from domino_spec.bench.markdown import render
+from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import SETTINGS_FILE, Row, read_rows
 from domino_spec.bench.ties import compared_texts, find_partings, load_ties
 from domino_spec.config import UserError
@@ -23,49 +37,60 @@ from domino_spec.files import atomic_path, read_json, write_json
 REPORT_FILE, MARKDOWN_FILE, BREAKDOWN_FILE = "report.json", "report.md", "breakdown.json"
 
 
-def write_report(out: Path, plots: Sequence[str] = ()) -> dict[str, Any]:
-    """Write report.json and report.md of a bench directory; returns what report.json holds.
+def write_report(out: Path, plots: Sequence[str] = (), reference: str | None = None) -> dict[str, Any]:
+    """Write report.json, report.md and report.html of a bench directory; returns what report.json holds.
 
     Args:
         out: the directory.
-        plots: file names of plots in it, to show in report.md.
+        plots: file names of plots in it, to show.
+        reference: see `build_report`.
 
     Raises:
         UserError: it holds no measurements, or a file cannot be read or written.
     """
-    report = build_report(out)
+    report = build_report(out, reference)
     write_json(report, out / REPORT_FILE)
     with atomic_path(out / MARKDOWN_FILE) as scratch:
         scratch.write_text(render(report, plots), encoding="utf-8")
+    write_html(report, out, plots)
     return report
 
 
-def build_report(out: Path) -> dict[str, Any]:
+def build_report(out: Path, reference: str | None = None) -> dict[str, Any]:
     """Everything that report.json holds.
 
+    Args:
+        out: the directory.
+        reference: the method that the others are compared with; None for the first one measured that drafts.
+
     Raises:
-        UserError: `out` holds no measurements, or a file in it is malformed.
+        UserError: `out` holds no measurements, or none of the reference, or a file in it is malformed.
     """
     rows = read_rows(out)
     if not rows:
         raise UserError(f"{out} holds no measurements")
+    if reference is not None and reference not in {row.method for row in rows}:
+        raise UserError(f"{out} holds no measurements of {reference}")
     settings = read_json(out / SETTINGS_FILE)
-    contenders = contenders_of(rows)
+    contenders, draws = contenders_of(rows), draws_of(rows)
     suites = {name: [row for row in rows if row.suite == name] for name in dict.fromkeys(row.suite for row in rows)}
-    of_suites = {name: {c: figures(own, c) for c in contenders_of(own)} for name, own in suites.items()}
-    pooled = [figures(rows, contender) for contender in contenders]
-    return {
+    of_suites = {name: {c: measured(own, c, draws) for c in contenders_of(own)} for name, own in suites.items()}
+    pooled = [figures(measured(rows, contender, draws)) for contender in contenders]
+    report = {
         "settings": settings["configuration"],
         "sessions": settings["sessions"],
         "measured_runs": len(rows),
-        "suites": {name: [asdict(f) for f in found.values()] for name, found in of_suites.items()},
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES, "drawn": "whole conversations within each suite"},
+        "suites": {name: [asdict(figures(m)) for m in found.values()] for name, found in of_suites.items()},
         "mean": [asdict(means([found[c] for found in of_suites.values() if c in found])) for c in contenders],
         "pooled": [asdict(f) for f in pooled],
+        "against": [asdict(entry) for entry in _against(suites, contenders, settings, draws, reference)],
         "acceptance": [asdict(acceptance(rows, c)) for c in contenders if c.budget],
         "greedy_equality": _greedy_equality(out, rows),
         "differences": _differences(out, rows),
         "breakdown": [_with_prediction(b, pooled) for b in load_breakdowns(out)],
     }
+    return dict(json.loads(json.dumps(report)))  # with the lists of JSON, as whoever reads report.json has it
 
 
 def save_breakdowns(breakdowns: Sequence[Breakdown], out: Path) -> None:
@@ -82,6 +107,26 @@ def load_breakdowns(out: Path) -> list[Breakdown]:
         return [Breakdown(**value) for value in read_json(path)]
     except TypeError as error:
         raise UserError(f"{path} does not hold breakdowns ({error}): delete it and measure again") from None
+
+
+def _against(
+    suites: Mapping[str, Sequence[Row]],
+    contenders: Sequence[Contender],
+    settings: Mapping[str, Any],
+    draws: Draws,
+    reference: str | None,
+) -> list[Against]:
+    """Every method that drafts beside the reference of its temperature and, where the reference has it, its budget."""
+    order = settings["configuration"]["methods"]
+    found = []
+    for contender in contenders:
+        drafting = [c for c in contenders if c.budget and c.temperature == contender.temperature]
+        drafting.sort(key=lambda c: order.index(c.method) if c.method in order else len(order))
+        references = [c for c in drafting if c.method == (reference or drafting[0].method)]
+        if contender.budget and references and contender not in references:
+            same_budget = [c for c in references if c.budget == contender.budget]
+            found += against(suites, contender, (same_budget or references)[0], draws)
+    return found
 
 
 def _greedy_equality(out: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:

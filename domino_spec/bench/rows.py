@@ -18,6 +18,11 @@ from domino_spec.files import read_json, read_jsonl, write_json
 RAW_FILE, SETTINGS_FILE = "raw.jsonl", "settings.json"
 
 
+def turn_suffix(turn: int) -> str:
+    """What stands behind a conversation's id in the id of one of its turns."""
+    return "" if turn == 1 else f"#{turn}"
+
+
 class RunKey(NamedTuple):
     """What makes a run one of its kind within a bench."""
 
@@ -55,6 +60,13 @@ class Row:
     """`num_accepted + 1` of every pass, before stop and length cuts."""
     seconds_prefill: float
     seconds_decode: float
+    turn: int = 1
+    """Which turn of its conversation the prompt is, from 1 on; later ones hold the turns and answers before them."""
+
+    @property
+    def conversation(self) -> str:
+        """The id that all turns of a conversation share: what intervals draw anew."""
+        return self.id if self.turn == 1 else self.id.removesuffix(turn_suffix(self.turn))
 
     @property
     def key(self) -> RunKey:
@@ -96,8 +108,7 @@ def start_or_resume(out: Path, configuration: Mapping[str, Any]) -> list[Row]:
         raise UserError(f"{out} holds a raw.jsonl without the settings.json that says what it is: give another --out")
     else:
         write_json({"configuration": wanted, "sessions": []}, settings)
-    if raw.exists():
-        _cut_partial_line(raw)
+    cut_partial_line(raw)
     return read_rows(out)
 
 
@@ -109,16 +120,21 @@ def record_session(out: Path, session: Mapping[str, Any]) -> None:
 
 
 def append_row(out: Path, row: Row) -> None:
-    """Write one row at the end of raw.jsonl.
+    """Write one row at the end of raw.jsonl; raises as `append_line`."""
+    append_line(out / RAW_FILE, asdict(row))
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one line at the end of a JSONL file.
 
     Raises:
-        UserError: it could not be written; the rows before it are kept.
+        UserError: it could not be written; the lines before it are kept.
     """
     try:
-        with open(out / RAW_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {out / RAW_FILE}: {error.strerror}; what was measured before is kept") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; what was measured before is kept") from None
 
 
 def read_rows(out: Path) -> list[Row]:
@@ -134,7 +150,10 @@ def read_rows(out: Path) -> list[Row]:
     return [parse_settings(Row, row, f"{path} line {line}") for line, row in enumerate(rows, 1)]
 
 
-def _cut_partial_line(path: Path) -> None:
+def cut_partial_line(path: Path) -> None:
+    """Cut off a last line without its end, which a killed writer left; nothing where the file is whole or missing."""
+    if not path.exists():
+        return
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):

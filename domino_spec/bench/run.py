@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,21 @@ from domino_spec.api import default_min_confidence
 from domino_spec.bench import environment
 from domino_spec.bench.baseline import load_baseline
 from domino_spec.bench.breakdown import Breakdown, measure_breakdown, render_breakdown, synthetic_context
-from domino_spec.bench.measure import BATCH, Plan, Request, Say, encode_requests, measure
-from domino_spec.bench.methods import METHODS, TRANSFORMERS, Contender, check_methods, contenders, runner
+from domino_spec.bench.html import write_html
+from domino_spec.bench.measure import BATCH, Plan, Say, measure
+from domino_spec.bench.methods import Contender, Drafting, check_methods, contenders, method_of, runner
+from domino_spec.bench.peers import ASSISTED, DFLASH, PEERS, assisted_by, load_peers
 from domino_spec.bench.plots import write_plots
 from domino_spec.bench.report import build_report, load_breakdowns, save_breakdowns, write_report
 from domino_spec.bench.rows import Row, record_session, start_or_resume
 from domino_spec.bench.suites import Prompt, load_suite, prompts_digest
 from domino_spec.bench.ties import measure_ties, save_ties
+from domino_spec.bench.turns import Request, check_prompts, make_requests
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
-from domino_spec.draft.load import draft_directory, load_draft
+from domino_spec.draft.load import AnyDraft, draft_directory, load_draft
 from domino_spec.draft.model import Draft
+from domino_spec.drafters.ngram_model import NgramModel
+from domino_spec.drafters.vocabulary import FrequentTokens
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 
@@ -33,7 +38,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def run_bench(
     *,
     target: str,
-    draft: str | None,
+    drafts: Sequence[str],
     suites: Sequence[str],
     methods: Sequence[str],
     out: Path,
@@ -47,21 +52,26 @@ def run_bench(
     device: str = "auto",
     dtype: str = "auto",
     candidates: int | None = DEFAULT_CANDIDATES,
+    enable_thinking: bool = False,
+    assistant: str | None = None,
+    ranking: Path | None = None,
+    ngrams: Path | None = None,
     allow_other_target: bool = False,
     breakdown: bool = True,
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md and plots to `out`.
+    """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
-    Interrupted at any point, the same call goes on where it stopped.
+    Interrupted at any point, the same call goes on where it stopped. Of a conversation every turn is measured, after
+    the target's own greedy answers to the turns before it (`turns`).
 
     Args:
         target: embedded name, directory or hub id.
-        draft: embedded name, directory or hub id; None where no method needs one.
+        drafts: embedded names, directories or hub ids; a method uses the first one of the kind it was made for.
         suites: names or paths, see `suites.load_suite`.
-        methods: keys of `methods.METHODS`.
+        methods: as `methods.parse_method` reads them.
         out: the bench directory, made when missing.
-        limit: prompts per suite; None for all.
+        limit: conversations per suite; None for all.
         max_new_tokens: per prompt.
         temperatures: each method runs at each; 0 is greedy.
         num_drafts: budgets, drafts per pass; empty for every method's most.
@@ -71,6 +81,10 @@ def run_bench(
         device: "auto", "cpu" or a CUDA device.
         dtype: one of `DTYPES`.
         candidates: K of the head's restricted candidates; None for the whole draft vocabulary.
+        enable_thinking: of targets whose chat template knows it.
+        assistant: a transformers model, for the methods that are assisted by one.
+        ranking: tokens by frequency (`drafters.vocabulary`), for methods with `@SIZE`.
+        ngrams: counts of text (`drafters.ngram_model`), for method `dart`.
         allow_other_target: accept a draft trained for other weights of the same shape.
         breakdown: time the stages of a cycle too, at a real context.
         say: takes lines of progress; None prints them to stderr.
@@ -86,21 +100,37 @@ def run_bench(
     _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
     check_methods(methods, temperatures)
     prompts = _load_suites(suites, limit)
-    loaded, drafted = _load_models(target, draft, threads, device, dtype, allow_other_target)
-    requests = encode_requests(loaded, prompts, max_new_tokens)
-    plan = Plan(requests, contenders(loaded, drafted, methods, num_drafts, temperatures), repeats, max_new_tokens, seed)
-    planned = len(requests) * len(plan.contenders) * repeats
+    loaded, drafted = _load_models(target, drafts, threads, device, dtype, allow_other_target)
+    check_prompts(loaded, prompts, max_new_tokens, enable_thinking)
+    drafting = Drafting(
+        loaded,
+        drafted,
+        None if ranking is None else FrequentTokens.load(ranking),
+        None if ngrams is None else NgramModel.load(ngrams),
+    )
+    competing = contenders(drafting, methods, num_drafts, temperatures)
+    planned = sum(len(prompt.turns) for prompt in prompts) * len(competing) * repeats
+    names = list(dict.fromkeys(prompt.suite for prompt in prompts))
+    outside = [c.method for c in competing if method_of(c.method).drafting is None]
+    baseline = load_baseline(loaded) if outside else None
+    names_of = {id(draft): name for draft, name in zip(drafted, drafts, strict=True)}
+    taken = {c.method: names_of.get(id(drafting.draft_for(c.method.partition("@")[0]))) for c in competing}
+    peers = load_peers(baseline, loaded, outside, taken.get(DFLASH), assistant) if {*outside} & {*PEERS} else None
     configuration = {
         "target": target,
         "target_fingerprint": loaded.fingerprint,
-        "draft": draft,
-        "draft_digest": None if draft is None else _weights_digest(draft),
-        "suites": {name: sum(p.suite == name for p in prompts) for name in dict.fromkeys(p.suite for p in prompts)},
+        "drafts": [{"name": name, "digest": _weights_digest(name)} for name in drafts],
+        "draft_of_method": {method: name for method, name in taken.items() if name is not None},
+        "ranking": None if ranking is None else {"name": str(ranking), "digest": _digest([ranking])},
+        "ngrams": None if ngrams is None else {"name": str(ngrams), "digest": _digest([ngrams])},
+        "assistant": assisted_by(loaded, assistant) if ASSISTED in outside else assistant,
+        "suites": {name: sum(p.suite == name for p in prompts) for name in names},
+        "turns": {name: sum(len(p.turns) for p in prompts if p.suite == name) for name in names},
         "prompts_digest": prompts_digest(prompts),
         "limit": limit,
         "methods": methods,
         "temperatures": temperatures,
-        "num_drafts": sorted({c.budget for c in plan.contenders if c.budget}),
+        "num_drafts": sorted({c.budget for c in competing if c.budget}),
         "candidates": candidates,
         "min_confidence": default_min_confidence(loaded.device),
         "max_new_tokens": max_new_tokens,
@@ -113,19 +143,24 @@ def run_bench(
         "device_name": environment.device_name(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "packed_weights": loaded.packed,
-        "thinking": False,
+        "thinking": enable_thinking,
     }
     rows = start_or_resume(out, configuration)
     if len(rows) < planned:
         record_session(out, environment.session(len(rows)))
-        baseline = load_baseline(loaded) if TRANSFORMERS in methods else None
-        rows = measure(plan, runner(loaded, drafted, baseline, candidates), out, rows, say)
+    requests = make_requests(loaded, prompts, max_new_tokens, out, enable_thinking, say)
+    plan = Plan(requests, competing, repeats, max_new_tokens, seed)
+    if len(rows) < planned:
+        run = runner(drafting, baseline, candidates, peers)
+        rows = measure(plan, run, out, rows, say)
     save_ties(measure_ties(loaded, requests, rows), out)
-    if breakdown and drafted is not None and not load_breakdowns(out):
+    if breakdown and drafted and not load_breakdowns(out):
         say("timing the stages of a cycle")
-        save_breakdowns(_breakdowns(loaded, drafted, plan, rows, candidates), out)
-    report = write_report(out, write_plots(build_report(out), out))
-    say(f"wrote {out / 'report.md'}")
+        save_breakdowns(_breakdowns(drafting, plan, rows, candidates), out)
+    plots = write_plots(build_report(out), out)
+    report = write_report(out, plots)
+    write_html(report, out, plots)
+    say(f"wrote {out / 'report.md'} and {out / 'report.html'}")
     return report
 
 
@@ -159,8 +194,9 @@ def run_profile(
     Raises:
         UserError: an option that cannot be used.
     """
-    loaded, drafted = _load_models(target, draft, threads, device, dtype)
-    assert drafted is not None
+    loaded, (drafted,) = _load_models(target, [draft], threads, device, dtype)
+    if not isinstance(drafted, Draft):
+        raise UserError(f"{draft} has no backbone whose stages could be timed: give a DFlash or a Domino draft")
     text = synthetic_context(loaded, context)
     method = "dflash" if drafted.head is None else "domino"
     budgets: list[int | None] = [*num_drafts] or [None]
@@ -190,43 +226,50 @@ def _load_suites(suites: Sequence[str], limit: int | None) -> list[Prompt]:
 
 
 def _load_models(
-    target: str, draft: str | None, threads: int | None, device: str, dtype: str, allow_other_target: bool = False
-) -> tuple[Target, Draft | None]:
+    target: str, drafts: Sequence[str], threads: int | None, device: str, dtype: str, allow_other_target: bool = False
+) -> tuple[Target, list[AnyDraft]]:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if threads is not None:
         _check_numbers(threads=threads)
         torch.set_num_threads(threads)
     loaded = load_target(target, dtype=dtype, device=device)
-    return loaded, None if draft is None else load_draft(draft, loaded, allow_other_target=allow_other_target)
+    return loaded, [load_draft(draft, loaded, allow_other_target=allow_other_target) for draft in drafts]
 
 
 def _weights_digest(draft: str) -> str:
     """A short name for the draft's files, so that a retrained draft at the same place is noticed."""
-    digest = hashlib.sha256()
     directory = draft_directory(draft)
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    return _digest(sorted([directory / "config.json", *directory.glob("*.safetensors")]))
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
 
 
-def _breakdowns(
-    target: Target, draft: Draft, plan: Plan, rows: Sequence[Row], candidates: int | None
-) -> list[Breakdown]:
-    """The stages of every greedy block method, in the middle of the answer to the prompt of median length."""
+def _breakdowns(drafting: Drafting, plan: Plan, rows: Sequence[Row], candidates: int | None) -> list[Breakdown]:
+    """The stages of every greedy chain of a block draft, in the middle of the answer to the prompt of median length."""
     request = sorted(plan.requests, key=lambda r: len(r.token_ids))[len(plan.requests) // 2]
     context = _middle_of_answer(request, rows)
     wanted: dict[Contender, None] = {}
     for c in plan.contenders:
-        drafting = METHODS[c.method].drafting
-        if drafting in ("domino", "dflash"):
-            wanted[Contender(drafting, c.budget, 0.0)] = None
-    return [
-        measure_breakdown(target, draft, context, method=c.method, num_drafts=c.budget, candidates=candidates)
-        for c in wanted
-    ]
+        if c.method in ("domino", "dflash"):
+            wanted[Contender(c.method, c.budget, 0.0)] = None
+    found = []
+    for c in wanted:
+        draft = drafting.draft_for(c.method)
+        assert isinstance(draft, Draft)
+        found.append(
+            measure_breakdown(
+                drafting.target, draft, context, method=c.method, num_drafts=c.budget, candidates=candidates
+            )
+        )
+    return found
 
 
 def _middle_of_answer(request: Request, rows: Sequence[Row]) -> list[int]:

@@ -35,11 +35,11 @@ def load_suite(name_or_path: str | Path, limit: int | None = None) -> list[Promp
     Args:
         name_or_path: a name in `BENCHMARKS`, or the path of a JSONL file with {"id", "turns"} a line, whose stem then
             names the suite.
-        limit: at most this many prompts; None for all.
+        limit: at most this many prompts, each with all its turns; None for all.
 
     Raises:
-        UserError: an unknown name, a missing or malformed file (naming the line), the `datasets` library or the
-            network missing for a benchmark's name.
+        UserError: an unknown name, a missing or malformed file (naming the line), no prompts in it, or the `datasets`
+            library or the network missing for a benchmark's name.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1 prompt a suite, got {limit}")
@@ -80,4 +80,7 @@ def _load_file(path: Path, limit: int | None) -> list[Prompt]:
 
 def _load_benchmark(name: str, limit: int | None) -> list[Prompt]:
     turns = islice(benchmark_turns(name), limit)
-    return [Prompt(name, f"{name}/{index}", tuple(texts)) for index, texts in enumerate(turns)]
+    prompts = [Prompt(name, f"{name}/{index}", tuple(texts)) for index, texts in enumerate(turns)]
+    if not prompts:
+        raise UserError(f"the data set of suite {name} holds no prompts; give the path of a JSONL file instead")
+    return prompts

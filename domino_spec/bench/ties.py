@@ -7,12 +7,13 @@ the first difference: the margin between its two best logits, beside how far rou
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from domino_spec.bench.measure import Request
 from domino_spec.bench.rows import Row
+from domino_spec.bench.turns import Request
 from domino_spec.config import parse_settings
 from domino_spec.files import read_json, write_json
 from domino_spec.target.margin import top_two
@@ -76,6 +77,36 @@ def compared_texts(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
             if other is not None:
                 pairs.append((row, other))
     return pairs
+
+
+class TextCheck:
+    """Compares greedy texts as they are measured, so that a fault shows at its first run and not in the report."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        """Starts with rows that were measured before."""
+        self._tasks: defaultdict[tuple[str, str, int], list[Row]] = defaultdict(list)
+        self._compared = self._different = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> list[str]:
+        """Compare a new row with what is there of its prompt and repeat; returns a line for each text that differs."""
+        task = self._tasks[row.suite, row.id, row.repeat]
+        task.append(row)
+        found = []
+        for own, reference in compared_texts(task):
+            if own is not row and reference is not row:
+                continue
+            self._compared += 1
+            position = first_difference(own.token_ids, reference.token_ids)
+            if position is not None:
+                self._different += 1
+                name = own.method + (f"({own.budget})" if own.budget else "")
+                found.append(
+                    f"the text of {name} differs from that of {reference.method} after {position} equal tokens; "
+                    f"so far {self._different} of {self._compared} greedy texts differ"
+                )
+        return found
 
 
 def find_partings(rows: Sequence[Row]) -> list[Parting]:

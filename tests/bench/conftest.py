@@ -17,6 +17,8 @@ from tests import tiny
 METHODS = ["none", "domino", "dflash", "ngram", "domino-tree", "domino-argmax", "domino-matching", "transformers"]
 MAX_NEW_TOKENS = 7
 PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21"]}
+TURNS = {"sums": ["w1"], "words": []}
+"""What the user says after the answer to each prompt of a suite."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Disk:
         """Options of a small bench."""
         return {
             "target": self.target,
-            "draft": self.draft,
+            "drafts": [self.draft],
             "suites": self.suites,
             "methods": METHODS,
             "out": out,
@@ -56,7 +58,7 @@ def disk(tmp_path_factory) -> Disk:
     suites = []
     for name, prompts in PROMPTS.items():
         path = root / f"{name}.jsonl"
-        lines = [json.dumps({"id": f"{name}/{i}", "turns": [p, "w1"]}) for i, p in enumerate(prompts)]
+        lines = [json.dumps({"id": f"{name}/{i}", "turns": [p, *TURNS[name]]}) for i, p in enumerate(prompts)]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         suites.append(str(path))
     return Disk(str(root / "target"), str(root / "draft"), suites)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import pytest
 
-from domino_spec.bench.measure import WARM_UP_TOKENS, Plan, Request, measure
+from domino_spec.bench.measure import WARM_UP_TOKENS, Plan, measure
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
 from domino_spec.bench.run import run_bench
+from domino_spec.bench.turns import Request
 from domino_spec.config import UserError
 from domino_spec.decoding.generate import Generation
 from tests.bench.conftest import read_raw
@@ -20,6 +22,7 @@ CONFIGURATION = {"target": "t", "seed": 5}
 KEYS = [  # DESIGN section 8
     *("suite", "id", "method", "budget", "temperature", "seed", "repeat", "batch", "threads", "prompt_tokens"),
     *("token_ids", "num_verify_passes", "num_drafts", "acceptance_lengths", "seconds_prefill", "seconds_decode"),
+    "turn",
 ]
 
 
@@ -94,6 +97,82 @@ def test_an_interrupted_bench_ends_with_the_same_rows_and_no_duplicate(tmp_path,
     assert len(read_raw(cut)) == len({row.key for row in read_rows(cut)}) == 36
 
 
+def test_an_interruption_at_every_single_run_costs_that_run_alone(tmp_path):
+    """Ctrl-C again and again: every session measures one run more, in the order of an unbroken bench."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start_or_resume(whole, CONFIGURATION)
+    expected = measure(plan(repeats=1), fake_run, whole, [], lambda line: None)
+    for session in range(len(expected) + 1):
+        rows = start_or_resume(broken, CONFIGURATION)
+        assert rows == expected[:session]
+        left = [1]
+
+        def run(contender, prompt, seed, max_new_tokens, left=left):
+            if max_new_tokens == 20:  # no warm-up
+                if not left:
+                    raise KeyboardInterrupt
+                left.pop()
+            return fake_run(contender, prompt, seed, max_new_tokens)
+
+        with nullcontext() if session >= len(expected) - 1 else pytest.raises(KeyboardInterrupt):
+            measure(plan(repeats=1), run, broken, rows, lambda line: None)
+    assert (broken / "raw.jsonl").read_bytes() == (whole / "raw.jsonl").read_bytes()
+
+
+def test_a_text_that_differs_is_said_at_once(tmp_path):
+    """By the line after its run, with the first difference, and again after an interruption with all counts."""
+    said = []
+
+    def run(contender, prompt, seed, max_new_tokens):
+        tokens = [7] * (max_new_tokens if contender.method != "domino" else 11)
+        if contender.method == "domino" and len(prompt) == 2:
+            tokens[4] = 8
+        lengths = [1] * len(tokens)
+        return Generation(prompt, tokens, acceptance_lengths=lengths, num_drafts=[0] * len(tokens), seconds_decode=1.0)
+
+    def say(line):
+        said.append(line)
+        if "x/1" in line and "differs" in line and len(read_rows(tmp_path)) < 12:
+            raise KeyboardInterrupt
+
+    few = replace(
+        plan(repeats=1), contenders=[Contender("none", 0, 0.0), Contender("domino", 4, 0.0)], max_new_tokens=11
+    )
+    start_or_resume(tmp_path, CONFIGURATION)
+    with pytest.raises(KeyboardInterrupt):
+        measure(few, run, tmp_path, [], say)
+    measure(few, run, tmp_path, start_or_resume(tmp_path, CONFIGURATION), say)
+    different = [line for line in said if "differs" in line]
+    text = "the text of domino(4) differs from that of none after 4 equal tokens; so far"
+    assert different == [
+        f"[4/12] x/1: {text} 1 of 2 greedy texts differ",
+        f"[10/12] y/1: {text} 2 of 5 greedy texts differ",
+    ]
+
+
+def test_sampled_texts_differ_without_a_word(tmp_path):
+    said = []
+    warm = replace(plan(1), contenders=[Contender("none", 0, 1.0), Contender("domino", 4, 1.0)])
+    start_or_resume(tmp_path, CONFIGURATION)
+    measure(warm, fake_run, tmp_path, [], said.append)
+    assert len(said) == 6 and not any("differs" in line for line in said)
+
+
+def test_rows_of_a_bench_without_turns_still_parse(tmp_path):
+    start_or_resume(tmp_path, CONFIGURATION)
+    rows = measure(plan(1), fake_run, tmp_path, [], lambda line: None)
+    old = [{name: value for name, value in row.items() if name != "turn"} for row in read_raw(tmp_path)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert read_rows(tmp_path) == rows and {row.turn for row in rows} == {1}
+
+
+def test_turns_of_a_conversation_share_its_id():
+    row = Row("s", "a#2", "none", 0, 0.0, 0, 0, 1, 1, 3, (), 0, (), (), 0.0, 0.0)
+    assert row.conversation == "a#2", "an id may hold such a mark of its own"
+    assert replace(row, turn=2).conversation == replace(row, id="a").conversation == "a"
+    assert replace(row, id="a#10", turn=10).conversation == "a"
+
+
 def test_a_finished_bench_measures_nothing_again(tmp_path):
     start_or_resume(tmp_path, CONFIGURATION)
     rows = measure(plan(), fake_run, tmp_path, [], lambda line: None)
@@ -142,7 +221,7 @@ def test_a_real_bench_killed_in_the_middle_goes_on(disk, finished, tmp_path):
 
     def dying(line):
         said.append(line)
-        if len(said) == 2:
+        if len(said) == 4:  # two lines of earlier answers, then the second prompt's
             raise KeyboardInterrupt
 
     fewer = {"methods": ["none", "domino", "domino-matching"], "repeats": 1}

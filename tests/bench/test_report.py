@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 
 from domino_spec.bench.figures import AGREEMENT
+from domino_spec.bench.intervals import RESAMPLES, tail_share
 from domino_spec.bench.report import build_report, write_report
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.ties import Tie, find_partings, load_ties, save_ties
@@ -17,6 +20,7 @@ from domino_spec.config import UserError
 from tests.bench.conftest import read_raw
 
 CONTENDER = ("method", "budget", "temperature")
+INTERVALS = {"tau", "speedup_over_none", "speedup_over_transformers", "cost_ratio"}
 
 
 def named(entries: list[dict]) -> dict[tuple, dict]:
@@ -66,6 +70,7 @@ class Recomputed:
         speedup = self.pace(none) / self.pace(self.rows)
         return {
             "prompts": len({(r["suite"], r["id"]) for r in self.rows}),
+            "conversations": len({(r["suite"], r["id"].partition("#")[0]) for r in self.rows}),
             "runs": len(self.rows),
             "tokens": sum(len(r["token_ids"]) for r in self.rows),
             "passes": len(lengths),
@@ -108,7 +113,7 @@ def test_every_figure_can_be_recomputed_from_the_raw_rows(report, raw):
     for entries, rows in sets:
         for contender, entry in named(entries).items():
             expected = Recomputed(rows, contender).figures()
-            assert set(entry) == {*CONTENDER, *expected}
+            assert set(entry) == {*CONTENDER, *expected, *(f"{name}_interval" for name in INTERVALS)}
             for name, value in expected.items():
                 assert entry[name] == pytest.approx(value), (contender, name)
 
@@ -117,7 +122,7 @@ def test_means_are_unweighted_over_suites(report):
     for contender, entry in named(report["mean"]).items():
         of_suites = [named(entries)[contender] for entries in report["suites"].values()]
         assert entry["suites"] == len(of_suites) == 2
-        for name in set(entry) - {*CONTENDER, "suites"}:
+        for name in set(entry) - {*CONTENDER, "suites", *(f"{name}_interval" for name in INTERVALS)}:
             assert entry[name] == pytest.approx(mean(suite[name] for suite in of_suites)), (contender, name)
 
 
@@ -152,7 +157,7 @@ def test_greedy_equality_can_be_recomputed_from_the_raw_rows(report, raw):
             for (method, budget, prompt, repeat), tokens in greedy.items()
             if (method, budget) == (entry["method"], entry["budget"])
         ]
-        assert entry["compared"] == len(texts) == 6
+        assert entry["compared"] == len(texts) == 10
         assert entry["equal"] == sum(own == other for own, other in texts)
     methods = ("domino", "dflash", "ngram", "domino-tree")
     assert seen == {(m, r) for m in methods for r in ("none", "transformers")} | {("transformers", "none")}
@@ -189,19 +194,55 @@ def test_the_report_says_what_it_was_measured_with(finished, report):
     assert settings["num_drafts"] == [2, 4] and settings["suites"] == {"sums": 2, "words": 1}
     assert session["command"] and session["versions"]["torch"] and "commit" in session
     markdown = (finished / "report.md").read_text()
-    for text in (settings["target_fingerprint"], session["started"], settings["device_name"], "1 threads"):
+    words = (settings["target_fingerprint"], session["started"], settings["device_name"], "1 threads")
+    for text in (*words, "thinking off", "sums (2 conversations, 4 turns), words (1)", *settings["drafts"][0].values()):
         assert text in markdown
 
 
-def test_tables_show_the_reports_figures(finished, report):
-    lines = (finished / "report.md").read_text().splitlines()
-    entry = named(report["mean"])["domino", 4, 0.0]
-    taus = [named(entries)["domino", 4, 0.0]["tau"] for entries in report["suites"].values()]
-    assert "| domino (4) | " + " | ".join(f"{tau:.2f}" for tau in [*taus, entry["tau"]]) + " |" in lines
-    text = "\n".join(lines)
-    for heading in ("Temperature 0", "Temperature 1", "Same text", "Where a cycle goes", "Definitions"):
-        assert f"## {heading}" in text
-    assert "Unfinished" not in text
+def test_intervals_can_be_recomputed_from_the_raw_rows(report, raw):
+    """Suite `sums` has two conversations, drawn anew by a generator that the suite's name seeds."""
+    seed = int.from_bytes(hashlib.sha256(b"sums").digest()[:4], "big")
+    drawn = torch.randint(2, (RESAMPLES, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    tail = tail_share(2, 1)
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    for contender, entry in named(report["suites"]["sums"]).items():
+        own = [Recomputed([r for r in raw if r["id"].startswith(f"sums/{i}")], contender) for i in (0, 1)]
+        resampled = defaultdict(list)
+        for draw in drawn:
+            lengths = [n for i in draw for row in own[i].rows for n in row["acceptance_lengths"]]
+            mine, none = (
+                [row for i in draw for row in of[i]] for of in ([o.rows for o in own], [o.others["none"] for o in own])
+            )
+            resampled["tau"].append(mean(lengths))
+            resampled["speedup_over_none"].append(Recomputed.pace(none) / Recomputed.pace(mine))
+            resampled["cost_ratio"].append(Recomputed.step(mine) / Recomputed.step(none))
+        for name, values in resampled.items():
+            expected = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
+            assert entry[f"{name}_interval"] == pytest.approx(expected), (contender, name)
+    assert report["intervals"] == {"level": 0.95, "resamples": RESAMPLES, "drawn": report["intervals"]["drawn"]}
+    for entries in (report["suites"]["words"], report["mean"], report["pooled"]):  # one prompt says nothing of others
+        assert {entry[f"{name}_interval"] for entry in entries for name in INTERVALS} == {None}
+
+
+def test_methods_are_compared_with_the_first_that_drafts(report):
+    found = {(*(e[k] for k in CONTENDER), e["suite"]): e for e in report["against"]}
+    assert {(e["reference"], e["temperature"]) for e in found.values()} == {("domino", 0.0), ("domino", 1.0)}
+    assert all(e["reference_budget"] == e["budget"] for e in found.values())
+    drafting = {c for c in named(report["pooled"]) if c[1]}
+    assert {c[:3] for c in found} == {c for c in drafting if c[0] != "domino"}
+    for (*contender, suite), entry in found.items():
+        side = named(report["mean"] if suite is None else report["suites"][suite])
+        own, reference = side[tuple(contender)], side[("domino", *contender[1:])]
+        assert entry["tau_ratio"] == pytest.approx(own["tau"] / reference["tau"])
+        assert entry["speed_ratio"] == pytest.approx(own["tokens_per_second"] / reference["tokens_per_second"])
+        assert (entry["tau_ratio_interval"] is None) == (suite != "sums")
+
+
+def test_another_reference_can_be_chosen(finished):
+    entries = build_report(finished, reference="ngram")["against"]
+    assert {e["reference"] for e in entries} == {"ngram"} and "domino" in {e["method"] for e in entries}
+    with pytest.raises(UserError, match="holds no measurements of eagle3"):
+        build_report(finished, reference="eagle3")
 
 
 def test_the_breakdown_predicts_the_speedup_that_is_measured_beside_it(report):

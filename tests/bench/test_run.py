@@ -10,14 +10,15 @@ import torch
 from domino_spec import generate
 from domino_spec.api import TREE_BUDGET, default_min_confidence
 from domino_spec.bench.baseline import load_baseline, transformers_generate
-from domino_spec.bench.methods import Contender, contenders, runner
+from domino_spec.bench.methods import Contender, Drafting, contenders, runner
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.run import run_bench, run_profile
 from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.load import load_draft
 from domino_spec.target.load import load_target
 from tests import tiny
-from tests.bench.conftest import MAX_NEW_TOKENS, METHODS, PROMPTS, read_raw
+from tests.bench.conftest import MAX_NEW_TOKENS, METHODS, PROMPTS, TURNS, read_raw
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def test_every_run_is_measured_once(finished):
             for method in METHODS:
                 for temperature in (1.0,) if method in ("domino-argmax", "domino-matching") else (0.0, 1.0):
                     for budget in budgets.get(method, [2, 4]):
-                        expected |= {(suite, f"{suite}/{i}", method, budget, temperature, r) for r in (0, 1)}
+                        for id_ in (f"{suite}/{i}", f"{suite}/{i}#2")[: 1 + len(TURNS[suite])]:
+                            expected |= {(suite, id_, method, budget, temperature, r) for r in (0, 1)}
     assert {row.key for row in rows} == expected
     assert len(rows) == len(expected)
 
@@ -55,10 +57,19 @@ def test_rows_hold_what_decoding_did(finished):
 
 def test_greedy_texts_of_all_methods_equal_plain_decoding_and_transformers(finished, loaded):
     model = load_baseline(loaded)
-    texts = {suite: [loaded.tokenizer(f"w1 {p} w2")["input_ids"] for p in ps] for suite, ps in PROMPTS.items()}
+
+    def encode(text):
+        return loaded.tokenizer(text)["input_ids"]
+
+    texts = {}
+    for suite, prompts in PROMPTS.items():
+        for i, prompt in enumerate(prompts):
+            first = texts[f"{suite}/{i}"] = encode(f"w1 {prompt} w2")
+            answer = loaded.tokenizer.decode(tiny.plain_greedy(model, first, MAX_NEW_TOKENS), skip_special_tokens=True)
+            texts[f"{suite}/{i}#2"] = encode(f"w1 {prompt} w2 w1 {answer} w2 w1 {' '.join(TURNS[suite])} w2")
     for row in read_rows(finished):
         if row.temperature == 0:
-            prompt = texts[row.suite][int(row.id.split("/")[1])]
+            prompt = texts[row.id]
             assert row.prompt_tokens == len(prompt)
             assert list(row.token_ids) == tiny.plain_greedy(model, prompt, MAX_NEW_TOKENS)[: len(row.token_ids)]
             assert len(row.token_ids) == MAX_NEW_TOKENS or row.token_ids[-1] == tiny.EOS
@@ -102,7 +113,7 @@ def test_the_outside_baseline_samples_by_its_seed(loaded):
 def test_names_say_how_drafts_are_made_and_accepted(loaded, disk, method):
     """Above temperature 0, where the ways to draft and to accept are methods of their own."""
     draft, prompt = load_draft(disk.draft, loaded), [1, 4, 5, 4, 2]
-    run = runner(loaded, draft, None, candidates=16)
+    run = runner(Drafting(loaded, [draft]), None, candidates=16)
     ways = {method: dict(sample_drafts=True), f"{method}-argmax": dict(sample_drafts=False)}
     if method == "domino":
         ways["domino-matching"] = dict(sample_drafts=True, matching_rule=True)
@@ -127,11 +138,13 @@ def test_trees_are_methods_of_their_own(loaded, disk):
         "domino-tree-confident": ("domino-tree", default_min_confidence(loaded.device)),
         "domino-tree+ngram": ("domino-tree+ngram", default_min_confidence(loaded.device)),
     }
-    assert contenders(loaded, draft, [*ways], [], [0.0]) == [Contender(name, TREE_BUDGET, 0.0) for name in ways]
-    assert contenders(loaded, draft, ["domino-tree"], [7, 16], [1.0]) == [
+    assert contenders(Drafting(loaded, [draft]), [*ways], [], [0.0]) == [
+        Contender(name, TREE_BUDGET, 0.0) for name in ways
+    ]
+    assert contenders(Drafting(loaded, [draft]), ["domino-tree"], [7, 16], [1.0]) == [
         Contender("domino-tree", budget, 1.0) for budget in (7, 16)
     ]
-    run = runner(loaded, draft, None, candidates=16)
+    run = runner(Drafting(loaded, [draft]), None, candidates=16)
     sizes = {}
     for name, (method, min_confidence) in ways.items():
         found = run(Contender(name, 7, 1.0), prompt, 3, 16)
@@ -153,12 +166,13 @@ def test_a_report_copes_with_chains_and_trees_of_other_budgets(disk, tmp_path):
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| domino-tree (11) |" in markdown and "![acceptance by position](acceptance_by_position.png)" in markdown
     positions = [line for line in markdown.splitlines() if ", T = 0 |" in line]
-    assert len(positions) == 3 and {line.count("|") for line in positions} == {TREE_BUDGET + 2}
+    reached = max(sum(share > 0 for share in entry["by_position"]) for entry in report["acceptance"])
+    assert len(positions) == 3 and {line.count("|") for line in positions} == {reached + 1 + 2}
 
 
 def test_budgets_beyond_a_methods_most_are_measured_once(target):
     draft = tiny.tiny_draft(target)  # five drafts at most
-    found = contenders(target, draft, ["none", "domino", "ngram"], [3, 7, 16], [0.0])
+    found = contenders(Drafting(target, [draft]), ["none", "domino", "ngram"], [3, 7, 16], [0.0])
     assert found == [
         Contender("none", 0, 0.0),
         Contender("domino", 3, 0.0),
@@ -167,7 +181,7 @@ def test_budgets_beyond_a_methods_most_are_measured_once(target):
         Contender("ngram", 7, 0.0),
         Contender("ngram", 8, 0.0),
     ]
-    assert contenders(target, draft, ["domino"], [], [0.0]) == [Contender("domino", 5, 0.0)]
+    assert contenders(Drafting(target, [draft]), ["domino"], [], [0.0]) == [Contender("domino", 5, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,7 @@ def test_budgets_beyond_a_methods_most_are_measured_once(target):
         ({"threads": 0}, "threads of at least 1"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
-        ({"draft": None}, "needs a draft"),
+        ({"drafts": []}, "needs a draft"),
         ({"max_new_tokens": 510}, "exceeds the context of 512 tokens"),
     ],
 )
@@ -196,6 +210,47 @@ def test_what_a_user_gets_wrong_is_one_line_before_anything_is_measured(disk, tm
         run_bench(**disk.options(tmp_path / "out", **changes))
     assert complaint in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "raw.jsonl").exists()
+
+
+def test_a_draft_for_another_target_is_refused_before_anything_is_measured(disk, tmp_path):
+    model = tiny.tiny_model(seed=9, eos_token_id=tiny.EOS, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "target")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "target")
+    with pytest.raises(UserError, match="was trained for a target with fingerprint") as error:
+        run_bench(**disk.options(tmp_path / "out", target=str(tmp_path / "target")))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_malformed_file_of_prompts_is_named_with_its_line(disk, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": "a", "turns": ["w3"]}\n{"id": "b", "turns": "w3"}\n')
+    with pytest.raises(UserError, match=r"mine\.jsonl line 2: key 'turns' must be list"):
+        run_bench(**disk.options(tmp_path / "out", suites=[str(path)]))
+
+
+def test_thinking_is_part_of_the_configuration(disk, finished, tmp_path):
+    """Another setting of it cannot join measurements made without."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("settings.json", "raw.jsonl"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    with pytest.raises(UserError, match="holds measurements with thinking False, not True"):
+        run_bench(**disk.options(out, enable_thinking=True))
+    with pytest.raises(UserError, match="holds measurements with assistant None, not 'small'"):
+        run_bench(**disk.options(out, assistant="small"))
+
+
+def test_all_drafts_are_recorded(disk, tmp_path):
+    other = load_draft(disk.draft, load_target(disk.target, pack=False))
+    other.head.embed_proj[-1].weight.data.add_(1)
+    save_draft(other, tmp_path / "other")
+    fewer = {"methods": ["none", "domino"], "limit": 1, "repeats": 1, "temperatures": [0.0], "num_drafts": [2]}
+    drafts = [disk.draft, str(tmp_path / "other")]
+    report = run_bench(**disk.options(tmp_path / "out", drafts=drafts, suites=disk.suites[1:], **fewer))
+    recorded = report["settings"]["drafts"]
+    assert [draft["name"] for draft in recorded] == drafts and len({draft["digest"] for draft in recorded}) == 2
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"{draft['name']} (weights {draft['digest']})" in markdown for draft in recorded)
 
 
 def test_suites_of_the_same_name_are_refused(disk, tmp_path):
@@ -210,7 +265,7 @@ def test_a_changed_draft_or_suite_is_another_configuration(disk, finished, tmp_p
     for name in ("settings.json", "raw.jsonl"):
         (out / name).write_bytes((finished / name).read_bytes())
     settings = json.loads((out / "settings.json").read_text())
-    for name in ("draft_digest", "prompts_digest", "device_name"):
+    for name in ("drafts", "prompts_digest", "device_name"):
         changed = settings | {"configuration": settings["configuration"] | {name: "another"}}
         (out / "settings.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"holds measurements with {name} 'another'"):
@@ -220,9 +275,9 @@ def test_a_changed_draft_or_suite_is_another_configuration(disk, finished, tmp_p
 
 def test_a_bench_without_a_draft_needs_none(disk, tmp_path):
     fewer = {"methods": ["none", "ngram"], "limit": 1, "repeats": 1, "temperatures": [0.0]}
-    report = run_bench(**disk.options(tmp_path / "out", draft=None, breakdown=True, **fewer))
-    assert report["settings"]["draft"] is None and report["breakdown"] == []
-    assert report["settings"]["num_drafts"] == [2, 4] and report["measured_runs"] == 2 * 3
+    report = run_bench(**disk.options(tmp_path / "out", drafts=[], breakdown=True, **fewer))
+    assert report["settings"]["drafts"] == [] and report["breakdown"] == []
+    assert report["settings"]["num_drafts"] == [2, 4] and report["measured_runs"] == 3 * 3
 
 
 def test_a_profile_writes_its_stages(disk, tmp_path):

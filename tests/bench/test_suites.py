@@ -90,6 +90,32 @@ def test_a_benchmark_without_the_network_says_what_to_do(monkeypatch):
         assert "\n" not in str(error.value)
 
 
+def test_a_benchmark_that_could_be_cached_says_where(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    stand_in(monkeypatch, load_dataset)
+    for name in ("gsm8k", "livecodebench"):
+        with pytest.raises(UserError, match=f"cannot get suite {name} from the hub") as error:
+            load_suite(name, 1)
+        assert ("HF_HOME names a cache that holds it" in str(error.value)) == (name == "gsm8k"), "streams are not kept"
+
+
+def test_a_suite_without_prompts_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match=r"mine\.jsonl holds no rows"):
+        load_suite(tmp_path / "mine.jsonl")
+    stand_in(monkeypatch, lambda *args, **options: [])
+    with pytest.raises(UserError, match="data set of suite gsm8k holds no prompts"):
+        load_suite("gsm8k")
+
+
+def test_a_limit_counts_conversations(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f'{GOOD}\n{{"id": "b", "turns": ["x", "y", "z"]}}\n{{"id": "c", "turns": ["x"]}}\n')
+    assert [len(prompt.turns) for prompt in load_suite(path, limit=2)] == [2, 3]
+
+
 def test_every_benchmark_becomes_the_same_first_prompts(monkeypatch):
     assert set(PUBLIC_ROWS) == set(BENCHMARKS)
     for name, row in PUBLIC_ROWS.items():

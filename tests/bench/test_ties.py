@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from domino_spec.bench.measure import Request
 from domino_spec.bench.rows import Row
-from domino_spec.bench.ties import find_partings, first_difference, load_ties, measure_ties, save_ties
+from domino_spec.bench.ties import TextCheck, find_partings, first_difference, load_ties, measure_ties, save_ties
+from domino_spec.bench.turns import Request
 from tests import tiny
 
 PROMPT = [5, 6, 7, 5]
@@ -86,3 +86,17 @@ def test_ties_survive_being_written(target, text, tmp_path):
     assert load_ties(tmp_path) == []
     save_ties(ties, tmp_path)
     assert load_ties(tmp_path) == ties
+
+
+def test_texts_are_compared_as_they_come_whoever_goes_first(text):
+    none, transformers, domino = rows_of({"none": text, "transformers": text, "domino": [*text[:7], 1 + text[7]]})
+    later = TextCheck([domino])
+    (found,) = later.add(none)
+    assert found == (
+        "the text of domino(4) differs from that of none after 7 equal tokens; so far 1 of 1 greedy texts differ"
+    )
+    (found,) = later.add(transformers)  # equal to one of the two others
+    assert "that of transformers after 7 equal tokens; so far 2 of 2" in found
+    assert TextCheck([none]).add(transformers) == []
+    assert TextCheck([replace(none, temperature=1.0)]).add(replace(domino, temperature=1.0)) == []
+    assert TextCheck([none]).add(replace(domino, id="s/1")) == []

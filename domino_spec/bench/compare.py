@@ -1,0 +1,269 @@
+"""Two finished benches side by side, from their raw rows: what changed between two drafts, commits or machines.
+
+Only what both measured is compared: the same contender on the same prompts. Ratios are B over A, with intervals from
+the same resamples of the prompts for both (`intervals`), so that what makes a prompt easy for both cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from domino_spec.bench.cells import Record, name_of, number, table, with_interval
+from domino_spec.bench.figures import contender_of, contenders_of, draws_of, measured
+from domino_spec.bench.intervals import Bounds, Draws
+from domino_spec.bench.methods import Contender
+from domino_spec.bench.rows import RAW_FILE, SETTINGS_FILE, Row, RunKey, read_rows
+from domino_spec.config import UserError
+from domino_spec.files import atomic_path, read_json, write_json
+
+COMPARISON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
+DERIVED = ("planned_runs", "limit")
+"""Settings that differ wherever the number of prompts, methods or repeats does, which is said by itself."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One contender in both runs, on the prompts that both have."""
+
+    suite: str | None
+    """None for all suites together."""
+    method: str
+    budget: int
+    temperature: float
+    conversations: int
+    tau_a: float | None
+    tau_b: float | None
+    tau_ratio: float | None
+    """B / A."""
+    tau_ratio_interval: Bounds | None
+    """None where a suite has only one conversation."""
+    tokens_per_second_a: float | None
+    tokens_per_second_b: float | None
+    speedup_over_none_a: float | None
+    speedup_over_none_b: float | None
+    """Each over the `none` of its own run; None where that has none."""
+    speedup_ratio: float | None
+    """B / A."""
+    speedup_ratio_interval: Bounds | None
+    texts: int
+    """Greedy texts that both wrote for the same prompt, turn and repeat."""
+    equal_texts: int
+
+
+def compare_runs(a: Path, b: Path) -> Record:
+    """Everything that two bench directories have in common, as one object for JSON.
+
+    Args:
+        a: a directory that a bench wrote, finished or not.
+        b: another one.
+
+    Returns:
+        `a` and `b` (their names), `differing_settings` (name to both values), `only_in_a` and `only_in_b` (contenders
+        and suites that the other lacks), `suites` (a `Compared` of every common contender, by suite) and `pooled`.
+
+    Raises:
+        UserError: one of them is no bench directory, or they have nothing in common.
+    """
+    rows_a, rows_b = _rows(a), _rows(b)
+    cases = {_case(row) for row in rows_a} & {_case(row) for row in rows_b}
+    if not cases:
+        raise UserError(
+            f"{a} and {b} have no run in common, that is the same prompt, method, budget and temperature: "
+            f"the first has {_contents(rows_a)}; the second has {_contents(rows_b)}"
+        )
+    common = [row for row in rows_a if _case(row) in cases]
+    sides = _of_conversations(rows_a, common), _of_conversations(rows_b, common)
+    draws = draws_of(common)
+    suites = {
+        suite: [
+            _compared(suite, contender, cases, sides, draws)
+            for contender in contenders_of([row for row in common if row.suite == suite])
+        ]
+        for suite in dict.fromkeys(row.suite for row in common)
+    }
+    return {
+        "a": str(a),
+        "b": str(b),
+        "differing_settings": _differing_settings(a, b),
+        "only_in_a": _only_in(rows_a, rows_b),
+        "only_in_b": _only_in(rows_b, rows_a),
+        "suites": {suite: [asdict(entry) for entry in entries] for suite, entries in suites.items()},
+        "pooled": [asdict(_compared(None, contender, cases, sides, draws)) for contender in contenders_of(common)],
+    }
+
+
+def write_comparison(comparison: Record, out: Path) -> Path:
+    """Write comparison.json and comparison.md into a directory; returns the path of the latter.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give --out a directory")
+    write_json(comparison, out / COMPARISON_FILE)
+    with atomic_path(out / MARKDOWN_FILE) as scratch:
+        scratch.write_text(render_comparison(comparison), encoding="utf-8")
+    return out / MARKDOWN_FILE
+
+
+def render_comparison(comparison: Record) -> str:
+    """A comparison as Markdown.
+
+    Args:
+        comparison: what `compare_runs` returned.
+    """
+    parts = ["# Two benches side by side", f"A is `{comparison['a']}`, B is `{comparison['b']}`."]
+    if comparison["differing_settings"]:
+        rows = [[name, _shown(a), _shown(b)] for name, (a, b) in comparison["differing_settings"].items()]
+        parts += [
+            "## What they were measured with, where it differs",
+            table(["", "A", "B"], rows).replace("---:", "---"),
+        ]
+    else:
+        parts.append("Both were measured with the same settings, commit and versions.")
+    parts += ["## All common runs together", EXPLANATION, _compared_table(comparison["pooled"])]
+    if len(comparison["suites"]) > 1:
+        for suite, entries in comparison["suites"].items():
+            parts += [f"## {suite}", _compared_table(entries)]
+    parts += [
+        f"Only in {side.upper()}: {', '.join(comparison[f'only_in_{side}'])}."
+        for side in ("a", "b")
+        if comparison[f"only_in_{side}"]
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+EXPLANATION = """\
+Ratios are B / A, with 95% intervals over the prompts that both have; in bold where the interval leaves out 1.
+
+**Tokens/s of two sessions or machines do not compare: load, clocks and versions move them. Only each run's speed-up
+over its own `none`, measured beside it, does.**"""
+
+
+def _rows(out: Path) -> list[Row]:
+    if not (out / RAW_FILE).is_file() or not (out / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"{out} is no bench directory: {RAW_FILE} and {SETTINGS_FILE} of domino-spec bench are not in it"
+        )
+    rows = read_rows(out)
+    if not rows:
+        raise UserError(f"{out} holds no measurements")
+    return rows
+
+
+def _case(row: Row) -> RunKey:
+    """What is paired: a run whatever its repeat."""
+    return row.key._replace(repeat=0)
+
+
+def _of_conversations(rows: Sequence[Row], common: Sequence[Row]) -> list[Row]:
+    """A run's rows on the common conversations, those of a `none` that the other run lacks included."""
+    conversations = {(row.suite, row.conversation) for row in common}
+    return [row for row in rows if (row.suite, row.conversation) in conversations]
+
+
+def _compared(
+    suite: str | None, contender: Contender, cases: set[RunKey], sides: tuple[list[Row], list[Row]], draws: Draws
+) -> Compared:
+    own: list[list[Row]] = []
+    samples = []
+    for rows in sides:
+        own.append([r for r in rows if contender_of(r) == contender and _case(r) in cases and suite in (None, r.suite)])
+        baseline = [] if contender.method == "none" else [row for row in rows if row.method == "none"]
+        samples.append(measured([*own[-1], *baseline], contender, draws).samples)
+    a, b = samples
+    tau, speedup = b["tau"] / a["tau"], b["speedup_over_none"] / a["speedup_over_none"]
+    written = {row.key: row.token_ids for row in own[0] if contender.temperature == 0}
+    equal = [written[row.key] == row.token_ids for row in own[1] if row.key in written]
+    return Compared(
+        suite=suite,
+        method=contender.method,
+        budget=contender.budget,
+        temperature=contender.temperature,
+        conversations=len({(row.suite, row.conversation) for row in own[0]}),
+        tau_a=a["tau"].value,
+        tau_b=b["tau"].value,
+        tau_ratio=tau.value,
+        tau_ratio_interval=tau.interval,
+        tokens_per_second_a=a["tokens_per_second"].value,
+        tokens_per_second_b=b["tokens_per_second"].value,
+        speedup_over_none_a=a["speedup_over_none"].value,
+        speedup_over_none_b=b["speedup_over_none"].value,
+        speedup_ratio=speedup.value,
+        speedup_ratio_interval=speedup.interval,
+        texts=len(equal),
+        equal_texts=sum(equal),
+    )
+
+
+def _differing_settings(a: Path, b: Path) -> dict[str, list[Any]]:
+    """Settings by name with both values, then commits and versions of packages."""
+    held = [_settings(read_json(out / SETTINGS_FILE)) for out in (a, b)]
+    found = {name: [settings.get(name) for settings in held] for name in held[0] | held[1] if name not in DERIVED}
+    differing = {name: values for name, values in found.items() if values[0] != values[1]}
+    if "suites" in differing:  # which prompts there are, in short
+        differing = {name: values for name, values in differing.items() if name not in ("prompts_digest", "turns")}
+    return differing
+
+
+def _settings(stored: Mapping[str, Any]) -> Record:
+    settings = dict(stored["configuration"])
+    for session in stored["sessions"]:
+        measured_with = {"commit": session["commit"], **session["versions"]}
+        for name, value in measured_with.items():
+            known = settings.setdefault(name, value)
+            if known != value and str(value) not in str(known).split(", "):
+                settings[name] = f"{known}, {value}"
+    return settings
+
+
+def _only_in(rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
+    """Contenders, and suites, that the other run lacks."""
+    contenders, suites = set(contenders_of(others)), {row.suite for row in others}
+    lacking = [_named(c) for c in contenders_of(rows) if c not in contenders]
+    return lacking + [f"suite {suite}" for suite in dict.fromkeys(row.suite for row in rows) if suite not in suites]
+
+
+def _named(contender: Contender) -> str:
+    return f"{name_of(asdict(contender))} at temperature {contender.temperature:g}"
+
+
+def _contents(rows: Sequence[Row]) -> str:
+    suites = ", ".join(dict.fromkeys(row.suite for row in rows))
+    return f"{', '.join(map(_named, contenders_of(rows)))} on {suites}"
+
+
+def _compared_table(entries: Sequence[Record]) -> str:
+    temperatures = {entry["temperature"] for entry in entries}
+    rows = [
+        [
+            name_of(e) + (f", T = {e['temperature']:g}" if temperatures != {0.0} else ""),
+            str(e["conversations"]),
+            *(("–",) * 3 if not e["budget"] else (number(e["tau_a"]), number(e["tau_b"]), _ratio(e, "tau_ratio"))),
+            number(e["tokens_per_second_a"], 1),
+            number(e["tokens_per_second_b"], 1),
+            number(e["speedup_over_none_a"]),
+            number(e["speedup_over_none_b"]),
+            "–" if e["method"] == "none" else _ratio(e, "speedup_ratio"),
+            f"{e['equal_texts']} of {e['texts']}" if e["texts"] else "–",
+        ]
+        for e in entries
+    ]
+    headers = ["method", "prompts", "tau A", "tau B", "tau B / A", "tokens/s A", "tokens/s B"]
+    return table([*headers, "speed-up A", "speed-up B", "speed-up B / A", "equal greedy texts"], rows)
+
+
+def _ratio(entry: Record, name: str) -> str:
+    text, interval = with_interval(entry, name, 3), entry[f"{name}_interval"]
+    return text if interval is None or interval[0] <= 1 <= interval[1] else f"**{text}**"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shown(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return "none" if value is None else str(value)

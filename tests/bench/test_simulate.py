@@ -1,0 +1,343 @@
+"""Following cached text gives what decoding gives, pass by pass, for every kind of drafter."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from domino_spec.bench.simulate import (
+    Simulated,
+    follow,
+    load_simulated,
+    render,
+    save_simulated,
+    simulate,
+    summarize,
+)
+from domino_spec.config import UserError
+from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+from domino_spec.decoding.state import Proposal
+from domino_spec.drafters.dart import DartDrafter
+from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.domino_tree import TreeDrafter
+from domino_spec.drafters.eagle3 import Eagle3Drafter
+from domino_spec.drafters.lookup_first import LookupFirst
+from domino_spec.drafters.ngram import PromptLookup
+from domino_spec.drafters.plain import PlainDecoding
+from tests.tiny import (
+    MemoryCache,
+    TreeOracle,
+    as_sequences,
+    conversation,
+    fit,
+    random_prompts,
+    run,
+    tiny_draft,
+    tiny_single_layer,
+)
+
+TOKENS, HORIZON = 36, 9
+LAYERS = (3, 2, 1, 0)
+"""Of the cached features: more than the draft reads, and in another order."""
+
+MAKE = {
+    "none": lambda draft, target: PlainDecoding(),
+    "ngram": lambda draft, target: PromptLookup(max_drafts=6),
+    "dflash": lambda draft, target: BlockDrafter(draft, use_head=False),
+    "domino": lambda draft, target: BlockDrafter(draft),
+    "confident": lambda draft, target: BlockDrafter(draft, min_confidence=0.2),
+    "domino-tree": lambda draft, target: TreeDrafter(BlockDrafter(draft), 9),
+    "domino+ngram": lambda draft, target: LookupFirst(BlockDrafter(draft)),
+    "domino-tree+ngram": lambda draft, target: LookupFirst(TreeDrafter(BlockDrafter(draft), 8)),
+    # Random drafts, right now and then because their trees are wide.
+    "eagle3": lambda draft, target: Eagle3Drafter(tiny_single_layer(target, "eagle3"), total=21),
+    "dart": lambda draft, target: DartDrafter(tiny_single_layer(target, "dart"), None, total=20),
+}
+DRAFTERS = [*MAKE]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[5, 6, 7, 8] * 3, *random_prompts([9, 1, 14, 5])]
+
+
+@pytest.fixture(scope="module")
+def answers(target, prompts):
+    generations = run(target, PlainDecoding(), prompts, TOKENS)
+    # Of unequal length, so that requests end one after the other.
+    return as_sequences(prompts, [g.token_ids[: TOKENS - 3 * r] for r, g in enumerate(generations)])
+
+
+@pytest.fixture(scope="module")
+def source(target, answers):
+    return MemoryCache(target, answers, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def draft(target, answers):
+    """Half trained, so that it is right now and then."""
+    draft = tiny_draft(target, std=0.1)
+    fit(target, draft, answers, steps=25)
+    return draft
+
+
+@pytest.mark.parametrize("method", DRAFTERS)
+def test_walking_along_greedy_text_is_decoding_it(target, draft, answers, prompts, source, method):
+    simulated = simulate(MAKE[method](draft, target), answers, source, every=None, horizon=HORIZON, batch=3)
+    decoded = run(target, MAKE[method](draft, target), prompts, TOKENS)
+    seen = set()
+    for r, generation in enumerate(decoded):
+        lengths = torch.tensor([0, *generation.acceptance_lengths])
+        anchors = len(prompts[r]) - 1 + lengths.cumsum(0)[:-1]
+        counted = anchors + HORIZON < len(answers[r].tokens)
+        assert simulated.anchors[r].tolist() == anchors[counted].tolist()
+        assert (simulated.accepted[r] + 1).tolist() == lengths[1:][counted].tolist()
+        assert simulated.proposed[r].tolist() == torch.tensor(generation.num_drafts)[counted].tolist()
+        seen.update(simulated.accepted[r].tolist())
+    least = {"none": 1, "eagle3": 2, "dart": 2}.get(method, 3)
+    assert len(seen) >= least, "the draft is never right, or always"
+
+
+@pytest.mark.parametrize("method", DRAFTERS)
+def test_evenly_spaced_anchors_accept_what_decoding_from_there_accepts(target, draft, answers, source, method):
+    simulated = simulate(MAKE[method](draft, target), answers, source, every=3, horizon=HORIZON, batch=4)
+    for answer, anchors, accepted in zip(answers, simulated.anchors, simulated.accepted, strict=True):
+        ((start, end),) = answer.answers
+        assert anchors.tolist() == list(range(start - 1, end - HORIZON, 3))
+        texts = [answer.tokens[: a + 1].tolist() for a in anchors]
+        decoded = [g.acceptance_lengths[0] - 1 for g in run(target, MAKE[method](draft, target), texts, 1)]
+        assert accepted.tolist() == decoded
+
+
+def test_anchors_are_the_same_whatever_the_method(target, draft, answers, source):
+    """Drafters of every depth are paired; long strides are committed bit by bit and end where short ones do."""
+    anchors = [simulate(MAKE[m](draft, target), answers, source, every=2).anchors for m in MAKE]
+    for other in anchors[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(anchors[0], other, strict=True))
+    short, long = (
+        simulate(MAKE["domino"](draft, target), answers, source, every=n, batch=b) for n, b in ((2, 8), (14, 1))
+    )
+    for r in range(len(answers)):
+        assert torch.equal(short.anchors[r][::7], long.anchors[r])
+        assert torch.equal(short.accepted[r][::7], long.accepted[r])
+
+
+def test_a_proposal_beyond_the_budget_is_not_asked_for(target, draft, answers, source):
+    simulated = simulate(MAKE["domino-tree"](draft, target), answers, source, num_drafts=4)
+    assert torch.cat(simulated.proposed).tolist() == [4] * len(torch.cat(simulated.anchors))
+
+
+class Blind(TreeOracle):
+    """Knows the continuation by itself, and checks that it is not shown."""
+
+    feature_layers = (2,)
+
+    def start(self, state):
+        beyond = torch.arange(state.features.shape[1]) >= state.lengths[:, None] - 1
+        assert beyond.any() and (state.features[beyond] == 0).all()
+
+    def propose(self, state, own, num_drafts):
+        ahead = torch.arange(state.tokens.shape[1]) >= state.lengths[:, None]
+        assert (state.tokens[ahead] == 0).all()
+        return super().propose(state, own, num_drafts)
+
+    def advance(self, own, verdict):
+        beyond = torch.arange(verdict.tokens.shape[1]) > verdict.num_accepted[:, None]
+        assert (verdict.tokens[beyond] == 0).all() and (verdict.features[beyond] == 0).all()
+
+
+def test_what_a_tree_holds_of_the_text_is_accepted_and_nothing_ahead_is_shown(target, answers, source):
+    texts = [a.tokens.tolist() for a in answers]
+    order = sorted(range(len(texts)), key=lambda r: answers[r].num_answer_tokens)
+    oracle = Blind([texts[r] for r in order], max_drafts=8)
+    simulated = simulate(oracle, answers, source, every=None, horizon=HORIZON, batch=len(texts))
+    assert len(torch.cat(simulated.accepted).unique()) >= 3
+    for place, r in enumerate(order):
+        count = len(simulated.accepted[r])
+        assert simulated.accepted[r].tolist() == oracle.hidden[place][:count]
+        assert simulated.proposed[r].tolist() == oracle.proposed[place][:count]
+
+
+def test_a_chain_is_followed_up_to_its_first_wrong_draft_and_within_its_own_drafts():
+    tokens = torch.tensor([[4, 5, 6], [4, 9, 6], [4, 5, 6]])
+    text = torch.tensor([[4, 5, 6, 7]]).expand(3, -1)
+    assert follow(Proposal(tokens, torch.tensor([3, 3, 1])), text).tolist() == [3, 1, 1]
+
+
+def test_drafts_past_the_end_of_the_answer_are_rejected():
+    tokens, text = torch.tensor([[4, 0, 0]]), torch.tensor([[4, -1, -1, -1]])
+    assert follow(Proposal(tokens, torch.tensor([3])), text).tolist() == [1]
+    parents = torch.tensor([[-1, 0, 1]])
+    assert follow(Proposal(tokens, torch.tensor([3]), parents), text).tolist() == [1]
+
+
+def test_answers_of_a_conversation_are_measured_apart_and_short_ones_left_out(target, draft):
+    turns = [(p, run(target, PlainDecoding(), [p], 20)[0].token_ids) for p in random_prompts([6, 7, 4])]
+    turns[1] = (turns[1][0], turns[1][1][: HORIZON - 1])
+    whole = conversation("chat", turns)
+    short = conversation("short", turns[1:2])
+    source = MemoryCache(target, [whole, short], LAYERS)
+    simulated = simulate(MAKE["domino"](draft, target), [short, whole], source, every=4, horizon=HORIZON)
+    starts = [start for start, end in whole.answers if end - start >= HORIZON]
+    assert simulated.anchors[0].tolist() == []
+    assert simulated.anchors[1].tolist() == [s - 1 + i for s in starts for i in (0, 4, 8)]
+
+
+def test_layers_that_the_features_lack_are_named(target, draft, answers):
+    with pytest.raises(UserError, match="the features hold layers 2, 3, and the drafter also reads 0: capture"):
+        simulate(MAKE["domino"](draft, target), answers, MemoryCache(target, answers, (2, 3)))
+
+
+def test_sampled_drafts_are_refused(draft, answers, source):
+    drafter = BlockDrafter(draft, temperature=1.0, streams=RandomStreams(torch.arange(3)))
+    with pytest.raises(ValueError, match="must be chosen"):
+        simulate(drafter, answers[:3], source)
+
+
+@pytest.mark.slow
+def test_on_sampled_text_a_chosen_tree_reaches_what_it_reaches_in_decoding(target, prompts):
+    """Texts sampled without a draft against texts decoded with it: the mean acceptance differs by chance alone.
+
+    A difference above four standard errors, taken between independent texts, has probability 6e-5.
+    """
+    requests, tokens = 200, 24
+    texts = [prompts[0]] * requests
+    sampled = run(target, PlainDecoding(), texts, tokens, settings=SamplingSettings(temperature=1.0, seed=1000))
+    answers = as_sequences(texts, [g.token_ids for g in sampled])
+    draft = tiny_draft(target, std=0.1)
+    fit(target, draft, answers[:40], steps=25)
+    source = MemoryCache(target, answers, (0, 3))
+    simulated = simulate(MAKE["domino-tree"](draft, target), answers, source, every=None, horizon=HORIZON, batch=100)
+    decoded = run(
+        target, MAKE["domino-tree"](draft, target), texts, tokens, settings=SamplingSettings(temperature=1.0, seed=5000)
+    )
+
+    def tau_and_error(per_text: list[list[int]]) -> tuple[float, float]:
+        """Of a ratio of means: sum of lengths over number of passes."""
+        sums = torch.tensor([float(sum(p)) for p in per_text])
+        counts = torch.tensor([float(len(p)) for p in per_text])
+        tau = sums.sum() / counts.sum()
+        return tau.item(), ((sums - tau * counts).std() / counts.mean() / len(sums) ** 0.5).item()
+
+    passes = []
+    for generation in decoded:
+        ends = torch.tensor([0, *generation.acceptance_lengths]).cumsum(0)
+        # A pass at `anchor` counts where HORIZON tokens of the text follow it, as in the simulation.
+        passes.append([n for n, at in zip(generation.acceptance_lengths, ends, strict=False) if at + HORIZON <= tokens])
+    # The draft has seen the first forty texts.
+    (ours, error), (theirs, other_error) = (
+        tau_and_error([(part + 1).tolist() for part in simulated.accepted[40:]]),
+        tau_and_error(passes),
+    )
+    noise = (error**2 + other_error**2) ** 0.5
+    assert theirs - 1 > 12 * noise, "the draft is hardly ever right, and the comparison says little"
+    assert abs(ours - theirs) < 4 * noise
+
+
+def measured(*accepted: list[int], drafts: int = 4) -> Simulated:
+    parts = [torch.tensor(part, dtype=torch.long) for part in accepted]
+    return Simulated([torch.arange(len(p)) for p in parts], parts, [torch.full_like(p, drafts) for p in parts])
+
+
+IDS = ["a/1", "a/2", "b/1", "b/2", "b/3"]
+RESULTS = {
+    "chain": measured([0, 2], [1], [3], [1], []),
+    "tree": measured([2, 4], [3], [5], [3], [], drafts=8),
+}
+
+
+def test_the_mean_over_suites_weighs_suites_and_the_pooled_tau_weighs_anchors():
+    chain, tree = summarize(RESULTS, IDS, "chain")
+    assert (chain["answers"], chain["anchors"], tree["drafts"]) == (4, 5, 8)
+    assert [chain["suites"][name]["tau"] for name in "ab"] == pytest.approx([2.0, 3.0])
+    assert chain["mean"]["tau"] == pytest.approx(2.5) and chain["pooled"]["tau"] == pytest.approx(12 / 5)
+    assert tree["mean"]["ratio"] == pytest.approx(4.5 / 2.5) and tree["pooled"]["ratio"] == pytest.approx(22 / 12)
+    assert tree["suites"]["b"]["ratio"] == pytest.approx(5 / 3)
+    assert json.loads(json.dumps([chain, tree])) is not None
+
+
+def test_ratios_are_paired():
+    """A method that is a tenth better on every answer: its ratio is known exactly, though tau is not."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(1 + 9 * torch.rand(1, generator=generator)).repeat(7) for _ in range(40)]
+    results = {
+        name: Simulated([torch.arange(7)] * 40, [factor * x - 1 for x in lengths], [torch.ones(7)] * 40)
+        for name, factor in (("one", 1.0), ("better", 1.1))
+    }
+    _, better = summarize(results, [f"s/{i}" for i in range(40)], "one")
+    low, high = better["mean"]["ratio_interval"]
+    assert low == pytest.approx(1.1, rel=1e-5) and high == pytest.approx(1.1, rel=1e-5)
+    low, high = better["mean"]["tau_interval"]
+    assert high - low > 1
+
+
+def test_the_tables_name_methods_suites_and_the_reference():
+    text = render(summarize(RESULTS, IDS, "chain"), "chain")
+    assert "| method | drafts | anchors | a | b | mean of suites | all anchors |" in text
+    assert "| tree | 8.0 | 5 | 4.00 | 5.00 | 4.50" in text
+    assert "tau over that of chain" in text
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(UserError, match="reference dflash was not measured; measured are chain, tree"):
+        summarize(RESULTS, IDS, "dflash")
+    with pytest.raises(UserError, match="too short"):
+        summarize({"chain": measured([], [])}, IDS[:2], "chain")
+    with pytest.raises(ValueError, match="same answers"):
+        summarize(RESULTS | {"other": measured([1], [], [], [], [])}, IDS, "chain")
+
+
+def test_measurements_come_back_from_disk_only_with_their_own_settings(tmp_path):
+    path, settings = tmp_path / "raw" / "chain.jsonl", {"every": 4, "draft": "x"}
+    assert load_simulated(IDS, settings, path) is None
+    save_simulated(RESULTS["chain"], IDS, settings, path)
+    again = load_simulated(IDS, settings, path)
+    assert again is not None
+    for one, other in zip(vars(RESULTS["chain"]).values(), vars(again).values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with pytest.raises(UserError, match="measured with other every: give another --out"):
+        load_simulated(IDS, settings | {"every": 2}, path)
+    with pytest.raises(UserError, match="other answers"):
+        load_simulated(IDS[1:], settings, path)
+
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "simulated_tau.py"
+
+
+def test_the_benchmark_measures_what_is_missing_and_reports(disk, tmp_path, monkeypatch, capsys):
+    from domino_spec.target.load import load_target
+
+    target = load_target(disk.target)
+    prompts = random_prompts([5, 8, 6])
+    generations = run(target, PlainDecoding(), prompts, 30)
+    rows = [
+        {"id": f"suite{r % 2}/{r}", "temperature": 0.0, "thinking": False, "prompt_ids": p, "response_ids": g.token_ids}
+        for r, (p, g) in enumerate(zip(prompts, generations, strict=True))
+    ]
+    (tmp_path / "t0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def main(methods: str) -> str:
+        options = ["--target", disk.target, "--draft", f"ours={disk.draft}", "--methods", methods]
+        options += ["--answers", str(tmp_path / "t0.jsonl"), "--features", str(tmp_path / "features")]
+        monkeypatch.setattr(sys, "argv", ["simulated_tau.py", *options, "--out", str(tmp_path / "out")])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    assert "domino:3: 12 anchors" in main("domino:3,ngram:4")
+    out = main("domino:3,dflash@ours:2,domino-tree:6")
+    assert "domino:3: " not in out, "it was measured already"
+    assert "| dflash@ours:2 | 2.0 | 12 |" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["method"] for entry in report["0"]] == ["domino:3", "dflash@ours:2", "domino-tree:6"]
+    for wrong, message in (
+        ("domino", "must read name:budget"),
+        ("eagle:3", "unknown method"),
+        ("domino@x:3", "called x"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(wrong)

@@ -126,7 +126,22 @@ def test_a_method_without_its_draft(target_dir):
 def test_a_domino_method_with_a_draft_without_a_head(tmp_path, target_dir):
     save_draft(new_draft(target_dir, head=False), tmp_path)
     line = fail("generate", PROMPT, "--target", target_dir, "--draft", tmp_path, "--method", "domino")
-    assert "plain DFlash draft" in line
+    assert "method domino needs a Domino draft" in line and "DFlash" in line
+
+
+def test_a_bench_without_what_it_needs(target_dir):
+    assert "no suite given" in fail("bench", "--out", "out")
+    assert "--out DIR" in fail("bench", "--suite", "x.jsonl")
+    options = ("--suite", "x.jsonl", "--target", target_dir, "--out", "out")
+    assert "method domino needs a draft" in fail("bench", *options)
+    assert "method transformers-dflash needs a draft" in fail("bench", *options, "--methods", "transformers-dflash")
+
+
+def test_a_comparison_of_what_is_no_bench(tmp_path):
+    line = fail("bench", "--compare", tmp_path, tmp_path / "none")
+    assert f"{tmp_path} is no bench directory" in line
+    assert "leave out --suite" in fail("bench", "--compare", tmp_path, tmp_path, "--suite", "x.jsonl")
+    assert "--compare" in fail("bench", "--compare", tmp_path)
 
 
 # Targets

@@ -93,7 +93,11 @@ def test_generate_prints_the_text_that_its_json_holds(target_dir, draft_dir):
     assert succeed(*arguments) == record["text"] + "\n"
 
 
-@pytest.mark.parametrize("method", METHODS)
+SERVED = [name for name, method in API_METHODS.items() if not method.kinds or "domino" in method.kinds]
+"""Methods that a Domino draft serves, or that need none."""
+
+
+@pytest.mark.parametrize("method", SERVED)
 def test_every_method_writes_the_same_greedy_text(target_dir, draft_dir, method):
     options = ("--target", target_dir, "--max-new-tokens", 30)
     plain = succeed_json("generate", PROMPT, *options)
@@ -313,7 +317,55 @@ def test_bench_writes_raw_rows_and_a_report(tmp_path, target_dir, draft_dir):
     assert json.loads(result.stdout)
     rows = read_jsonl(tmp_path / "out" / "raw.jsonl", {"suite": str, "method": str})
     assert {(row["id"], row["method"]) for row in rows} == {(p, m) for p in ("p0", "p1") for m in ("none", "domino")}
-    assert (tmp_path / "out" / "report.md").is_file()
+    assert all((tmp_path / "out" / name).is_file() for name in ("report.md", "report.html", "speedup.png"))
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> dict:
+    """What `bench` would have measured."""
+    arguments: dict = {}
+    monkeypatch.setattr("domino_spec.bench.run.run_bench", lambda **given: arguments.update(given) or {})
+    return arguments
+
+
+def test_bench_takes_a_draft_of_every_kind_and_what_else_a_comparison_needs(asked_for):
+    options = ("--methods", "none,domino,eagle3", "--thinking", "--assistant", "small-model", "--threads", 1)
+    succeed("bench", "--suite", "a.jsonl,b.jsonl", "--draft", "one", "--draft", "two", *options, "--out", "out")
+    assert (asked_for["drafts"], asked_for["suites"]) == (["one", "two"], ["a.jsonl", "b.jsonl"])
+    assert (asked_for["enable_thinking"], asked_for["assistant"]) == (True, "small-model")
+
+
+@pytest.mark.parametrize(
+    ("options", "drafts"),
+    [
+        (["--methods", "none,domino"], [DEFAULT_DRAFT]),
+        (["--methods", "none,ngram,transformers,transformers-lookup,transformers-assisted"], []),
+        (["--methods", "none,ngram", "--target", "another"], []),
+        (["--methods", "transformers-dflash", "--target", "another", "--draft", "mine"], ["mine"]),
+        (["--methods", "domino", "--draft", "mine", "--draft", "mine"], ["mine"]),
+    ],
+)
+def test_bench_loads_the_drafts_that_its_methods_need(asked_for, options, drafts):
+    succeed("bench", "--suite", "a.jsonl", *options, "--out", "out")
+    assert asked_for["drafts"] == drafts
+    assert (asked_for["enable_thinking"], asked_for["assistant"]) == (False, None)
+
+
+def test_bench_sets_two_runs_side_by_side(tmp_path, target_dir, draft_dir):
+    suite = write_prompts(tmp_path / "suite.jsonl", 2)
+    methods = ("--methods", "none,domino,ngram", "--target", target_dir, "--draft", draft_dir)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for out, budget in zip(runs, (2, 3), strict=True):
+        options = ("--max-new-tokens", 4, "--num-drafts", budget, "--out", out)
+        assert run("bench", "--suite", suite, *methods, *options).exit_code == 0
+    same = succeed_json("bench", "--compare", runs[0], runs[0])
+    assert [entry["tau_ratio"] for entry in same["pooled"]] == [1, 1, 1]
+    (entry,) = succeed_json("bench", "--compare", *runs)["pooled"]
+    assert (entry["method"], entry["texts"], entry["equal_texts"]) == ("none", 2, 2)
+    table = succeed("bench", "--compare", *runs)
+    assert "| num_drafts | 2 | 3 |" in table and "Only in B: domino (3) at temperature 0" in table
+    assert "comparison.md" in succeed("bench", "--compare", *runs, "--out", tmp_path / "c")
+    assert (tmp_path / "c" / "comparison.md").read_text() + "\n" == table
 
 
 def test_numbers_in_lists_are_checked_by_name(target_dir):

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +15,25 @@ from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.demo.shell import prepare, status
 
 if TYPE_CHECKING:
-    from domino_spec.draft.model import Draft
+    from domino_spec.draft.load import AnyDraft
+    from domino_spec.drafters.ngram_model import NgramModel
+    from domino_spec.drafters.vocabulary import FrequentTokens
     from domino_spec.target.model import Target
 
-METHODS = ("domino-tree", "domino", "domino-tree+ngram", "domino+ngram", "dflash-tree", "dflash", "ngram", "none")
-METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers")
+METHODS = (
+    "domino-tree",
+    "domino-best-first",
+    "domino",
+    "domino-tree+ngram",
+    "domino+ngram",
+    "dflash-tree",
+    "dflash",
+    "eagle3",
+    "dart",
+    "ngram",
+    "none",
+)
+METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers", "transformers-lookup", "transformers-assisted")
 DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
 
 Command = Callable[..., Any]
@@ -43,7 +58,7 @@ class Machine:
         """Set threads and logging, before anything is loaded."""
         prepare(self.verbose, self.threads)
 
-    def load(self, target: str, draft: str | None, allow_other_target: bool = False) -> tuple[Target, Draft | None]:
+    def load(self, target: str, draft: str | None, allow_other_target: bool = False) -> tuple[Target, AnyDraft | None]:
         """Load a target and, if it is named, a draft for it.
 
         Raises:
@@ -79,7 +94,7 @@ class Pair:
         Raises:
             UserError: a method needs a draft and there is none.
         """
-        needing = [method for method in methods if method not in METHODS_WITHOUT_DRAFT]
+        needing = _needing_a_draft(methods)
         if not needing:
             return None
         if self.draft is None and self.target == DEFAULT_TARGET:
@@ -87,6 +102,57 @@ class Pair:
         if self.draft is None and needing != [None]:
             raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
         return self.draft
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Which target, and which drafts compete for it: of every kind that the methods need, one."""
+
+    target: str
+    drafts: tuple[str, ...]
+    allow_other_target: bool
+
+    def drafts_for(self, methods: Sequence[str]) -> list[str]:
+        """The drafts for these methods, which pick the one of their kind; the default target brings its own.
+
+        Raises:
+            UserError: a method needs a draft and there is none.
+        """
+        if not _needing_a_draft(methods):
+            return []
+        if self.drafts:
+            return list(dict.fromkeys(self.drafts))
+        default = Pair(self.target, None, self.allow_other_target).draft_for(methods)
+        return [] if default is None else [default]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Files of counts that drafts draft with."""
+
+    ranking: Path | None
+    ngrams: Path | None
+
+    def load(self, target: Target) -> tuple[FrequentTokens | None, NgramModel | None]:
+        """What the files hold.
+
+        Raises:
+            UserError: one cannot be read, or was counted for another tokenizer.
+        """
+        from domino_spec.drafters.ngram_model import NgramModel
+        from domino_spec.drafters.vocabulary import FrequentTokens
+
+        ranking = None if self.ranking is None else FrequentTokens.load(self.ranking)
+        ngrams = None if self.ngrams is None else NgramModel.load(self.ngrams)
+        for counted in (ranking, ngrams):
+            if counted is not None:
+                counted.check(target)
+        return ranking, ngrams
+
+
+def _needing_a_draft(methods: Sequence[str | None]) -> list[str | None]:
+    names = (method if method is None else method.partition(":")[0] for method in methods)  # a bench's NAME:DRAFTS
+    return [name for name in names if name not in METHODS_WITHOUT_DRAFT]
 
 
 def _collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -130,10 +196,35 @@ machine_options = _collected(
     click.option("--threads", type=int, help="CPU threads; PyTorch's choice by default."),
     verbose_option,
 )
+_target_option = click.option(
+    "--target", default=DEFAULT_TARGET, show_default=True, help="Also a directory or a hub id."
+)
+_other_target_option = click.option(
+    "--allow-other-target", is_flag=True, help="Accept a draft trained for other weights of this shape."
+)
 pair_options = _collected(
     Pair,
     "pair",
-    click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Also a directory or a hub id."),
+    _target_option,
     click.option("--draft", help=f"A directory or a hub id; {DEFAULT_DRAFT} for the default target."),
-    click.option("--allow-other-target", is_flag=True, help="Accept a draft trained for other weights of this shape."),
+    _other_target_option,
+)
+counts_options = _collected(
+    Counts,
+    "counts",
+    click.option("--ranking", type=Path, help="Tokens by frequency, from `domino-spec vocabulary` (FR-Spec)."),
+    click.option("--ngrams", type=Path, help="N-gram counts for DART drafts, from `domino-spec ngrams`."),
+)
+rivals_options = _collected(
+    Rivals,
+    "rivals",
+    _target_option,
+    click.option(
+        "--draft",
+        "drafts",
+        multiple=True,
+        metavar="DRAFT",
+        help="May be repeated: methods take the draft of their kind. The default target's own where none is given.",
+    ),
+    _other_target_option,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.decoding.generate import Generation
 from domino_spec.demo.race import Racer, RaceResult
 from domino_spec.draft.describe import DraftDescription, Fit
@@ -97,25 +98,26 @@ def _pace(racers: Sequence[Racer]) -> float:
 
 
 def draft_record(name: str, description: DraftDescription, fit: Fit | None) -> dict[str, Any]:
-    """What `inspect` found."""
+    """What `inspect` found; what a kind of draft does not have is None."""
     config = description.config
-    head = config.head
+    block = None if isinstance(config, SingleLayerConfig) else config
+    head = block.head if block else None
     return {
         "draft": name,
         "method": description.method,
-        "num_layers": config.num_hidden_layers,
+        "num_layers": block.num_hidden_layers if block else 1,
         "hidden_size": config.hidden_size,
         "block_size": config.block_size,
-        "shift_label": config.shift_label,
+        "shift_label": block.shift_label if block else None,
         "max_drafts": config.max_drafts,
         "pure_draft_prefix_len": head.pure_draft_prefix_len if head else None,
         "gru_hidden_dim": head.gru_hidden_dim if head else None,
         "low_rank": head.low_rank if head else None,
-        "target_layer_ids": list(config.target_layer_ids),
+        "target_layer_ids": None if config.target_layer_ids is None else list(config.target_layer_ids),
         "num_target_layers": config.num_target_layers,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
-        "mask_token_id": config.mask_token_id,
+        "mask_token_id": block.mask_token_id if block else None,
         "target_fingerprint": config.target_fingerprint,
         "parameters": description.parameters,
         "dtypes": list(description.dtypes),
@@ -128,23 +130,16 @@ def draft_record(name: str, description: DraftDescription, fit: Fit | None) -> d
 def draft_lines(name: str, description: DraftDescription, fit: Fit | None) -> list[str]:
     """What `inspect` found, for people."""
     config, parameters = description.config, description.parameters
-    head = config.head
-    labels = "the token one position later (shifted)" if config.shift_label else "the token at its own position"
-    kind = "Domino: DFlash backbone with a Domino head" if head else "DFlash: backbone without a head"
+    subset = f"{config.draft_vocab_size:,} frequent ones of the target's " if config.draft_vocab_size else ""
+    layers = "a low, a middle and a high layer, by the published rule"
+    if config.target_layer_ids is not None:
+        layers = f"layers {', '.join(map(str, config.target_layer_ids))}"
+        layers += "" if config.num_target_layers is None else f" of {config.num_target_layers}"
     rows = [
         ("draft", name),
-        ("method", kind),
-        ("backbone", f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"),
-        ("block", f"{config.block_size} slots, each predicts {labels}; {config.max_drafts} usable drafts"),
-    ]
-    if head:
-        prefix = f"corrects all drafts but the first {head.pure_draft_prefix_len}"
-        rows.append(("head", f"GRU width {head.gru_hidden_dim}, low rank {head.low_rank}; {prefix}"))
-    subset = f"{config.draft_vocab_size:,} frequent ones of the target's " if config.draft_vocab_size else ""
-    rows += [
+        *(_single_layer_rows(config) if isinstance(config, SingleLayerConfig) else _block_rows(config)),
         ("vocabulary", f"{subset}{config.vocab_size:,} tokens"),
-        ("reads", f"layers {', '.join(map(str, config.target_layer_ids))} of {config.num_target_layers}"),
-        ("mask token", str(config.mask_token_id)),
+        ("reads", layers),
         ("trained for", config.target_fingerprint or "not stated"),
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in parameters.items())),
         ("files", f"{description.file_bytes / 1e6:.1f} MB, {', '.join(description.dtypes)}"),
@@ -152,3 +147,30 @@ def draft_lines(name: str, description: DraftDescription, fit: Fit | None) -> li
     if fit is not None:
         rows.append(("target", fit.sentence if fit.fits else "does not fit"))
     return [f"{label:<12} {text}" for label, text in rows]
+
+
+def _block_rows(config: DraftConfig) -> list[tuple[str, str]]:
+    head = config.head
+    labels = "the token one position later (shifted)" if config.shift_label else "the token at its own position"
+    kind = "Domino: DFlash backbone with a Domino head" if head else "DFlash: backbone without a head"
+    rows = [
+        ("method", kind),
+        ("backbone", f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"),
+        ("block", f"{config.block_size} slots, each predicts {labels}; {config.max_drafts} usable drafts"),
+        ("mask token", str(config.mask_token_id)),
+    ]
+    if head:
+        prefix = f"corrects all drafts but the first {head.pure_draft_prefix_len}"
+        rows.insert(3, ("head", f"GRU width {head.gru_hidden_dim}, low rank {head.low_rank}; {prefix}"))
+    return rows
+
+
+def _single_layer_rows(config: SingleLayerConfig) -> list[tuple[str, str]]:
+    shape = f"hidden size {config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}"
+    if config.method == "dart":
+        kind = "DART: one layer that predicts several masked positions in one pass"
+        block = f"{config.num_masks} masked positions, {config.max_drafts} levels of drafts"
+    else:
+        kind = "EAGLE-3: one layer that reads its own outputs, token by token"
+        block = f"trained for {config.block_size} tokens in a row; drafts trees of any size"
+    return [("method", kind), ("layer", shape), ("block", block)]

@@ -137,6 +137,9 @@ class Drafting:
         drafts: loaded and bound to it; a method takes the first of the kind that it was made for.
         ranking: tokens by frequency, for methods with `@SIZE`.
         ngrams: counts of text, for method `dart`.
+
+    Raises:
+        UserError: ranking or counts belong to another tokenizer.
     """
 
     def __init__(
@@ -146,6 +149,9 @@ class Drafting:
         ranking: FrequentTokens | None = None,
         ngrams: NgramModel | None = None,
     ) -> None:
+        for counted in (ranking, ngrams):
+            if counted is not None:
+                counted.check(target)
         self.target, self.drafts, self.ranking, self.ngrams = target, list(drafts), ranking, ngrams
         self._cut: dict[tuple[int, int], AnyDraft] = {}
 

@@ -15,7 +15,7 @@ from domino_spec.api import default_method, stream
 from domino_spec.bench.ties import first_difference
 from domino_spec.config import UserError
 from domino_spec.decoding.generate import Generation
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft
 from domino_spec.target.margin import TopTwo, top_two
 from domino_spec.target.model import Target
 
@@ -85,7 +85,7 @@ class RaceResult:
 
 def race(
     target: Target,
-    draft: Draft | None,
+    draft: AnyDraft | None,
     prompt: str,
     *,
     method: str | None = None,
@@ -125,12 +125,12 @@ def race(
     return RaceResult(prompt, plain, drafted, difference, evidence)
 
 
-def _racer(target: Target, draft: Draft | None, prompt: str, method: str, options: dict[str, Any]) -> Racer:
+def _racer(target: Target, draft: AnyDraft | None, prompt: str, method: str, options: dict[str, Any]) -> Racer:
     generations: list[Generation] = []
     cycles = stream(target, draft, [prompt], method=method, generations=generations, **options)
     return Racer(method, cycles, generations)
 
 
-def warm_up(target: Target, draft: Draft | None, method: str | None, num_drafts: int | None) -> None:
+def warm_up(target: Target, draft: AnyDraft | None, method: str | None, num_drafts: int | None) -> None:
     """A short race whose times are thrown away: first passes allocate memory and choose kernels."""
     race(target, draft, PROMPTS[0], method=method, max_new_tokens=WARM_UP_TOKENS, num_drafts=num_drafts)

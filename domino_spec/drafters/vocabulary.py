@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from domino_spec.config import UserError, parse_settings
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.files import atomic_path, read_json
 from domino_spec.target.model import Target
 from domino_spec.target.packing import PackedLinear
-
-AnyDraft = TypeVar("AnyDraft", Draft, SingleLayerDraft)
 
 
 def count_tokens(texts: Iterable[Iterable[int]]) -> Counter[int]:
@@ -257,7 +255,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < target.vocab_size:
         raise UserError(f"a draft vocabulary holds token ids outside the vocabulary of {target.vocab_size}")
     choices = draft.to_choices(wanted.to(draft.device))
-    choices = choices[choices >= 0]  # ascending, as both vocabularies are
+    choices = choices[choices >= 0]
     if len(choices) == 0:
         raise UserError("this draft can propose none of the tokens of the draft vocabulary asked for")
     if len(choices) == draft.config.logits_size:
@@ -267,6 +265,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     fewer.config = replace(
         draft.config, draft_vocab_size=len(choices), published=_published(draft.config.published, len(choices))
     )
+    fewer.custom_generate = None  # it would go on with the other draft
     if isinstance(fewer, SingleLayerDraft):
         fewer.lm_head = _rows(fewer.lm_head, choices)
         return fewer.bind(target)
@@ -274,7 +273,6 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
         down, activation, up = fewer.head.embed_proj
         fewer.head = _sharing_copy(fewer.head)
         fewer.head.embed_proj = nn.Sequential(down, activation, _rows(up, choices))
-    fewer.custom_generate = None  # it would go on with the other draft
     fewer.bind(target)
     if draft.packed:
         fewer._packed_lm_head = PackedLinear(fewer.ends.lm_head.to(draft.dtype))

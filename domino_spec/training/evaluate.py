@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft
 from domino_spec.target.model import Target
 from domino_spec.training.blocks import DraftedTokens, forward_blocks
 from domino_spec.training.data import Sequence
@@ -53,7 +53,7 @@ class SimulatedTau:
 
 @torch.inference_mode()
 def simulated_tau(
-    draft: Draft,
+    draft: AnyDraft,
     sequences: SequenceType[Sequence],
     source: FeatureSource,
     anchors_per_sequence: int = 32,
@@ -112,7 +112,7 @@ class BlockLogits(NamedTuple):
 
 
 def block_logits(
-    draft: Draft,
+    draft: AnyDraft,
     sequences: SequenceType[Sequence],
     source: FeatureSource,
     anchors_per_sequence: int,

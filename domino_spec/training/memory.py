@@ -67,10 +67,12 @@ def work_memory(
     labels = blocks * replace(config, block_size=size).max_drafts
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
-    counted = isinstance(config, DraftConfig)  # one layer's activations are few beside the rest
+    activations = 0  # one layer's are few beside the rest
+    if isinstance(config, DraftConfig):
+        activations = activation_bytes(config, recipe, rows, blocks, size)
     return {
         "features": rows * token_features,
-        "activations": activation_bytes(config, recipe, rows, blocks, size) if counted else 0,
+        "activations": activations,
         "loss": element * (held * logits + 2 * labels * width),
     }
 

@@ -14,7 +14,7 @@ from domino_spec.api import default_method, make_drafter
 from domino_spec.config import UserError
 from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.draft.model import Draft
+from domino_spec.draft.load import AnyDraft
 from domino_spec.recipe import DataRecipe
 from domino_spec.target.model import Target
 from domino_spec.training.answers import TOO_LONG, Dialogue, RegenerateProgress, RegenerateResult, Regeneration
@@ -22,7 +22,7 @@ from domino_spec.training.answers import TOO_LONG, Dialogue, RegenerateProgress,
 
 def regenerate(
     target: Target,
-    draft: Draft | None,
+    draft: AnyDraft | None,
     prompts: str | Path,
     out: str | Path,
     recipe: DataRecipe,
@@ -54,7 +54,7 @@ def regenerate(
 
 def _answer_batch(
     target: Target,
-    draft: Draft | None,
+    draft: AnyDraft | None,
     batch: Sequence[Dialogue],
     recipe: DataRecipe,
     on_tokens: Callable[[int], None],

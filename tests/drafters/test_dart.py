@@ -129,10 +129,11 @@ def test_prefixes_that_end_the_answer_are_extended_last():
 
 @pytest.mark.parametrize("budget", [1, 7, 40, 99])
 def test_a_kept_set_is_a_tree_where_children_are_as_good_as_their_parents(budget):
-    """One sure token a slot: every addend is 0 (or, with the floor, a little above), and all prefixes are equal."""
-    tokens, probs = np.arange(100).reshape(1, 100, 1), np.ones((1, 100, 1))
-    tree = search_tree(tokens, probs, None, np.zeros((1, 0), dtype=int), budget)
+    """A sure and an impossible token a slot: the sure ones add 0 (or, with the floor, a little more) and are equal."""
+    tokens, probs = np.arange(200).reshape(1, 100, 2), np.array([[[1.0, 0.0]] * 100])
+    tree = search_tree(tokens, probs, None, np.zeros((1, 0), dtype=int), budget, beam=2)
     assert tree.parents[0].tolist() == list(range(-1, budget - 1))
+    assert tree.tokens[0].tolist() == list(range(0, 2 * budget, 2))
 
 
 # The pass.

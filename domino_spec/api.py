@@ -13,8 +13,9 @@ from domino_spec.decoding.generate import Generation, Limits, decode
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with, sampling_settings
 from domino_spec.draft import load as draft_loading
+from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.methods import METHODS, TREE_BUDGET, AnyDraft, default_method, make_drafter  # noqa: F401
+from domino_spec.methods import default_method, make_drafter
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from domino_spec.api import METHODS as API_METHODS
 from domino_spec.cli import cli
 from domino_spec.demo.options import DEFAULT_DRAFT, DEFAULT_TARGET, METHODS
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import EMBEDDED_DRAFT
 from domino_spec.files import load_tensors, read_jsonl
+from domino_spec.methods import METHODS as API_METHODS
 from domino_spec.target.load import EMBEDDED_TARGET
 from tests.cli_fixtures import (  # noqa: F401
     PROMPT,

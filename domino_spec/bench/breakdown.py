@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from domino_spec.api import make_drafter
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import prefill
@@ -28,6 +27,7 @@ from domino_spec.draft.model import Draft
 from domino_spec.drafters.domino import ContextCache
 from domino_spec.drafters.plain import PlainDecoding
 from domino_spec.kernels.reference import head_rollout
+from domino_spec.methods import make_drafter
 from domino_spec.target.model import Target, TargetPass
 
 STAGES = ("verify", "context", "backbone", "lm_head", "rollout", "accept_commit")

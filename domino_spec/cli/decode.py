@@ -75,12 +75,13 @@ def generate(
     """
     prompt = read_prompt(prompt)
     machine.prepare()
-    from domino_spec.api import default_method, stream
+    from domino_spec.api import stream
     from domino_spec.decoding.generate import Generation, Limits
     from domino_spec.decoding.sampling import SamplingSettings
     from domino_spec.demo.record import generation_record
     from domino_spec.demo.terminal import AnswerWriter, MarkedText
     from domino_spec.drafters.vocabulary import restricted
+    from domino_spec.methods import default_method
 
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     Limits(max_new_tokens, stop)  # what is wrong with these is said before a model is loaded

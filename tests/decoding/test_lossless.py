@@ -20,13 +20,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from domino_spec.api import TREE_BUDGET, make_drafter
 from domino_spec.decoding import verify as verify_module
 from domino_spec.decoding.sampling import SamplingSettings, draw
 from domino_spec.decoding.state import Proposal
 from domino_spec.decoding.tree import walk_tree
 from domino_spec.decoding.verify import accept_chain
 from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.methods import TREE_BUDGET, make_drafter
 from tests.tiny import as_sequences, as_target, fit, random_prompts, run, tiny_draft, tiny_model
 
 VOCAB, TOKENS, REQUESTS = 12, 3, 4000

@@ -302,7 +302,7 @@ def test_what_cannot_be_restricted_is_one_line(target, tmp_path):
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["chosen", "sampled"])
 def test_the_sampled_distribution_is_the_targets_own(temperature):
     """Tokens outside the draft vocabulary, which can come from the target alone, included."""
-    from domino_spec.api import make_drafter
+    from domino_spec.methods import make_drafter
 
     model = tiny_model(
         vocab_size=FEW, hidden_size=16, intermediate_size=24, num_hidden_layers=2, initializer_range=0.35, seed=2

@@ -82,9 +82,20 @@ def test_a_complete_cache_needs_no_target_pass(tmp_path, target, sequences, monk
 
 def test_other_settings_are_refused(tmp_path, target, sequences):
     capture_features(target, sequences[:1], LAYERS, tmp_path)
-    for other, layers in ((tiny_target(seed=3), LAYERS), (target, (0, 1)), (target, (2, 0))):
+    for other, layers in ((tiny_target(seed=3), LAYERS), (target, (0, 1)), (tiny_target(seed=3), (2,))):
         with pytest.raises(UserError, match="made with other settings"):
             capture_features(other, sequences[:1], layers, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [(2,), (2, 0)])
+def test_a_cache_of_more_layers_is_read_in_part(tmp_path, target, sequences, layers):
+    capture_features(target, sequences[:1], LAYERS, tmp_path / "many")
+    part = capture_features(target, sequences, layers, tmp_path / "many")  # what is missing is captured whole
+    own = capture_features(target, sequences, layers, tmp_path / "own")
+    assert part.layers == own.layers == layers
+    for sequence in sequences:
+        assert torch.equal(part.read(sequence), own.read(sequence))
+    assert torch.equal(part.batch(sequences).features, own.batch(sequences).features)
 
 
 def test_a_damaged_shard_is_one_line(tmp_path, target, sequences):

@@ -183,7 +183,7 @@ class Backbone(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(_rotary_config(config))
+        self.rotary_emb = Qwen3RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
@@ -279,7 +279,8 @@ class Backbone(nn.Module):
         return self.norm(block)
 
 
-def _rotary_config(config: DraftConfig) -> Qwen3Config:
+def rotary_config(config: DraftConfig | SingleLayerConfig) -> Qwen3Config:
+    """What transformers' rotary embedding needs to know of a draft."""
     parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return Qwen3Config(
         hidden_size=config.hidden_size,

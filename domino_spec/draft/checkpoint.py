@@ -189,13 +189,20 @@ def save_draft(draft: Draft, directory: str | Path, dtype: torch.dtype | None = 
     Raises:
         UserError: a file could not be written; what was there before survives.
     """
-    directory = Path(directory)
-    tensors = {
+    published = published_config(draft.config, dtype or draft.dtype)
+    write_checkpoint(draft_tensors(draft), published, Path(directory), dtype)
+
+
+def write_checkpoint(
+    tensors: Mapping[str, Tensor], published: Mapping[str, Any], directory: Path, dtype: torch.dtype | None
+) -> None:
+    """Write tensors and configuration of a draft of any kind; arguments and errors as `save_draft`."""
+    converted = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, tensor in draft_tensors(draft).items()
+        for name, tensor in tensors.items()
     }
-    save_tensors(tensors, directory / WEIGHTS_FILE)
-    write_json(published_config(draft.config, dtype or draft.dtype), directory / CONFIG_FILE)
+    save_tensors(converted, directory / WEIGHTS_FILE)
+    write_json(published, directory / CONFIG_FILE)
 
 
 def read_config(directory: Path) -> DraftConfig:

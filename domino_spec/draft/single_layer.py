@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import SingleLayerConfig, UserError, feature_levels
-from domino_spec.draft.backbone import MLP, Attend, RMSNorm, Rotary, grouped_attention, rotate
+from domino_spec.draft.backbone import MLP, Attend, RMSNorm, Rotary, grouped_attention, rotary_config, rotate
 from domino_spec.draft.model import TargetEnds
 from domino_spec.kernels import cpu
 from domino_spec.target.fusing import FusedProjection, NotFusible, fuse
@@ -166,7 +165,7 @@ class SingleLayerDraft(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.logits_size, bias=False)
         # DART's masked position: what stands for its normed pair; the first half is its residual as well.
         self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.method == "dart" else None
-        self.rotary_emb = Qwen3RotaryEmbedding(_rotary_config(config))
+        self.rotary_emb = Qwen3RotaryEmbedding(rotary_config(config))
         self.register_buffer("draft_vocab_ids", draft_vocab_ids)
         self.feature_scale: Tensor | None
         self.register_buffer("feature_scale", None, persistent=False)
@@ -315,7 +314,7 @@ class SingleLayerDraft(nn.Module):
     def final_hidden(self, out: Tensor) -> Tensor:
         """What the LM head reads, from the layer's output [..., H].
 
-        DART's released code norms twice; the second norm hardly matters, but released weights were trained with it.
+        DART's released code norms twice, and released weights must meet the same.
         """
         hidden = self.norm(out)
         return self.norm(hidden) if self.config.method == "dart" else hidden
@@ -353,14 +352,3 @@ class SingleLayerDraft(nn.Module):
         pack_linears(self)
         self.packed = True
         return self
-
-
-def _rotary_config(config: SingleLayerConfig) -> Qwen3Config:
-    parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
-    return Qwen3Config(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=parameters,
-    )

@@ -27,9 +27,9 @@ from domino_spec.draft.checkpoint import (
     parse_rope,
     read_published,
     read_weights,
+    write_checkpoint,
 )
 from domino_spec.draft.single_layer import SingleLayerDraft, TensorLayout
-from domino_spec.files import save_tensors, write_json
 
 OWN_SETTINGS = "domino_spec"
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
@@ -212,13 +212,8 @@ def save_single_layer(draft: SingleLayerDraft, directory: str | Path, dtype: tor
     Raises:
         UserError: a file could not be written; what was there before survives.
     """
-    directory = Path(directory)
-    tensors = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, tensor in single_layer_tensors(draft).items()
-    }
-    save_tensors(tensors, directory / WEIGHTS_FILE)
-    write_json(published_single_layer(draft.config, dtype or draft.dtype), directory / CONFIG_FILE)
+    published = published_single_layer(draft.config, dtype or draft.dtype)
+    write_checkpoint(single_layer_tensors(draft), published, Path(directory), dtype)
 
 
 def read_single_layer(directory: Path) -> SingleLayerDraft:

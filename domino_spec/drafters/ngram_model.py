@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.config import UserError, parse_settings, require
-from domino_spec.drafters.vocabulary import tokenizer_fingerprint
+from domino_spec.drafters.vocabulary import check_tokenizer
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.target.model import Target
 
@@ -161,18 +161,7 @@ class NgramModel:
         Raises:
             UserError: one sentence that names both sides.
         """
-        about = self.about
-        if about.vocab_size != target.vocab_size:
-            raise UserError(
-                f"this N-gram model was counted for a vocabulary of {about.vocab_size}, that of {target.name} has "
-                f"{target.vocab_size}: build one for this target"
-            )
-        own = tokenizer_fingerprint(target.tokenizer)
-        if None not in (own, about.tokenizer) and own != about.tokenizer:
-            raise UserError(
-                f"this N-gram model was counted with tokenizer {about.tokenizer}, that of {target.name} is {own}: "
-                "build one for this target"
-            )
+        check_tokenizer("this N-gram model", self.about.vocab_size, self.about.tokenizer, target)
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically.

@@ -151,17 +151,7 @@ class FrequentTokens:
         Raises:
             UserError: one sentence that names both sides.
         """
-        if self.vocab_size != target.vocab_size:
-            raise UserError(
-                f"this ranking of tokens was counted for a vocabulary of {self.vocab_size}, that of {target.name} has "
-                f"{target.vocab_size}: build one for this target"
-            )
-        own = tokenizer_fingerprint(target.tokenizer)
-        if None not in (own, self.tokenizer) and own != self.tokenizer:
-            raise UserError(
-                f"this ranking of tokens was counted with tokenizer {self.tokenizer}, that of {target.name} is {own}: "
-                "build one for this target"
-            )
+        check_tokenizer("this ranking of tokens", self.vocab_size, self.tokenizer, target)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically.
@@ -216,6 +206,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | No
         return None
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def check_tokenizer(counted: str, vocab_size: int, tokenizer: str | None, target: Target) -> None:
+    """Refuse counts of text for a target with another tokenizer.
+
+    Args:
+        counted: what they are, for the message.
+        vocab_size: V that they were counted for.
+        tokenizer: fingerprint of theirs, None where it is not known.
+        target: to be used with.
+
+    Raises:
+        UserError: one sentence that names both sides.
+    """
+    if vocab_size != target.vocab_size:
+        raise UserError(
+            f"{counted} was counted for a vocabulary of {vocab_size}, that of {target.name} has "
+            f"{target.vocab_size}: build one for this target"
+        )
+    own = tokenizer_fingerprint(target.tokenizer)
+    if None not in (own, tokenizer) and own != tokenizer:
+        raise UserError(
+            f"{counted} was counted with tokenizer {tokenizer}, that of {target.name} is {own}: "
+            "build one for this target"
+        )
 
 
 def restricted(draft: AnyDraft, ranking: FrequentTokens | Path | str, size: int | None, target: Target) -> AnyDraft:

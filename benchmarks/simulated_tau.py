@@ -28,7 +28,6 @@ from domino_spec.api import load_draft
 from domino_spec.bench.simulate import Simulated, load_simulated, render, save_simulated, simulate, summarize
 from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.load import draft_directory
 from domino_spec.drafters.ngram_model import NgramModel
 from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
@@ -89,7 +88,6 @@ def make(
             method.name,
             chosen,
             requests=batch,
-            settings=SamplingSettings(),  # greedy: every draft is chosen
             device=target.device,
             num_drafts=method.budget,
             ngrams=counts,

@@ -12,15 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from domino_spec.api import generate, load_draft, stream
     from domino_spec.config import UserError
-    from domino_spec.decoding.generate import Generation
+    from domino_spec.decoding.engine import Engine
+    from domino_spec.decoding.generation import Generation, Limits, Request
     from domino_spec.decoding.sampling import SamplingSettings
     from domino_spec.target.load import load_target
 
-__all__ = ["Generation", "SamplingSettings", "UserError", "generate", "load_draft", "load_target", "stream"]
+__all__ = [
+    "Engine",
+    "Generation",
+    "Limits",
+    "Request",
+    "SamplingSettings",
+    "UserError",
+    "generate",
+    "load_draft",
+    "load_target",
+    "stream",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Generation": "domino_spec.decoding.generate",
+    "Engine": "domino_spec.decoding.engine",
+    "Generation": "domino_spec.decoding.generation",
+    "Limits": "domino_spec.decoding.generation",
+    "Request": "domino_spec.decoding.generation",
     "SamplingSettings": "domino_spec.decoding.sampling",
     "UserError": "domino_spec.config",
     "generate": "domino_spec.api",

@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
-from domino_spec.decoding.generate import Generation, Limits, decode
+from domino_spec.decoding.generate import decode
+from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with, sampling_settings
+from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel
@@ -68,7 +69,6 @@ def _custom_generate(draft: AnyDraft, target: Target) -> Callable[..., torch.Ten
             default_method(draft),
             draft,
             requests=len(input_ids),
-            settings=sampling_settings(generation_config, logits_processor),
             device=target.device,
             min_confidence=default_min_confidence(target.device),
         )
@@ -148,7 +148,6 @@ def stream(
         default_method(draft, sample_drafts) if method is None else method,
         draft,
         requests=len(ids),
-        settings=settings,
         device=target.device,
         candidates=candidates,
         sample_drafts=sample_drafts,

@@ -9,7 +9,6 @@ import torch
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
@@ -35,9 +34,9 @@ class Ingredients:
     """What drafters are made of."""
 
     draft: AnyDraft | None
-    streams: RandomStreams
     candidates: int | None
-    draft_temperature: float
+    samples: bool
+    draft_temperature: float | None
     min_confidence: float
     tree_budget: int
     ngrams: NgramModel | None = None
@@ -67,8 +66,8 @@ def _chain(given: Ingredients, use_head: bool = True) -> BlockDrafter:
         given.draft,
         use_head=use_head,
         candidates=given.candidates,
+        samples=given.samples,
         temperature=given.draft_temperature,
-        streams=given.streams,
         min_confidence=given.min_confidence,
     )
 
@@ -150,7 +149,6 @@ def make_drafter(
     draft: AnyDraft | None,
     *,
     requests: int,
-    settings: SamplingSettings,
     device: torch.device,
     candidates: int | None = DEFAULT_CANDIDATES,
     sample_drafts: bool | None = None,
@@ -165,13 +163,12 @@ def make_drafter(
         method: a key of `METHODS`.
         draft: bound to the target, of a kind that serves the method; None for those that need none.
         requests: R, how many requests are decoded together.
-        settings: of the target's distribution; sampled drafts use its seed and, by default, its temperature.
         device: of the target.
         candidates: K, or None for the whole draft vocabulary.
         sample_drafts: at temperature > 0, True samples drafts and False takes the most probable tokens. None is what
             the method does best: `domino` and `dflash` sample (docs/benchmarks.md), the others cannot. At temperature 0
             nothing is sampled.
-        draft_temperature: of sampled drafts; None for the target's.
+        draft_temperature: of sampled drafts; None for each request's own.
         min_confidence: see `BlockDrafter`.
         num_drafts: of a tree, 512 at most; None is what pays: 11 for one request, fewer where several share a CPU's
             rows. A chain is as long as its draft allows.
@@ -185,14 +182,13 @@ def make_drafter(
         raise UserError(f"min_confidence must be at least 0 and less than 1, got {min_confidence}")
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates must be at least 1, got {candidates}")
-    temperature = 0.0
     samples = METHODS[method].samples
     if sample_drafts and METHODS[method].kinds and not samples:
         raise UserError(f"method {method} chooses its drafts; sample_drafts is for domino and dflash")
-    if (samples if sample_drafts is None else sample_drafts) and not settings.greedy:
-        temperature = settings.temperature if draft_temperature is None else draft_temperature
-    streams = RandomStreams(torch.arange(requests, device=device) + settings.seed)
     budget = min(num_drafts or TREE_BUDGET, LARGEST_TREE)
     if num_drafts is None and device.type == "cpu":
         budget = max(SMALLEST_TREE, (TREE_BUDGET + 1) // requests - 1)
-    return METHODS[method].make(Ingredients(draft, streams, candidates, temperature, min_confidence, budget, ngrams))
+    samples = samples if sample_drafts is None else sample_drafts
+    return METHODS[method].make(
+        Ingredients(draft, candidates, samples, draft_temperature, min_confidence, budget, ngrams)
+    )

@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import domino_spec
 from domino_spec import UserError, generate
 from domino_spec.api import prompt_ids
+from domino_spec.decoding.drafter import start
+from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.state import Proposal
 from domino_spec.kernels import cpu
 from domino_spec.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
 from tests.tiny import (
@@ -85,13 +89,13 @@ def test_a_method_takes_the_draft_that_was_made_for_it(target):
 def test_a_draft_of_another_kind_is_refused(target, method, kind, said):
     draft = tiny_single_layer(target, kind) if kind == "dart" else tiny_draft(target, head=kind == "domino")
     with pytest.raises(UserError) as caught:
-        make_drafter(method, draft, requests=1, settings=SamplingSettings(), device=target.device)
+        make_drafter(method, draft, requests=1, device=target.device)
     assert str(caught.value) == said
 
 
 def test_the_size_of_a_tree_is_asked_for_or_follows_the_number_of_requests(target):
     def drafts(requests: int, num_drafts: int | None = None, method: str = "domino-tree") -> int:
-        options = dict(requests=requests, settings=SamplingSettings(), device=target.device, num_drafts=num_drafts)
+        options = dict(requests=requests, device=target.device, num_drafts=num_drafts)
         return make_drafter(method, tiny_draft(target), **options).max_drafts
 
     assert [drafts(r) for r in (1, 2, 4, 16)] == [11, 5, 2, 2]
@@ -102,26 +106,26 @@ def test_the_size_of_a_tree_is_asked_for_or_follows_the_number_of_requests(targe
 
 def test_every_method_makes_a_drafter(target):
     for method in METHODS:
-        drafter = make_drafter(
-            method, draft_for(method, target), requests=2, settings=SamplingSettings(), device=target.device
-        )
+        drafter = make_drafter(method, draft_for(method, target), requests=2, device=target.device)
         assert drafter.max_drafts == (0 if method == "none" else drafter.max_drafts) >= 0
 
 
-def draft_temperature(target, method: str, temperature: float, **options) -> float:
-    settings = SamplingSettings(temperature=temperature)
-    draft = tiny_draft(target)
-    drafter = make_drafter(method, draft, requests=1, settings=settings, device=target.device, **options)
-    return getattr(drafter, "inner", drafter).temperature
+@torch.inference_mode()
+def first_proposal(target, method: str, temperature: float, **options) -> Proposal:
+    drafter = make_drafter(method, tiny_draft(target), requests=1, device=target.device, **options)
+    state = prefill(target, [[1, 2, 3]], drafter, 1, SamplingSettings(temperature=temperature))
+    return drafter.propose(state, start(drafter, state), drafter.max_drafts)
 
 
 @pytest.mark.parametrize("method", ["domino", "dflash"])
 def test_drafts_are_sampled_where_the_text_is_unless_argmax_is_asked_for(target, method):
-    assert draft_temperature(target, method, 0.7) == 0.7
-    assert draft_temperature(target, method, 0.7, draft_temperature=0.5) == 0.5
-    assert draft_temperature(target, method, 0.7, sample_drafts=False) == 0
-    assert draft_temperature(target, method, 0.0) == draft_temperature(target, method, 0.0, sample_drafts=True) == 0
-    assert draft_temperature(target, "domino+ngram", 0.7) == 0
+    own, colder = (first_proposal(target, method, 0.7, draft_temperature=t).draft_probs for t in (None, 0.01))
+    assert own is not None and colder is not None
+    assert (colder.amax(-1) > own.amax(-1)).all(), "a colder draft is surer"
+    assert first_proposal(target, method, 0.7, sample_drafts=False).draft_probs is None
+    for sample_drafts in (None, True):
+        assert first_proposal(target, method, 0.0, sample_drafts=sample_drafts).draft_probs is None
+    assert first_proposal(target, "domino+ngram", 0.7).draft_probs is None
 
 
 def test_generate_draws_the_same_text_by_default_as_with_sampled_drafts(target):

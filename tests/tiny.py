@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from domino_spec.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
-from domino_spec.decoding.generate import Generation, Limits, decode
+from domino_spec.decoding.drafter import NoCache
+from domino_spec.decoding.generate import decode
+from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.model import Draft
@@ -283,7 +285,69 @@ def fit(target: Target, draft: Draft, sequences: list[Sequence], steps: int, **r
     return trainer
 
 
-class Oracle:
+def whose(state: State, texts: list[list[int]]) -> list[int]:
+    """Which text each request of a state is at: requests change places as others end."""
+    left, found = list(range(len(texts))), []
+    for row in state.tokens.tolist():
+        found.append(max(left, key=lambda i, row=row: _common(texts[i], row)))
+        left.remove(found[-1])
+    return found
+
+
+def _common(ours: list[int], theirs: list[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+class KeepsNothing:
+    """What the loop asks of a drafter without caches."""
+
+    feature_layers: tuple[int, ...] = ()
+    samples = False
+
+    def allocate(self, requests: int, capacity: int) -> NoCache:
+        return NoCache()
+
+    def read(self, own: NoCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        pass
+
+    def advance(self, own: NoCache, verdict: Verdict) -> None:
+        pass
+
+
+class Beside:
+    """Runs a drafter beside an oracle, whose drafts are verified; what the drafter proposes is for the test.
+
+    Args:
+        drafter: under test.
+        oracle: knows the texts.
+    """
+
+    samples = False
+
+    def __init__(self, drafter, oracle: Oracle | TreeOracle) -> None:
+        self.drafter, self.oracle = drafter, oracle
+        self.feature_layers, self.max_drafts = drafter.feature_layers, oracle.max_drafts
+        self.proposals: list[tuple[list[list[int]], Proposal]] = []
+        """Per cycle, the texts that were committed before it, and what the drafter proposed."""
+
+    def allocate(self, requests: int, capacity: int):
+        return self.drafter.allocate(requests, capacity)
+
+    def read(self, own, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        self.drafter.read(own, tokens, features, counts)
+
+    def propose(self, state: State, own, num_drafts: int) -> Proposal:
+        proposal = self.drafter.propose(state, own, self.drafter.max_drafts)
+        texts = [row[:n] for row, n in zip(state.tokens.tolist(), state.lengths.tolist(), strict=True)]
+        self.proposals.append((texts, proposal))
+        return self.oracle.propose(state, None, num_drafts)
+
+    def advance(self, own, verdict: Verdict) -> None:
+        self.drafter.advance(own, verdict)
+
+
+class Oracle(KeepsNothing):
     """Drafts the known continuation, spoiled at one place per cycle so that every acceptance length comes up.
 
     Args:
@@ -292,29 +356,21 @@ class Oracle:
         vocab: V.
     """
 
-    feature_layers: tuple[int, ...] = ()
-
     def __init__(self, texts: list[list[int]], max_drafts: int, vocab: int = VOCAB) -> None:
         self.texts, self.max_drafts, self.vocab, self._cycle = texts, max_drafts, vocab, 0
 
-    def start(self, state: State) -> None:
-        pass
-
-    def propose(self, state: State, own: None, num_drafts: int) -> Proposal:
-        drafts = torch.zeros(len(self.texts), num_drafts, dtype=torch.long)
-        for r, (text, length) in enumerate(zip(self.texts, state.lengths.tolist(), strict=True)):
-            right = text[length : length + num_drafts]
+    def propose(self, state: State, own, num_drafts: int) -> Proposal:
+        drafts = torch.zeros(len(state.lengths), num_drafts, dtype=torch.long)
+        for r, (whose_text, length) in enumerate(zip(whose(state, self.texts), state.lengths.tolist(), strict=True)):
+            right = self.texts[whose_text][length : length + num_drafts]
             right += [0] * (num_drafts - len(right))
             spoiled = (self._cycle + r) % (num_drafts + 1)  # num_drafts: none
             drafts[r] = torch.tensor([(t + (i == spoiled)) % self.vocab for i, t in enumerate(right)])
         self._cycle += 1
         return Proposal(drafts, torch.full_like(state.lengths, num_drafts))
 
-    def advance(self, own: None, verdict: Verdict) -> None:
-        pass
 
-
-class TreeOracle:
+class TreeOracle(KeepsNothing):
     """Hides part of the known continuation in a random tree of wrong tokens, at random places of it.
 
     How much is hidden, and how many drafts are proposed, differs from request to request and from cycle to cycle. What
@@ -328,8 +384,6 @@ class TreeOracle:
         seed: of everything random.
     """
 
-    feature_layers: tuple[int, ...] = ()
-
     def __init__(self, texts: list[list[int]], max_drafts: int, vocab: int = VOCAB, seed: int = 0) -> None:
         self.texts, self.max_drafts, self.vocab, self._random = texts, max_drafts, vocab, random.Random(seed)
         self.hidden: list[list[int]] = [[] for _ in texts]
@@ -337,12 +391,10 @@ class TreeOracle:
         self.proposed: list[list[int]] = [[] for _ in texts]
         """Per request and cycle, how many drafts were proposed."""
 
-    def start(self, state: State) -> None:
-        pass
-
-    def propose(self, state: State, own: None, num_drafts: int) -> Proposal:
-        trees = []
-        for r, (text, length) in enumerate(zip(self.texts, state.lengths.tolist(), strict=True)):
+    def propose(self, state: State, own, num_drafts: int) -> Proposal:
+        trees, self.order = [], whose(state, self.texts)
+        for r, length in zip(self.order, state.lengths.tolist(), strict=True):
+            text = self.texts[r]
             count = self._random.randint(0, num_drafts)
             hidden = self._random.randint(0, min(count, 4))
             following = (text[length:] + [0] * (num_drafts + 1))[: num_drafts + 1]
@@ -350,7 +402,7 @@ class TreeOracle:
             self.hidden[r].append(hidden)
             self.proposed[r].append(count)
         tokens, parents = (torch.tensor(part, dtype=torch.long) for part in zip(*trees, strict=True))
-        return Proposal(tokens, torch.tensor([p[-1] for p in self.proposed]), parents)
+        return Proposal(tokens, torch.tensor([self.proposed[r][-1] for r in self.order]), parents)
 
     def _tree(self, following: list[int], hidden: int, count: int, size: int) -> tuple[list[int], list[int]]:
         """Tokens and parents: `count` drafts, `hidden` of them the continuation, then more of it that is not meant."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from domino_spec.target.load import EMBEDDED_TARGET, embedded_target_directory
 from domino_spec.target.model import Target
 

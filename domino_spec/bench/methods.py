@@ -17,7 +17,7 @@ from domino_spec.bench.baseline import transformers_generate
 from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
 from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.ngram_model import NgramModel
 from domino_spec.drafters.vocabulary import FrequentTokens, restricted
@@ -231,7 +231,7 @@ def contenders(
         raise UserError(f"num_drafts must be at least 1, got {min(budgets)}; method none drafts nothing")
     found: dict[Contender, None] = {}
     for temperature in temperatures:
-        settings = SamplingSettings(temperature=temperature)  # refuses a negative one before anything is measured
+        SamplingSettings(temperature=temperature)  # refuses a negative one before anything is measured
         for name, own_budget in map(parse_method, methods):
             method = method_of(name)
             if method.needs_temperature and temperature == 0:
@@ -243,7 +243,7 @@ def contenders(
                 elif method.drafting is None:
                     most = 0
                 else:
-                    most = drafting.drafter_for(name, settings=settings, num_drafts=budget).max_drafts
+                    most = drafting.drafter_for(name, num_drafts=budget).max_drafts
                     most = most if budget is None else min(budget, most)
                 found[Contender(name, most, temperature)] = None
     return list(found)

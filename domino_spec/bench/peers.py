@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from domino_spec.bench.baseline import timed_generate
 from domino_spec.config import DraftConfig, UserError
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from domino_spec.draft.checkpoint import draft_tensors, read_draft
 from domino_spec.draft.load import draft_directory
 from domino_spec.draft.model import Draft

@@ -62,12 +62,12 @@ def write_plots(report: Record, out: Path) -> list[str]:
     """
     drawn = []
     if any(entry["speedup_over_none"] is not None for entry in report["pooled"] if entry["method"] != "none"):
-        drawn.append(_save(_speedups(report), out, "speedup"))
+        drawn.append(save_figure(_speedups(report), out, "speedup"))
     if any(_has_cost(entry) for entry in report["pooled"]):
-        drawn.append(_save(_tau_against_cost(report), out, "tau_against_cost"))
+        drawn.append(save_figure(_tau_against_cost(report), out, "tau_against_cost"))
     if report["acceptance"]:
-        drawn.append(_save(_histograms(report), out, "acceptance_lengths"))
-        drawn.append(_save(_positions(report), out, "acceptance_by_position"))
+        drawn.append(save_figure(_histograms(report), out, "acceptance_lengths"))
+        drawn.append(save_figure(_positions(report), out, "acceptance_by_position"))
     return drawn
 
 
@@ -82,7 +82,12 @@ def styles(report: Record) -> dict[str, Style]:
     return found | {"none": Style(GRAY, "o", "-")}
 
 
-def _save(figure: Figure, out: Path, name: str) -> str:
+def save_figure(figure: Figure, out: Path, name: str) -> str:
+    """Write a figure as `name`.png and `name`.svg into a directory, each whole or not at all; returns the PNG's name.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     # The canvases themselves: `savefig` would draw everything twice.
     with atomic_path(out / f"{name}.png") as scratch:
         FigureCanvasAgg(figure).print_png(scratch)

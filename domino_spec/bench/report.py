@@ -74,7 +74,11 @@ def build_report(out: Path, reference: str | None = None) -> dict[str, Any]:
     settings = read_json(out / SETTINGS_FILE)
     contenders, draws = contenders_of(rows), draws_of(rows)
     suites = {name: [row for row in rows if row.suite == name] for name in dict.fromkeys(row.suite for row in rows)}
-    of_suites = {name: {c: measured(own, c, draws) for c in contenders_of(own)} for name, own in suites.items()}
+    # Who comes first in a suite changes from prompt to prompt; tables have one order for all.
+    of_suites = {
+        name: {c: measured(own, c, draws) for c in contenders if c in set(contenders_of(own))}
+        for name, own in suites.items()
+    }
     pooled = [figures(measured(rows, contender, draws)) for contender in contenders]
     report = {
         "settings": settings["configuration"],

@@ -1,4 +1,4 @@
-"""`domino-spec bench` and `domino-spec profile`: from options to a directory of measurements and a report."""
+"""`domino-spec bench`: from options to a directory of measurements and a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from domino_spec.api import default_min_confidence
 from domino_spec.bench import environment
 from domino_spec.bench.baseline import load_baseline
-from domino_spec.bench.breakdown import Breakdown, measure_breakdown, render_breakdown, synthetic_context
+from domino_spec.bench.breakdown import Breakdown, measure_breakdown
 from domino_spec.bench.html import write_html
 from domino_spec.bench.measure import BATCH, Plan, Say, measure
 from domino_spec.bench.methods import Contender, Drafting, check_methods, contenders, method_of, runner
@@ -162,51 +162,6 @@ def run_bench(
     write_html(report, out, plots)
     say(f"wrote {out / 'report.md'} and {out / 'report.html'}")
     return report
-
-
-def run_profile(
-    *,
-    target: str,
-    draft: str,
-    out: Path,
-    context: int = 256,
-    num_drafts: Sequence[int] = (),
-    repeats: int = 20,
-    threads: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    candidates: int | None = DEFAULT_CANDIDATES,
-) -> list[Breakdown]:
-    """Time the stages of a cycle at a context of random tokens; writes breakdown.json and breakdown.md to `out`.
-
-    Args:
-        target: as in `run_bench`.
-        draft: as in `run_bench`.
-        out: a directory, made when missing.
-        context: committed tokens.
-        num_drafts: drafts per pass, one breakdown each; empty for the draft's most.
-        repeats: medians are taken over this many.
-        threads: as in `run_bench`.
-        device: as in `run_bench`.
-        dtype: as in `run_bench`.
-        candidates: as in `run_bench`.
-
-    Raises:
-        UserError: an option that cannot be used.
-    """
-    loaded, (drafted,) = _load_models(target, [draft], threads, device, dtype)
-    if not isinstance(drafted, Draft):
-        raise UserError(f"{draft} has no backbone whose stages could be timed: give a DFlash or a Domino draft")
-    text = synthetic_context(loaded, context)
-    method = "dflash" if drafted.head is None else "domino"
-    budgets: list[int | None] = [*num_drafts] or [None]
-    found = [
-        measure_breakdown(loaded, drafted, text, method=method, num_drafts=n, candidates=candidates, repeats=repeats)
-        for n in budgets
-    ]
-    save_breakdowns(found, out)
-    (out / "breakdown.md").write_text("\n\n".join(map(render_breakdown, found)) + "\n", encoding="utf-8")
-    return found
 
 
 def _check_numbers(**numbers: int) -> None:

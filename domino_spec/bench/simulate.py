@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from domino_spec.bench.cells import Record, number, table, with_interval
 from domino_spec.bench.intervals import Cluster, Draws, Samples, mean_of
 from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.drafter import Drafter, start
+from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.tree import tree_ancestors, walk_tree
 from domino_spec.decoding.verify import commit
@@ -184,7 +185,9 @@ class _Text:
         if features is not None:
             features = features[:, : longest - 1] * known[:, 1:longest, None]  # a row less than there are tokens
         lengths = self.starts.clone()
-        return State(tokens, lengths, lengths.clone(), torch.ones_like(lengths, dtype=torch.bool), cache, features)
+        active = torch.ones_like(lengths, dtype=torch.bool)
+        sampling = Sampling.alike(SamplingSettings(), requests, device)
+        return State(tokens, lengths, lengths.clone(), active, cache, sampling, features)
 
     def verdict(self, lengths: Tensor, counts: Tensor) -> Verdict:
         """The next `counts` [R] tokens, committed as a chain: all but the last as accepted drafts."""
@@ -197,7 +200,7 @@ class _Text:
             requests = torch.arange(len(lengths), device=lengths.device)[:, None]
             features = features[requests, index] * kept[..., None]
         tokens = self.after(lengths, width).where(kept, 0).clamp(min=0)
-        return Verdict(tokens, counts - 1, features, lengths - 1)
+        return Verdict(tokens, counts - 1, features, lengths - 1, torch.ones_like(counts, dtype=torch.bool))
 
 
 def _follow(
@@ -206,11 +209,9 @@ def _follow(
     """Yields, anchor by anchor, who is active, the anchors, and accepted and proposed drafts, each [R]."""
     longest_commit = drafter.max_drafts + 1  # of decoding: a drafter need not take more at once
     state = text.state(room=2 * longest_commit)
-    own = drafter.start(state)
+    own = start(drafter, state)
     while True:
         proposal = drafter.propose(state, own, num_drafts)
-        if proposal.draft_probs is not None:
-            raise ValueError("drafts must be chosen, not sampled: training.compare measures what sampled ones expect")
         accepted = follow(proposal, text.after(state.lengths, proposal.tokens.shape[1] + 1))
         yield state.active.clone(), state.lengths - 1, accepted, proposal.num_drafts
         steps = accepted + 1 if every is None else torch.full_like(accepted, every)
@@ -222,7 +223,7 @@ def _follow(
             counts = steps.clamp(max=longest_commit)
             verdict = text.verdict(state.lengths, counts)
             commit(state, verdict)
-            own = drafter.advance(own, verdict)
+            drafter.advance(own, verdict)
             steps = steps - counts
 
 

@@ -76,7 +76,7 @@ def generate(
     prompt = read_prompt(prompt)
     machine.prepare()
     from domino_spec.api import stream
-    from domino_spec.decoding.generate import Generation, Limits
+    from domino_spec.decoding.generation import Generation, Limits
     from domino_spec.decoding.sampling import SamplingSettings
     from domino_spec.demo.record import generation_record
     from domino_spec.demo.terminal import AnswerWriter, MarkedText
@@ -149,7 +149,7 @@ def demo(
     domino-spec demo --prompt "Tell me about the moon." --max-new-tokens 200
     """
     machine.prepare()
-    from domino_spec.decoding.generate import Limits
+    from domino_spec.decoding.generation import Limits
     from domino_spec.demo.race import PROMPTS, race, warm_up
     from domino_spec.demo.record import races_record
     from domino_spec.demo.terminal import RaceView, summary

@@ -4,7 +4,37 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from domino_spec.decoding.state import Proposal, State, Verdict
+
+
+class DraftCache(Protocol):
+    """What a drafter keeps of the requests between two cycles, in memory allocated once."""
+
+    def view(self, start: int, stop: int) -> Any:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+        ...
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, which is lost."""
+        ...
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        ...
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of what was read of a request's first `rows` positions, [..., rows, D] each."""
+        ...
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own; more of its text will be read."""
+        ...
+
+    def wipe(self, request: int) -> None:
+        """Zero a request's memory, so that nothing in it is not finite."""
+        ...
 
 
 class Drafter(Protocol):
@@ -14,15 +44,63 @@ class Drafter(Protocol):
     """Decoder layers of the target whose outputs it reads; prefill and verification tap these."""
     max_drafts: int
     """The most it can propose in one cycle."""
+    samples: bool
+    """Whether it samples drafts for requests above temperature 0: how many it proposes then decides which text a seed
+    gives. *Chosen* drafts never change a text."""
 
-    def start(self, state: State) -> Any:
-        """Its own caches for freshly prefilled requests."""
+    def allocate(self, requests: int, capacity: int) -> Any:
+        """Its own caches, a `DraftCache` for so many requests of up to `capacity` tokens; they start empty."""
+        ...
+
+    def read(self, own: Any, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Take in text that it did not draft: a prompt, or what was committed without drafts.
+
+        Args:
+            own: its caches.
+            tokens: [R, n], the token that follows each position.
+            features: [R, n, F], of positions behind those already read; None where it taps nothing.
+            counts: [R], how many of them are meant.
+        """
         ...
 
     def propose(self, state: State, own: Any, num_drafts: int) -> Proposal:
         """Up to `num_drafts` drafts per request, `num_drafts <= max_drafts`."""
         ...
 
-    def advance(self, own: Any, verdict: Verdict) -> Any:
-        """Its caches after a commit; `verdict` carries the features of what was committed."""
+    def advance(self, own: Any, verdict: Verdict) -> None:
+        """Take in a commit; `verdict` carries the features of what was committed."""
         ...
+
+
+class NoCache:
+    """The caches of a drafter that keeps nothing."""
+
+    def view(self, start: int, stop: int) -> NoCache:
+        """Nothing to see."""
+        return self
+
+    def move(self, source: int, destination: int) -> None:
+        """Nothing to move."""
+
+    def clear(self, request: int) -> None:
+        """Nothing to forget."""
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Nothing to copy."""
+        return ()
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Nothing to put back."""
+
+    def wipe(self, request: int) -> None:
+        """Nothing to zero."""
+
+
+def start(drafter: Drafter, state: State) -> Any:
+    """A drafter's caches for freshly prefilled requests."""
+    requests, capacity = state.tokens.shape
+    own = drafter.allocate(requests, capacity)
+    longest = int(state.lengths.max()) - 1
+    if longest:
+        drafter.read(own, state.tokens[:, 1 : longest + 1], state.features, state.lengths - 1)
+    return own

@@ -6,13 +6,14 @@ Warpers act on the target's distribution only: the draft may use any distributio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from domino_spec.config import UserError
+from domino_spec.kernels.reference import draw
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SamplingSettings:
     """Subtract from the logits of tokens that occur in the text."""
     frequency_penalty: float = 0.0
     """Subtract, per occurrence in the text."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Add to the logits of these tokens."""
     seed: int = 0
 
@@ -97,7 +98,7 @@ def warp_logits(logits: Tensor, settings: SamplingSettings, history: History | N
     logits = logits.float()
     if settings.logit_bias:
         ids = torch.tensor(list(settings.logit_bias), device=logits.device)
-        bias = torch.tensor(list(settings.logit_bias.values()), device=logits.device)
+        bias = torch.tensor(list(settings.logit_bias.values()), dtype=logits.dtype, device=logits.device)
         logits = logits.index_add(-1, ids, bias.expand(*logits.shape[:-1], -1))
     if settings.reads_history:
         assert history is not None
@@ -153,6 +154,59 @@ class RandomStreams:
         return ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
+class Sampling:
+    """How the tokens of R requests are drawn: each has settings and a random stream of its own.
+
+    Args:
+        settings: of each request; its stream is that of its seed.
+        device: of the logits.
+    """
+
+    def __init__(self, settings: Sequence[SamplingSettings], device: torch.device | str = "cpu") -> None:
+        self.settings = list(settings)
+        self.streams = RandomStreams(torch.tensor([s.seed for s in settings], dtype=torch.long, device=device))
+        self.temperatures = torch.tensor([s.temperature for s in settings], device=device)
+        """[R] float32."""
+        self.greedy = all(s.greedy for s in settings)
+        """True where every distribution is one-hot."""
+        self.plain_greedy = self.greedy and not any(s.logit_bias or s.reads_history for s in settings)
+        """True where every token is the argmax of the target's own logits."""
+        self.reads_history = any(s.reads_history for s in settings)
+        """True where some distribution depends on which tokens came before, beyond the model itself."""
+        self._groups: dict[SamplingSettings, list[int]] = {}
+        for request, own in enumerate(settings):
+            self._groups.setdefault(replace(own, seed=0), []).append(request)
+
+    @staticmethod
+    def alike(settings: SamplingSettings, requests: int, device: torch.device | str = "cpu") -> Sampling:
+        """The same settings for all; request r draws from the stream `seed + r`."""
+        return Sampling([replace(settings, seed=settings.seed + r) for r in range(requests)], device)
+
+    def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
+        """`warp_logits` of [R, n, V], each request by its own settings."""
+        return self._by_group(warp_logits, logits, history)
+
+    def probs(self, logits: Tensor, history: History | None = None) -> Tensor:
+        """`target_probs` of [R, n, V], each request by its own settings."""
+        return self._by_group(target_probs, logits, history)
+
+    def choices(self, logits: Tensor, positions: Tensor, history: History | None = None) -> Tensor:
+        """One choice of the target at every row [R, n]: the argmax, or a draw with the number of the row's position."""
+        if self.greedy:
+            return self.warp(logits, history).argmax(-1)
+        return draw(self.probs(logits, history), self.streams.uniform(positions, RandomStreams.RESIDUAL))
+
+    def _by_group(self, apply: Callable[..., Tensor], logits: Tensor, history: History | None) -> Tensor:
+        if len(self._groups) == 1:
+            return apply(logits, next(iter(self._groups)), history)
+        done = torch.empty(logits.shape, device=logits.device)
+        for settings, members in self._groups.items():
+            rows = torch.tensor(members, device=logits.device)
+            theirs = None if history is None else History(history.in_text[rows], history.seen[rows])
+            done[rows] = apply(logits[rows], settings, theirs)
+        return done
+
+
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 on int64 (two's complement, logical shifts)."""
     x = x + -7046029254386353131
@@ -163,13 +217,3 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-transform sampling: probabilities [..., n] and numbers [...] in [0, 1) to indices [...].
-
-    An entry of probability zero is never drawn.
-    """
-    cumulative = probs.double().cumsum(-1)
-    threshold = uniform * cumulative[..., -1]
-    return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from domino_spec.decoding.sampling import Sampling
 from domino_spec.target.cache import TargetCache
 
 
@@ -32,13 +33,28 @@ class State:
     active: Tensor
     """[R] bool, False once a request has ended."""
     cache: TargetCache
-    features: Tensor | None
-    """[R, T, F] features of the prompt without its last token; None where the drafter taps nothing."""
+    sampling: Sampling
+    """How their tokens are drawn."""
+    features: Tensor | None = None
+    """[R, T, F] features of freshly read prompts without their last token; None where the drafter taps nothing."""
 
     @property
     def anchors(self) -> Tensor:
         """[R], the last committed token of every request: clean token in slot 0 of the next block."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+
+    def view(self, start: int, stop: int, sampling: Sampling) -> State:
+        """The requests `start .. stop - 1` as a state of their own, in the same memory."""
+        tokens, lengths, prompt_lengths, active = (
+            t[start:stop] for t in (self.tokens, self.lengths, self.prompt_lengths, self.active)
+        )
+        return State(tokens, lengths, prompt_lengths, active, self.cache.view(start, stop), sampling)
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, which is lost."""
+        for tensor in (self.tokens, self.lengths, self.prompt_lengths, self.active):
+            tensor[destination] = tensor[source]
+        self.cache.move(source, destination)
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class Proposal:
     """[R, N, K] absolute ids that a *sampled* token could have been; None for chosen tokens (argmax, look-up)."""
     draft_probs: Tensor | None = None
     """[R, N, K] probability with which each candidate would have been drawn; None for chosen tokens."""
+    confidence: Tensor | None = None
+    """[R, N] float32, probability that the draft gives to the text up to each token; it only falls along a path."""
 
     @staticmethod
     def empty(requests: int, device: torch.device) -> Proposal:
@@ -78,6 +96,10 @@ class Verdict:
     """[R, N + 1, F], features of the anchor and the accepted drafts in their first `num_accepted + 1` rows."""
     anchor_positions: Tensor
     """[R], position of the first feature row (the anchor's)."""
+    sound: Tensor
+    """[R] bool, False where the target's output holds values that are not finite: what was decided means nothing."""
     path: Tensor | None = None
     """[R, N + 1], rows of the pass that form the accepted path of a tree, the anchor's first; None for a chain, whose
     path is the first rows."""
+    logits: Tensor | None = None
+    """[R, N + 1, V], the target's own, at every row of the pass."""

@@ -26,7 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.generate import Limits, decode
+from domino_spec.decoding.generate import decode
+from domino_spec.decoding.generation import Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.target.model import Target
 

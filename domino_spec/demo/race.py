@@ -14,7 +14,7 @@ from typing import Any
 from domino_spec.api import stream
 from domino_spec.bench.ties import first_difference
 from domino_spec.config import UserError
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method
 from domino_spec.target.margin import TopTwo, top_two

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from domino_spec.config import DraftConfig, SingleLayerConfig
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from domino_spec.demo.race import Racer, RaceResult
 from domino_spec.draft.describe import DraftDescription, Fit
 from domino_spec.target.model import Target

@@ -13,11 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation, showable
 from domino_spec.demo.race import Racer, RaceResult
 from domino_spec.demo.record import overall_speed_up
 from domino_spec.target.model import Target
-from domino_spec.target.text import StopStrings, TextStream
+from domino_spec.target.text import StopStrings
 
 DRAFTED_STYLE = "bold green"
 FRAMES_PER_SECOND = 12
@@ -33,24 +33,18 @@ class MarkedText:
 
     def __init__(self, target: Target, stop: tuple[str, ...] = ()) -> None:
         assert target.tokenizer is not None
-        self._stream = TextStream(target.tokenizer)
-        self._stop_strings, self._stop_token_ids = StopStrings(stop), target.stop_token_ids
+        self._stop_strings = StopStrings(stop)
         self._drafted: list[bool] = []
         """For every character: was the token that completed it drafted?"""
         self._tokens = self._shown = 0
 
     def advance(self, generation: Generation) -> list[tuple[str, bool]]:
         """(text, drafted) pieces that the last cycle made showable."""
-        done = generation.finish_reason is not None
         for i in range(self._tokens, generation.num_tokens):
-            token = generation.token_ids[i]
-            last = done and i == generation.num_tokens - 1
-            piece = self._stream.push([] if token in self._stop_token_ids else [token], final=last)
-            self._drafted += [generation.accepted[i]] * len(piece)
+            self._drafted += [generation.accepted[i]] * (generation.text_ends[i] - len(self._drafted))
         self._tokens = generation.num_tokens
-        text = generation.text
-        end = len(text) if done else self._stop_strings.safe_length(text)
-        start, self._shown = self._shown, max(self._shown, end)
+        text, start = generation.text, self._shown
+        self._shown = max(start, showable(generation, self._stop_strings))
         runs = groupby(range(start, self._shown), key=self._drafted.__getitem__)
         return [("".join(text[i] for i in run), drafted) for drafted, run in runs]
 

@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.kernels import cpu
+from domino_spec.kernels.context import write_context_
 from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_norm
 from domino_spec.target.packing import PackedLinear, pack_linears
 
@@ -170,6 +171,19 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class RotaryEmbedding(Qwen3RotaryEmbedding):
+    """Frequencies stay float32 whatever precision the draft is moved to: rounded ones turn wrongly at far positions."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
 class Backbone(nn.Module):
     """`fc` and `hidden_norm` make the context; `layers` and `norm` turn a block into hidden states.
 
@@ -183,7 +197,7 @@ class Backbone(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(rotary_config(config))
+        self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
@@ -242,8 +256,27 @@ class Backbone(nn.Module):
             features: [R, T, len(target_layer_ids) * H], the target's hidden states at the tapped layers.
             positions: [R, T], absolute positions of those tokens.
         """
-        requests, rows, _ = features.shape
-        config, attentions = self.config, self._attentions
+        # [layers, 2, R, kv_heads, T, D]
+        projected = self._project(features).permute(2, 3, 0, 4, 1, 5)
+        rotary = self.rotary(positions)
+        keys = torch.stack([rotate(a.k_norm(projected[i, 0]), rotary) for i, a in enumerate(self._attentions)])
+        return ContextKV(keys.to(projected.dtype), projected[:, 1])
+
+    def append_context(self, features: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """`project_context` for decoding: the new rows go straight into a cache, in place.
+
+        Args:
+            features: [R, T, len(target_layer_ids) * H].
+            keys: [layers, R, kv_heads, capacity, D].
+            values: as keys.
+            lengths: [R], rows before, and so the position of the first new one; not changed here.
+        """
+        norms = torch.stack([a.k_norm.weight for a in self._attentions])
+        cos, sin = self.rotary(lengths[:, None] + torch.arange(features.shape[1], device=lengths.device))
+        write_context_(keys, values, lengths, self._project(features), norms, self.config.rms_norm_eps, cos, sin)
+
+    def _project(self, features: Tensor) -> Tensor:
+        """Features to keys and values of all layers, neither normed nor rotated: [R, T, layers, 2, kv_heads, D]."""
         if self.feature_scale is not None:
             features = features * self.feature_scale
         context = self.hidden_norm(self.fc(features))  # [R, T, H]
@@ -251,12 +284,7 @@ class Backbone(nn.Module):
             projected = self._context_projection(context)
         else:
             projected = F.linear(context, self._context_weight())
-        projected = projected.view(requests, rows, len(attentions), 2, config.num_key_value_heads, config.head_dim)
-        # [layers, 2, R, kv_heads, T, D]
-        projected = projected.permute(2, 3, 0, 4, 1, 5)
-        rotary = self.rotary(positions)
-        keys = torch.stack([rotate(a.k_norm(projected[i, 0]), rotary) for i, a in enumerate(attentions)])
-        return ContextKV(keys.to(projected.dtype), projected[:, 1])
+        return projected.unflatten(-1, (len(self.layers), 2, self.config.num_key_value_heads, self.config.head_dim))
 
     def forward(self, block: Tensor, positions: Tensor, context: ContextKV, mask: Tensor | Attend) -> Tensor:
         """Hidden state of every slot.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from domino_spec.config import DraftConfig
 from domino_spec.draft.backbone import Backbone
 from domino_spec.draft.head import DominoHead
+from domino_spec.kernels.embedding import EmbeddingTable
 from domino_spec.target.packing import PackedLinear
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class Draft(nn.Module):
     def embed_choices(self, choices: Tensor) -> Tensor:
         """Indices into the logits [...] to the target's embeddings [..., H]."""
         return self.embed(self.to_token_ids(choices))
+
+    @property
+    def choice_embedding(self) -> Callable[[Tensor], Tensor]:
+        """`embed_choices` as a table that kernels can read, where the target's embedding is one."""
+        return EmbeddingTable.of(self.ends.embedding, self.draft_vocab_ids, self.dtype) or self.embed_choices
 
     def block_embeddings(self, anchors: Tensor, block_size: int | None = None) -> Tensor:
         """Anchor ids [...] to block inputs [..., B, H]: the anchor in slot 0, masks elsewhere."""

@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.config import SingleLayerConfig, UserError, feature_levels
-from domino_spec.draft.backbone import MLP, Attend, RMSNorm, Rotary, grouped_attention, rotary_config, rotate
+from domino_spec.draft.backbone import (
+    MLP,
+    Attend,
+    RMSNorm,
+    Rotary,
+    RotaryEmbedding,
+    grouped_attention,
+    rotary_config,
+    rotate,
+)
 from domino_spec.draft.model import TargetEnds
 from domino_spec.kernels import cpu
 from domino_spec.target.fusing import FusedProjection, NotFusible, fuse
@@ -165,7 +173,7 @@ class SingleLayerDraft(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.logits_size, bias=False)
         # DART's masked position: what stands for its normed pair; the first half is its residual as well.
         self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.method == "dart" else None
-        self.rotary_emb = Qwen3RotaryEmbedding(rotary_config(config))
+        self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self.register_buffer("draft_vocab_ids", draft_vocab_ids)
         self.feature_scale: Tensor | None
         self.register_buffer("feature_scale", None, persistent=False)

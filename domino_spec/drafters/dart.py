@@ -14,7 +14,7 @@ Shapes: R requests, S slots, K best tokens of each, W prefixes that are extended
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from domino_spec.config import UserError
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs, start_pairs
+from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
 
 TOTAL, TOP, BEAM = 60, 25, 20
 """Drafts of a tree, tokens of a slot and prefixes that are extended: the published defaults."""
@@ -41,6 +41,32 @@ class DartCache:
     pairs: PairCache
     round_start: Tensor
     """[R], position of the last cycle's anchor; 0 at first."""
+
+    def view(self, start: int, stop: int) -> DartCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+        return DartCache(self.pairs.view(start, stop), self.round_start[start:stop])
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, which is lost."""
+        self.pairs.move(source, destination)
+        self.round_start[destination] = self.round_start[source]
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        self.pairs.clear(request)
+        self.round_start[request] = 0
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return self.pairs.rows_of(request, rows)
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own."""
+        self.pairs.put_rows(request, rows, stored)
+
+    def wipe(self, request: int) -> None:
+        """Zero a request's memory."""
+        self.pairs.wipe(request)
 
 
 class DartTree(NamedTuple):
@@ -73,6 +99,8 @@ class DartDrafter:
         ValueError: sizes out of range.
     """
 
+    samples = False
+
     def __init__(
         self,
         draft: SingleLayerDraft,
@@ -98,9 +126,15 @@ class DartDrafter:
             scored += level
         self.max_drafts = min(total, scored)
 
-    def start(self, state: State) -> DartCache:
-        """The pairs of the prompts."""
-        return DartCache(start_pairs(self.draft, state, self.draft.config.num_masks), torch.zeros_like(state.lengths))
+    def allocate(self, requests: int, capacity: int) -> DartCache:
+        """Memory for pairs, and behind them for the masks."""
+        pairs = PairCache.allocate(self.draft, requests, capacity + self.draft.config.num_masks)
+        return DartCache(pairs, torch.zeros_like(pairs.lengths))
+
+    def read(self, own: DartCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Add the pairs of known text."""
+        assert features is not None
+        own.pairs.append(self.draft, features, tokens, counts)
 
     def slots(self, own: PairCache, num_masks: int) -> Tensor:
         """Logits of the last committed pair and of `num_masks` masks behind it, [R, num_masks + 1, V].
@@ -125,8 +159,7 @@ class DartDrafter:
         """A tree for every request; requests whose text has one token, and so no feature yet, get none."""
         ready, device = own.pairs.lengths > 0, state.tokens.device
         if num_drafts == 0 or not ready.any():
-            nothing = Proposal.empty(len(ready), device)
-            return replace(nothing, parents=nothing.tokens)  # a tree all the same: who drafts beside it must see that
+            return Proposal.empty(len(ready), device)
         # No path is longer than the tree has nodes, and a mask does not see those behind it.
         best = self.slots(own.pairs, min(self.draft.config.num_masks, num_drafts - 1)).topk(self.top)
         tree = search_tree(
@@ -148,9 +181,10 @@ class DartDrafter:
         known = index >= (own.round_start[:, None] if self.round_context else 0)
         return torch.where(known, state.tokens.gather(1, index.clamp(min=0)), -1)
 
-    def advance(self, own: DartCache, verdict: Verdict) -> DartCache:
+    def advance(self, own: DartCache, verdict: Verdict) -> None:
         """Pairs of what was committed; the masks are forgotten."""
-        return DartCache(advance_pairs(self.draft, own.pairs, verdict), verdict.anchor_positions)
+        advance_pairs(self.draft, own.pairs, verdict)
+        own.round_start.copy_(verdict.anchor_positions)
 
 
 def search_tree(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from domino_spec.config import UserError
-from domino_spec.decoding.sampling import RandomStreams, draw
+from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.backbone import ContextKV
 from domino_spec.draft.model import Draft
-from domino_spec.kernels.reference import head_rollout
+from domino_spec.kernels.rollout import head_rollout
 
 
 @dataclass
@@ -29,14 +29,35 @@ class ContextCache:
     lengths: Tensor
     """[R], valid rows: committed tokens without the anchor."""
 
-    def append(self, new: ContextKV, counts: Tensor) -> None:
-        """Write new rows [layers, R, kv_heads, n, D] after the valid ones; the first `counts` [R] of them are kept."""
-        rows = self.lengths[:, None] + torch.arange(new.keys.shape[3], device=counts.device)  # [R, n]
-        requests = torch.arange(len(counts), device=counts.device)[:, None]
-        # Advanced indices around a slice put R and n first: [R, n, layers, kv_heads, D].
-        self.keys[:, requests, :, rows] = new.keys.permute(1, 3, 0, 2, 4)
-        self.values[:, requests, :, rows] = new.values.permute(1, 3, 0, 2, 4)
-        self.lengths = self.lengths + counts
+    def view(self, start: int, stop: int) -> ContextCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+        return ContextCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop])
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, whose rows are lost."""
+        rows = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
+        self.lengths[destination] = self.lengths[source]
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        self.lengths[request] = 0
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own."""
+        for own, kept in zip((self.keys, self.values), stored, strict=True):
+            own[:, request, :, :rows] = kept[..., :rows, :]
+        self.lengths[request] = rows
+
+    def wipe(self, request: int) -> None:
+        """Zero a request's memory."""
+        self.keys[:, request] = 0
+        self.values[:, request] = 0
 
 
 class BlockDrafter:
@@ -46,9 +67,9 @@ class BlockDrafter:
         draft: bound to its target.
         use_head: False drafts from the base logits alone.
         candidates: K, how many of the best base logits the head corrects; None corrects all.
-        temperature: 0 chooses the most probable token (a *chosen* draft); above 0 tokens are sampled, and reported
-            with their probabilities.
-        streams: random numbers for sampled drafts.
+        samples: sample the drafts of requests above temperature 0, and report their probabilities; False chooses the
+            most probable token always.
+        temperature: of sampled drafts; None for each request's own.
         min_confidence: leave out drafts whose path the draft itself believes in less than this (the product of its
             largest probabilities); 0 proposes always as many as asked for. A draft that will be rejected still costs a
             row of the verify pass.
@@ -63,39 +84,36 @@ class BlockDrafter:
         *,
         use_head: bool = True,
         candidates: int | None = None,
-        temperature: float = 0.0,
-        streams: RandomStreams | None = None,
+        samples: bool = False,
+        temperature: float | None = None,
         min_confidence: float = 0.0,
     ) -> None:
         if use_head and draft.head is None:
             raise UserError(
                 "method domino needs a draft with a Domino head; this one is a plain DFlash draft (use dflash)"
             )
-        assert temperature == 0 or streams is not None
         self.draft = draft
         self.head = draft.head if use_head else None
         self.candidates = candidates
+        self.samples = samples
         self.temperature = temperature
-        self.streams = streams
         self.min_confidence = min_confidence
         self.feature_layers = draft.config.target_layer_ids
         self.max_drafts = draft.config.max_drafts
 
-    def start(self, state: State) -> ContextCache:
-        """Context keys and values of the prompts, without their last token."""
-        assert state.features is not None
+    def allocate(self, requests: int, capacity: int) -> ContextCache:
+        """Memory for so many requests of `capacity` tokens."""
         config = self.draft.config
-        requests, capacity = state.tokens.shape
-        backbone = self.draft.backbone
         shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity, config.head_dim)
         keys = torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device)
-        empty = torch.zeros(requests, dtype=torch.long, device=keys.device)
-        own = ContextCache(keys, torch.zeros_like(keys), empty)
-        rows = state.features.shape[1]
-        if rows:
-            positions = torch.arange(rows, device=keys.device).expand(requests, -1)
-            own.append(backbone.project_context(state.features.to(self.draft.dtype), positions), state.lengths - 1)
-        return own
+        return ContextCache(keys, torch.zeros_like(keys), torch.zeros(requests, dtype=torch.long, device=keys.device))
+
+    def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Project features [R, n, F]."""
+        assert features is not None
+        features = features.to(self.draft.dtype)
+        self.draft.backbone.append_context(features, own.keys, own.values, own.lengths)
+        own.lengths += counts
 
     def slots(self, state: State, own: ContextCache) -> Tensor:
         """Hidden states of the slots that predict drafts, [R, config.max_drafts, H].
@@ -123,15 +141,19 @@ class BlockDrafter:
             return Proposal.empty(len(state.lengths), state.lengths.device)
         draft, anchors = self.draft, state.anchors
         hidden = self.slots(state, own)[:, :num_drafts]  # [R, N, H]
+        uniform = None
+        if self.samples and not state.sampling.greedy:
+            positions = state.lengths[:, None] + torch.arange(num_drafts, device=anchors.device)
+            uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
         rollout = head_rollout(
             self.head,
             hidden,
             draft.base_logits(hidden),
             draft.embed(anchors),
-            draft.embed_choices,
+            draft.choice_embedding,
             self.candidates,
-            self.temperature,
-            lambda probs, i: self._draw(probs, state.lengths + i),
+            state.sampling.temperatures if self.temperature is None else self.temperature,
+            uniform,
             self.min_confidence,
         )
         counts = torch.full_like(state.lengths, num_drafts)
@@ -144,19 +166,13 @@ class BlockDrafter:
             num_drafts=counts,
             candidate_ids=None if rollout.candidates is None else draft.to_token_ids(rollout.candidates),
             draft_probs=rollout.probs,
+            confidence=rollout.confidence,
         )
 
-    def _draw(self, probs: Tensor, positions: Tensor) -> Tensor:
-        assert self.streams is not None
-        return draw(probs, self.streams.uniform(positions[:, None], RandomStreams.DRAFT)[:, 0])
-
-    def advance(self, own: ContextCache, verdict: Verdict) -> ContextCache:
+    def advance(self, own: ContextCache, verdict: Verdict) -> None:
         """Project the features of what was committed."""
         assert verdict.features is not None
         counts = verdict.num_accepted + 1
-        features = verdict.features[:, : int(counts.max())].to(self.draft.dtype)
-        positions = verdict.anchor_positions[:, None] + torch.arange(features.shape[1], device=features.device)
         # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
-        own.lengths = verdict.anchor_positions
-        own.append(self.draft.backbone.project_context(features, positions), counts)
-        return own
+        own.lengths.copy_(verdict.anchor_positions)
+        self.read(own, verdict.tokens, verdict.features[:, : int(counts.max())], counts)

@@ -8,7 +8,7 @@ the slots' probabilities are multiplied.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from torch import Tensor
 
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.drafters.domino import BlockDrafter, ContextCache
@@ -37,8 +37,10 @@ class TreeDrafter:
         ValueError: an unknown builder, a budget or a width below 1, or a width for a builder that has none.
     """
 
+    samples = False
+
     def __init__(self, block: BlockDrafter, budget: int, width: int | None = None, builder: str = "depth") -> None:
-        assert block.temperature == 0, "siblings are chosen, not sampled"
+        assert not block.samples, "siblings are chosen, not sampled"
         if builder not in BUILDERS:
             raise ValueError(f"unknown builder {builder!r}; known builders are {', '.join(BUILDERS)}")
         if width is not None and builder != "depth":
@@ -52,24 +54,28 @@ class TreeDrafter:
         # The cache makes room for so many rows.
         self.max_drafts = budget if width is None else min(budget, width * block.max_drafts)
 
-    def start(self, state: State) -> ContextCache:
+    def allocate(self, requests: int, capacity: int) -> ContextCache:
         """The context caches of the chain's drafter."""
-        return self.block.start(state)
+        return self.block.allocate(requests, capacity)
+
+    def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """As the chain's drafter."""
+        self.block.read(own, tokens, features, counts)
 
     def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
         """A tree of up to `num_drafts` tokens for every request."""
         block, draft, anchors = self.block, self.block.draft, state.anchors
         if num_drafts == 0:
-            nothing = Proposal.empty(len(anchors), anchors.device)
-            return replace(nothing, parents=nothing.tokens)  # a tree all the same: who drafts beside it must see that
+            return Proposal.empty(len(anchors), anchors.device)
         hidden = block.slots(state, own)
         given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.embed_choices)
         if self.builder == "best-first":
             tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
         else:
             tree = head_tree(*given, block.candidates, num_drafts, self.width, block.min_confidence)
-        return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents)
+        confidence = None if tree.log_probs is None else tree.log_probs.exp()
+        return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 
-    def advance(self, own: ContextCache, verdict: Verdict) -> ContextCache:
+    def advance(self, own: ContextCache, verdict: Verdict) -> None:
         """The chain's drafter's caches move on along the accepted path."""
-        return self.block.advance(own, verdict)
+        self.block.advance(own, verdict)

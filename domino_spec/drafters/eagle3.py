@@ -13,7 +13,6 @@ Shapes: R requests, W nodes of a level that are expanded, k children of each, H 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from domino_spec.config import UserError
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs, start_pairs
+from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
 from domino_spec.kernels.trees import Tree
 
 TOTAL = 60
@@ -51,6 +50,8 @@ class Eagle3Drafter:
         ValueError: sizes out of range.
     """
 
+    samples = False
+
     def __init__(
         self,
         draft: SingleLayerDraft,
@@ -73,24 +74,28 @@ class Eagle3Drafter:
         self.feature_layers = draft.layers
         self.max_drafts = min(total - 1, self.top_k + depth * self.top_k**2)
 
-    def start(self, state: State) -> PairCache:
-        """The pairs of the prompts."""
-        return start_pairs(self.draft, state, self.depth * self.top_k)
+    def allocate(self, requests: int, capacity: int) -> PairCache:
+        """Memory for pairs, and behind them for the nodes of a tree that are expanded."""
+        return PairCache.allocate(self.draft, requests, capacity + self.depth * self.top_k)
+
+    def read(self, own: PairCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Add the pairs of known text."""
+        assert features is not None
+        own.append(self.draft, features, tokens, counts)
 
     def propose(self, state: State, own: PairCache, num_drafts: int) -> Proposal:
         """A tree for every request; requests whose text has one token, and so no feature yet, get none."""
         ready = own.lengths > 0
         if num_drafts == 0 or not ready.any():
-            nothing = Proposal.empty(len(ready), ready.device)
-            return replace(nothing, parents=nothing.tokens)  # a tree all the same: who drafts beside it must see that
+            return Proposal.empty(len(ready), ready.device)
         branches = Branches(self.draft, own)
         first = self.draft.logits(branches.out)[:, 0]
         tree = grow_tree(first, branches.expand, num_drafts, self.depth, self.top_k, self.prune)
         return Proposal(self.draft.to_token_ids(tree.choices), tree.num_drafts * ready, tree.parents)
 
-    def advance(self, own: PairCache, verdict: Verdict) -> PairCache:
+    def advance(self, own: PairCache, verdict: Verdict) -> None:
         """Pairs of what was committed; what drafting wrote behind the committed pairs is forgotten."""
-        return advance_pairs(self.draft, own, verdict)
+        advance_pairs(self.draft, own, verdict)
 
 
 class Branches:

@@ -7,14 +7,50 @@ never counted as the draft's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.drafters.ngram import NgramIndex
+from domino_spec.drafters.ngram import NgramIndices
+
+
+@dataclass(frozen=True)
+class LookupCache:
+    """The n-grams of every request, and what the inner drafter keeps."""
+
+    indices: NgramIndices
+    inner: Any
+
+    def view(self, start: int, stop: int) -> LookupCache:
+        """The requests `start .. stop - 1`, in the same memory."""
+        return LookupCache(self.indices.view(start, stop), self.inner.view(start, stop))
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, which is lost."""
+        self.indices.move(source, destination)
+        self.inner.move(source, destination)
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        self.indices.clear(request)
+        self.inner.clear(request)
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return self.inner.rows_of(request, rows)
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own."""
+        self.inner.put_rows(request, rows, stored)
+
+    def wipe(self, request: int) -> None:
+        """Zero the inner drafter's memory of a request."""
+        self.inner.wipe(request)
 
 
 class LookupFirst:
@@ -26,6 +62,8 @@ class LookupFirst:
         longest: longest n-gram to look for.
     """
 
+    samples = False
+
     def __init__(self, inner: Drafter, shortest: int = 3, longest: int = 6) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(f"n-gram lengths must satisfy 1 <= shortest <= longest, got {shortest} and {longest}")
@@ -33,20 +71,21 @@ class LookupFirst:
         self.feature_layers = inner.feature_layers
         self.max_drafts = inner.max_drafts
 
-    def start(self, state: State) -> tuple[list[NgramIndex], Any]:
+    def allocate(self, requests: int, capacity: int) -> LookupCache:
         """An n-gram index per request, and the inner drafter's caches."""
-        return [NgramIndex(self.longest) for _ in range(len(state.lengths))], self.inner.start(state)
+        return LookupCache(NgramIndices.empty(self.longest, requests), self.inner.allocate(requests, capacity))
 
-    def propose(self, state: State, own: tuple[list[NgramIndex], Any], num_drafts: int) -> Proposal:
+    def read(self, own: LookupCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """The inner drafter reads."""
+        self.inner.read(own.inner, tokens, features, counts)
+
+    def propose(self, state: State, own: LookupCache, num_drafts: int) -> Proposal:
         """Copied drafts where the match is long; the inner drafter runs only if some request needs it."""
-        indices, inner_own = own
-        copied = []
-        for index, row, length in zip(indices, state.tokens, state.lengths.tolist(), strict=True):
-            index.extend(row[index.length : length].tolist())
-            copied.append(index.continuation(self.shortest, num_drafts))
-        # Even where nothing is asked of it, the inner drafter says whether it makes trees: other random numbers decide
-        # trees than chains, and which ones decide a copy must not depend on its neighbours.
-        proposal = self.inner.propose(state, inner_own, 0 if all(copied) else num_drafts)
+        copied = own.indices.continuations(state, self.shortest, num_drafts)
+        if all(copied):
+            proposal = Proposal.empty(len(copied), state.tokens.device)
+        else:
+            proposal = self.inner.propose(state, own.inner, num_drafts)
         assert proposal.draft_probs is None, "look-up mixes with chosen drafts only"
         # A copy may be longer than what the draft proposes, which leaves out what it doubts.
         missing = max(map(len, copied)) - proposal.tokens.shape[1]
@@ -60,6 +99,6 @@ class LookupFirst:
                     parents[r, : len(draft)] = torch.arange(-1, len(draft) - 1, device=tokens.device)
         return Proposal(tokens, counts, parents)
 
-    def advance(self, own: tuple[list[NgramIndex], Any], verdict: Verdict) -> tuple[list[NgramIndex], Any]:
+    def advance(self, own: LookupCache, verdict: Verdict) -> None:
         """The inner drafter's caches move on, whoever drafted."""
-        return own[0], self.inner.advance(own[1], verdict)
+        self.inner.advance(own.inner, verdict)

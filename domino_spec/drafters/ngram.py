@@ -6,7 +6,10 @@ turns as fit. Needs no training and no features; strong on text that repeats its
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from domino_spec.decoding.state import Proposal, State, Verdict
 
@@ -23,22 +26,23 @@ class PromptLookup:
     """
 
     feature_layers: tuple[int, ...] = ()
+    samples = False
 
     def __init__(self, longest: int = 4, shortest: int = 1, max_drafts: int = 8) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(f"n-gram lengths must satisfy 1 <= shortest <= longest, got {shortest} and {longest}")
         self.longest, self.shortest, self.max_drafts = longest, shortest, max_drafts
 
-    def start(self, state: State) -> list[NgramIndex]:
+    def allocate(self, requests: int, capacity: int) -> NgramIndices:
         """An index of the n-grams of every request."""
-        return [NgramIndex(self.longest) for _ in range(len(state.lengths))]
+        return NgramIndices.empty(self.longest, requests)
 
-    def propose(self, state: State, own: list[NgramIndex], num_drafts: int) -> Proposal:
+    def read(self, own: NgramIndices, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Nothing to do: the next proposal reads the committed text."""
+
+    def propose(self, state: State, own: NgramIndices, num_drafts: int) -> Proposal:
         """Drafts copied from earlier text; a request without a match gets none."""
-        drafts = []
-        for index, row, length in zip(own, state.tokens, state.lengths.tolist(), strict=True):
-            index.extend(row[index.length : length].tolist())
-            drafts.append(index.continuation(self.shortest, num_drafts))
+        drafts = own.continuations(state, self.shortest, num_drafts)
         counts = torch.tensor([len(d) for d in drafts])
         tokens = torch.zeros(len(drafts), int(counts.max()), dtype=torch.long)
         for row, draft in zip(tokens, drafts, strict=True):
@@ -46,9 +50,51 @@ class PromptLookup:
         device = state.tokens.device
         return Proposal(tokens.to(device), counts.to(device))
 
-    def advance(self, own: list[NgramIndex], verdict: Verdict) -> list[NgramIndex]:
+    def advance(self, own: NgramIndices, verdict: Verdict) -> None:
         """Nothing to do: the next proposal reads the committed text."""
-        return own
+
+
+@dataclass(frozen=True)
+class NgramIndices:
+    """An index of n-grams for every request, brought up to its text when a proposal is asked for."""
+
+    indices: list[NgramIndex]
+
+    @staticmethod
+    def empty(longest: int, requests: int) -> NgramIndices:
+        """Of texts that have not been read."""
+        return NgramIndices([NgramIndex(longest) for _ in range(requests)])
+
+    def view(self, start: int, stop: int) -> NgramIndices:
+        """The requests `start .. stop - 1`, with the same indices."""
+        return NgramIndices(self.indices[start:stop])
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, which leaves its index to be cleared."""
+        indices = self.indices
+        indices[source], indices[destination] = indices[destination], indices[source]
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        self.indices[request].clear()
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Nothing to copy."""
+        return ()
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Nothing to put back."""
+
+    def wipe(self, request: int) -> None:
+        """Nothing is kept but tokens."""
+
+    def continuations(self, state: State, shortest: int, count: int) -> list[list[int]]:
+        """`NgramIndex.continuation` of every request's text."""
+        found = []
+        for index, row, length in zip(self.indices, state.tokens, state.lengths.tolist(), strict=True):
+            index.extend(row[index.length : length].tolist())
+            found.append(index.continuation(shortest, count))
+        return found
 
 
 class NgramIndex:
@@ -63,6 +109,11 @@ class NgramIndex:
     def length(self) -> int:
         """Tokens indexed so far."""
         return len(self._text)
+
+    def clear(self) -> None:
+        """Forget the text."""
+        self._text.clear()
+        self._ends.clear()
 
     def extend(self, tokens: list[int]) -> None:
         """Add tokens to the end of the text."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.decoding.state import State, Verdict
+from domino_spec.decoding.state import Verdict
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 
 
@@ -34,6 +34,48 @@ class PairCache:
     last_feature: Tensor
     """[R, 1, H], its feature before the norm."""
 
+    @staticmethod
+    def allocate(draft: SingleLayerDraft, requests: int, capacity: int) -> PairCache:
+        """Memory for so many requests of `capacity` rows, all empty."""
+        config = draft.config
+        shape = (requests, config.num_key_value_heads, capacity, config.head_dim)
+        keys = torch.zeros(shape, dtype=draft.dtype, device=draft.device)
+        nothing = torch.zeros(requests, dtype=torch.long, device=keys.device)
+        last = keys.new_zeros(requests, 1, 2 * config.hidden_size)
+        return PairCache(keys, torch.zeros_like(keys), nothing, last, keys.new_zeros(requests, 1, config.hidden_size))
+
+    def view(self, start: int, stop: int) -> PairCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+        everything = (self.keys, self.values, self.lengths, self.last, self.last_feature)
+        return PairCache(*(tensor[start:stop] for tensor in everything))
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, whose pairs are lost."""
+        rows = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[destination, :, :rows] = stored[source, :, :rows]
+        for tensor in (self.lengths, self.last, self.last_feature):
+            tensor[destination] = tensor[source]
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        self.lengths[request] = 0
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return tuple(stored[request, :, :rows].clone() for stored in (self.keys, self.values))
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own; its last pair is known once more are read."""
+        for own, kept in zip((self.keys, self.values), stored, strict=True):
+            own[request, :, :rows] = kept[..., :rows, :]
+        self.lengths[request] = rows
+
+    def wipe(self, request: int) -> None:
+        """Zero a request's memory."""
+        for stored in (self.keys, self.values, self.last, self.last_feature):
+            stored[request] = 0
+
     def append(self, draft: SingleLayerDraft, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Add pairs behind the committed ones; the first `counts` [R] of each request are meant.
 
@@ -48,9 +90,10 @@ class PairCache:
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         Rows(self, self.lengths).write(draft.keys_values(pairs, self.lengths[:, None] + offsets), 0)
         at = (counts - 1).clamp(min=0)[:, None, None]
-        self.last = pairs.gather(1, at.expand(-1, 1, pairs.shape[-1]))
-        self.last_feature = fused.gather(1, at.expand(-1, 1, fused.shape[-1]))
-        self.lengths = self.lengths + counts
+        fresh = (counts > 0)[:, None, None]
+        for kept, new in ((self.last, pairs), (self.last_feature, fused)):
+            kept.copy_(torch.where(fresh, new.gather(1, at.expand(-1, 1, new.shape[-1])), kept))
+        self.lengths += counts
 
 
 class Rows:
@@ -97,33 +140,11 @@ class Rows:
         return ((place < 0) | ((place < count) & inside))[:, None]
 
 
-def start_pairs(draft: SingleLayerDraft, state: State, scratch: int) -> PairCache:
-    """Pairs of the prompts, all but none of them: the last one's token is the anchor.
-
-    Args:
-        draft: bound to its target.
-        state: freshly prefilled.
-        scratch: rows that drafting needs behind the committed ones.
-    """
-    assert state.features is not None
-    config, (requests, capacity) = draft.config, state.tokens.shape
-    shape = (requests, config.num_key_value_heads, capacity + scratch, config.head_dim)
-    keys = torch.zeros(shape, dtype=draft.dtype, device=draft.device)
-    last = keys.new_zeros(requests, 1, 2 * config.hidden_size)
-    nothing = torch.zeros(requests, dtype=torch.long, device=keys.device)
-    own = PairCache(keys, torch.zeros_like(keys), nothing, last, last[..., : config.hidden_size])
-    rows = state.features.shape[1]
-    if rows:
-        own.append(draft, state.features, state.tokens[:, 1 : rows + 1], state.lengths - 1)
-    return own
-
-
-def advance_pairs(draft: SingleLayerDraft, own: PairCache, verdict: Verdict) -> PairCache:
+def advance_pairs(draft: SingleLayerDraft, own: PairCache, verdict: Verdict) -> None:
     """Add the pairs of what was committed: features of the anchor and the accepted drafts, each with its next token."""
     assert verdict.features is not None
     counts = verdict.num_accepted + 1
     fresh = int(counts.max())
     # The text of a request that has ended stays where it is; so must its pairs, or they would outgrow the cache.
-    own.lengths = verdict.anchor_positions
+    own.lengths.copy_(verdict.anchor_positions)
     own.append(draft, verdict.features[:, :fresh], verdict.tokens[:, :fresh], counts)
-    return own

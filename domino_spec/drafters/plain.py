@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from domino_spec.decoding.drafter import NoCache
 from domino_spec.decoding.state import Proposal, State, Verdict
 
 
@@ -10,13 +13,18 @@ class PlainDecoding:
 
     feature_layers: tuple[int, ...] = ()
     max_drafts = 0
+    samples = False
 
-    def start(self, state: State) -> None:
+    def allocate(self, requests: int, capacity: int) -> NoCache:
         """Nothing to cache."""
+        return NoCache()
 
-    def propose(self, state: State, own: None, num_drafts: int) -> Proposal:
+    def read(self, own: NoCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Nothing to read."""
+
+    def propose(self, state: State, own: NoCache, num_drafts: int) -> Proposal:
         """An empty proposal."""
         return Proposal.empty(len(state.lengths), state.lengths.device)
 
-    def advance(self, own: None, verdict: Verdict) -> None:
+    def advance(self, own: NoCache, verdict: Verdict) -> None:
         """Nothing to cache."""

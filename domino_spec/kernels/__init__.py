@@ -1,1 +1,1 @@
-"""Inner loops: PyTorch truth in `reference` and `blended`, with C twins for CPU and Triton twins for CUDA."""
+"""Inner loops: PyTorch truth, with C twins for CPU and Triton twins (`*_triton` and what they import) for CUDA."""

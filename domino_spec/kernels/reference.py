@@ -28,9 +28,9 @@ class Rollout:
     choices: Tensor
     """[R, N]."""
     candidates: Tensor | None
-    """[R, N, K] indices into the logits; None for greedy drafts."""
+    """[R, N, K] indices into the logits; None where every draft was chosen."""
     probs: Tensor | None
-    """[R, N, K] probability of each candidate; None for greedy drafts."""
+    """[R, N, K] float32 probability of each candidate; None where every draft was chosen."""
     confidence: Tensor | None
     """[R, N], product of the largest probabilities up to each draft; None where none was asked for."""
 
@@ -42,8 +42,8 @@ def head_rollout(
     anchor_embedding: Tensor,
     embed_choice: Callable[[Tensor], Tensor],
     candidates: int | None = None,
-    temperature: float = 0.0,
-    draw: Callable[[Tensor, int], Tensor] | None = None,
+    temperature: float | Tensor = 0.0,
+    uniform: Tensor | None = None,
     min_confidence: float = 0.0,
 ) -> Rollout:
     """Choose or sample N drafts one after another.
@@ -56,8 +56,9 @@ def head_rollout(
         embed_choice: indices into the logits [R] to target embeddings [R, H].
         candidates: K, correct only the K best base logits of each slot; None corrects all of them. A greedy draft is
             that of the full vocabulary whenever the corrected argmax is among them.
-        temperature: of the draft; 0 chooses the argmax.
-        draw: for temperature > 0: probabilities [R, K] and draft index to drawn positions [R].
+        temperature: of the draft, for all requests or [R] for each; 0 chooses the argmax. Where one request samples,
+            those that choose report one-hot probabilities.
+        uniform: for sampled drafts, [R, N] float64 numbers in [0, 1), one for each.
         min_confidence: on CPU the rollout ends early once no request's confidence reaches this; N is then smaller.
     """
     num_drafts = hidden.shape[1]
@@ -66,6 +67,7 @@ def head_rollout(
         w1_hidden, w1_state = head.input_weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
         from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(hidden))[:, None]
     choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
     all_ids, all_probs = [], []
     confidence = hidden.new_ones(len(hidden), num_drafts + 1, dtype=torch.float32)
@@ -86,12 +88,11 @@ def head_rollout(
             if hidden.device.type == "cpu" and not (confidence[:, i + 1] >= min_confidence).any():
                 num_drafts = i
                 break
-        if temperature == 0:
+        if uniform is None:
             position = logits.argmax(-1)
         else:
-            assert draw is not None
-            probs = (logits.float() / temperature).softmax(-1)
-            position = draw(probs, i)
+            probs = draft_distribution(logits, temperatures)
+            position = draw(probs, uniform[:, i])
             all_probs.append(probs)
             all_ids.append(
                 torch.arange(logits.shape[-1], device=logits.device).expand_as(probs) if ids is None else ids
@@ -106,3 +107,21 @@ def head_rollout(
         probs=torch.stack(all_probs, dim=1) if all_probs else None,
         confidence=confidence[:, 1 : num_drafts + 1] if min_confidence > 0 else None,
     )
+
+
+def draft_distribution(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Logits [R, K] and temperatures [R, 1] to float32 probabilities [R, K], one-hot where the temperature is 0."""
+    logits = logits.float()
+    chosen = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    greedy = temperatures == 0
+    return torch.where(greedy, chosen, (logits / temperatures.masked_fill(greedy, 1.0)).softmax(-1))
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-transform sampling: probabilities [..., n] and numbers [...] in [0, 1) to indices [...].
+
+    An entry of probability zero is never drawn.
+    """
+    cumulative = probs.double().cumsum(-1)
+    threshold = uniform * cumulative[..., -1]
+    return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1)

@@ -85,14 +85,40 @@ class TargetCache(Cache):
             # Advanced indices around a slice put R and n first, on both sides alike; the right side is copied first.
             stored[:, self._requests, :, destination] = stored[:, self._requests, :, source]
 
-    def keep(self, requests: Tensor) -> TargetCache:
-        """A cache with only the rows of the given requests (indices [R'])."""
-        kept = object.__new__(type(self))
-        kept.__dict__.update(self.__dict__)
-        kept.keys, kept.values = self.keys[:, requests], self.values[:, requests]
-        kept.lengths = self.lengths[requests]
-        kept._requests = torch.arange(len(requests), device=requests.device)[:, None]
-        return kept
+    def view(self, start: int, stop: int) -> TargetCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+        seen = object.__new__(type(self))
+        seen.__dict__.update(self.__dict__)
+        seen.keys, seen.values = self.keys[:, start:stop], self.values[:, start:stop]
+        seen.lengths = self.lengths[start:stop]
+        seen._requests = self._requests[: stop - start]
+        return seen
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, whose rows are lost."""
+        rows = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
+        self.lengths[destination] = self.lengths[source]
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own."""
+        for own, kept in zip((self.keys, self.values), stored, strict=True):
+            own[:, request, :, :rows] = kept[..., :rows, :]
+        self.lengths[request] = rows
+
+    def wipe(self, request: int) -> None:
+        """Zero a request's memory.
+
+        A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
+        must not leave them to the next.
+        """
+        self.keys[:, request] = 0
+        self.values[:, request] = 0
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from domino_spec.config import UserError
-from domino_spec.decoding.generate import Generation, Limits, decode
+from domino_spec.decoding.generate import decode
+from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method, make_drafter
@@ -76,7 +77,6 @@ def _answer_batch(
             default_method(draft),
             draft,
             requests=len(ids),
-            settings=settings,
             device=target.device,
             candidates=None,
         )

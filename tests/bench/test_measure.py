@@ -15,7 +15,7 @@ from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
 from domino_spec.bench.run import run_bench
 from domino_spec.bench.turns import Request
 from domino_spec.config import UserError
-from domino_spec.decoding.generate import Generation
+from domino_spec.decoding.generation import Generation
 from tests.bench.conftest import read_raw
 
 CONFIGURATION = {"target": "t", "seed": 5}

@@ -20,7 +20,7 @@ from domino_spec.bench.simulate import (
     summarize,
 )
 from domino_spec.config import UserError
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal
 from domino_spec.drafters.dart import DartDrafter
 from domino_spec.drafters.domino import BlockDrafter
@@ -137,9 +137,9 @@ class Blind(TreeOracle):
 
     feature_layers = (2,)
 
-    def start(self, state):
-        beyond = torch.arange(state.features.shape[1]) >= state.lengths[:, None] - 1
-        assert beyond.any() and (state.features[beyond] == 0).all()
+    def read(self, own, tokens, features, counts):
+        beyond = torch.arange(features.shape[1]) >= counts[:, None]
+        assert beyond.any() and (features[beyond] == 0).all()
 
     def propose(self, state, own, num_drafts):
         ahead = torch.arange(state.tokens.shape[1]) >= state.lengths[:, None]
@@ -193,10 +193,12 @@ def test_layers_that_the_features_lack_are_named(target, draft, answers):
         simulate(MAKE["domino"](draft, target), answers, MemoryCache(target, answers, (2, 3)))
 
 
-def test_sampled_drafts_are_refused(draft, answers, source):
-    drafter = BlockDrafter(draft, temperature=1.0, streams=RandomStreams(torch.arange(3)))
-    with pytest.raises(ValueError, match="must be chosen"):
-        simulate(drafter, answers[:3], source)
+def test_drafters_that_sample_choose_here(target, draft, answers, source):
+    """Texts are followed as at temperature 0; training.compare measures what sampled drafts expect."""
+    sampling, choosing = (
+        simulate(BlockDrafter(draft, samples=samples), answers[:3], source) for samples in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(sampling.accepted, choosing.accepted, strict=True))
 
 
 @pytest.mark.slow

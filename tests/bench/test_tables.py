@@ -138,3 +138,13 @@ def test_report_md_says_which_table_of_the_paper_each_one_follows(bench):
     for number in (1, 3, 4, 6):
         assert markdown.count(f"laid out like Table {number}") == 2, "one of each temperature"
     assert "95% interval over prompts" in markdown and "drafts of one pass" in markdown
+
+
+def test_methods_keep_one_order_in_every_suite(finished, tmp_path):
+    """Who is measured first changes from prompt to prompt, and so with the first prompt of a suite."""
+    rows = make_rows(SUITES, CONTENDERS)
+    turned = [row for row in rows if row.suite != "gsm8k"] + [row for row in rows if row.suite == "gsm8k"][::-1]
+    out = write_bench(tmp_path / "bench", turned, finished, methods=["none", "dflash", "domino", "eagle3"])
+    report = build_report(out)
+    orders = {tuple((e["method"], e["budget"]) for e in entries) for entries in report["suites"].values()}
+    assert orders == {tuple((e["method"], e["budget"]) for e in report["pooled"])}

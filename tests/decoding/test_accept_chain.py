@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+
 import torch
 
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings, target_probs
+from domino_spec.decoding.sampling import RandomStreams, SamplingSettings, draw, target_probs
 from domino_spec.decoding.state import Proposal
-from domino_spec.decoding.verify import _greedy_chain, _matching_chain, accept_chain
+from domino_spec.decoding.verify import accept_chain
+from domino_spec.kernels.acceptance import match_chain
 
 GRID = 100
 
@@ -35,8 +37,16 @@ def shares(probs, proposal_of) -> tuple[torch.Tensor, torch.Tensor]:
     return first, accepted.bincount(minlength=proposal.tokens.shape[1] + 1).double() / requests
 
 
-def chosen(*tokens):
-    return lambda r: Proposal(torch.tensor(tokens).expand(r, -1), torch.full((r,), len(tokens)))
+def one_hot(*tokens, vocab=3):
+    """Drafts of a request that chooses among others that sample."""
+
+    def make(r):
+        drafts = torch.tensor(tokens).expand(r, -1)
+        ids = torch.arange(vocab).expand(r, len(tokens), -1)
+        counts = torch.full((r,), len(tokens))
+        return Proposal(drafts, counts, candidate_ids=ids, draft_probs=(ids == drafts[..., None]).float())
+
+    return make
 
 
 def sampled(token, ids, probs):
@@ -60,16 +70,16 @@ def close(actual, expected, grid=GRID):
     return bool((actual - torch.tensor(expected, dtype=torch.double)).abs().max() <= 1.5 / grid)
 
 
-def test_a_chosen_draft_is_accepted_with_the_targets_probability():
+def test_a_one_hot_draft_is_accepted_with_the_targets_probability():
     """p = {a .5, b .3, c .2}, draft b: accepted .3; rejected, a comes with .714 of the rest and c with .286."""
-    first, accepted = shares([[0.5, 0.3, 0.2], LATER], chosen(B))
+    first, accepted = shares([[0.5, 0.3, 0.2], LATER], one_hot(B))
     assert close(accepted, [0.7, 0.3])
     assert close(first, [0.5, 0.3, 0.2])
 
 
-def test_a_rejected_chosen_draft_never_comes_back():
+def test_a_rejected_one_hot_draft_never_comes_back():
     probs = torch.tensor([[[0.5, 0.3, 0.2], LATER]]).expand(GRID * GRID, -1, -1)
-    tokens, accepted = accept_chain(probs, chosen(B)(GRID * GRID), Grid(), torch.zeros(GRID * GRID, 2).long())
+    tokens, accepted = accept_chain(probs, one_hot(B)(GRID * GRID), Grid(), torch.zeros(GRID * GRID, 2).long())
     assert not (tokens[accepted == 0, 0] == B).any()
     rejected = tokens[accepted == 0, 0].bincount(minlength=3).double()
     assert close(rejected / rejected.sum(), [0.714, 0.0, 0.286])
@@ -100,7 +110,7 @@ def test_candidates_may_be_few_and_in_any_order():
 
 
 def test_a_draft_that_the_target_excludes_is_always_rejected():
-    first, accepted = shares([[0.6, 0.0, 0.4], LATER], chosen(B))
+    first, accepted = shares([[0.6, 0.0, 0.4], LATER], one_hot(B))
     assert close(accepted, [1.0, 0.0])
     assert close(first, [0.6, 0.0, 0.4])
 
@@ -108,7 +118,7 @@ def test_a_draft_that_the_target_excludes_is_always_rejected():
 def test_after_a_fully_accepted_chain_the_bonus_comes_from_the_next_row():
     requests = GRID * GRID
     probs = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], LATER]).expand(requests, -1, -1)
-    tokens, accepted = accept_chain(probs, chosen(A, B)(requests), Grid(), torch.zeros(requests, 3).long())
+    tokens, accepted = accept_chain(probs, one_hot(A, B)(requests), Grid(), torch.zeros(requests, 3).long())
     assert accepted.eq(2).all() and tokens[:, 0].eq(A).all() and tokens[:, 1].eq(B).all()
     assert close(tokens[:, 2].bincount(minlength=3).double() / requests, LATER)
 
@@ -117,26 +127,26 @@ def test_drafts_past_a_requests_own_number_are_ignored():
     """Nothing is rejected there, so nothing is taken from the bonus's distribution."""
     requests = GRID * GRID
     probs = torch.tensor([[1.0, 0, 0], LATER, [0, 1.0, 0]]).expand(requests, -1, -1)
-    proposal = Proposal(torch.tensor([A, C]).expand(requests, -1), torch.ones(requests, dtype=torch.long))
+    proposal = replace(one_hot(A, C)(requests), num_drafts=torch.ones(requests, dtype=torch.long))
     tokens, accepted = accept_chain(probs, proposal, Grid(), torch.zeros(requests, 3).long())
     assert accepted.eq(1).all()
     assert close(tokens[:, 1].bincount(minlength=3).double() / requests, LATER)
 
 
-def test_without_drafts_the_token_is_drawn_from_the_target():
-    requests = GRID * GRID
-    probs = torch.tensor([[0.5, 0.3, 0.2]]).expand(requests, 1, -1)
-    tokens, accepted = accept_chain(
-        probs, Proposal.empty(requests, probs.device), Grid(), torch.zeros(requests, 1).long()
+def test_a_request_without_drafts_of_its_own_draws_from_the_target():
+    first, accepted = shares(
+        [[0.5, 0.3, 0.2], LATER], lambda r: replace(one_hot(B)(r), num_drafts=torch.zeros(r, dtype=torch.long))
     )
-    assert not accepted.any()
-    assert close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
+    assert close(accepted, [1.0, 0.0])
+    assert close(first, [0.5, 0.3, 0.2])
 
 
-def test_the_matching_rule_accepts_with_the_probability_of_agreement():
+def test_a_chosen_draft_stays_with_the_probability_that_the_target_chooses_it():
     requests = GRID * GRID
     probs = torch.tensor([[0.5, 0.3, 0.2], LATER]).expand(requests, -1, -1)
-    tokens, accepted = _matching_chain(probs, chosen(B)(requests), Grid(), torch.zeros(requests, 2).long())
+    choices = draw(probs, Grid().uniform(torch.zeros(requests, 2), RandomStreams.RESIDUAL))
+    proposal = Proposal(torch.full((requests, 1), B), torch.ones(requests, dtype=torch.long))
+    tokens, accepted = match_chain(choices, proposal.tokens, proposal.num_drafts)
     assert close(accepted.bincount(minlength=2).double() / requests, [0.7, 0.3])
     assert close(tokens[:, 0].bincount(minlength=3).double() / requests, [0.5, 0.3, 0.2])
 
@@ -145,22 +155,20 @@ def both_ways(logits, proposal):
     positions = torch.arange(logits.shape[1]).expand(len(logits), -1)
     streams = RandomStreams(torch.arange(len(logits)))
     one_hot = accept_chain(target_probs(logits, SamplingSettings()), proposal, streams, positions)
-    return _greedy_chain(logits, proposal), one_hot
+    return match_chain(logits.argmax(-1), proposal.tokens, proposal.num_drafts), one_hot
 
 
-@pytest.mark.parametrize("kind", ["chosen", "sampled"])
-def test_the_greedy_twin_equals_the_one_hot_path(kind):
+def test_the_greedy_twin_equals_the_one_hot_path():
     generator = torch.Generator().manual_seed(0)
     requests, drafts, vocab = 300, 4, 5
     logits = torch.randn(requests, drafts + 1, vocab, generator=generator)
     tokens = logits[:, :-1].argmax(-1)
     wrong = torch.rand(requests, drafts, generator=generator) < 0.3
     tokens = torch.where(wrong, torch.randint(0, vocab, (requests, drafts), generator=generator), tokens)
-    proposal = Proposal(tokens, torch.randint(0, drafts + 1, (requests,), generator=generator))
-    if kind == "sampled":
-        ids = torch.arange(vocab).expand(requests, drafts, -1)
-        probs = torch.rand(requests, drafts, vocab, generator=generator)
-        proposal = Proposal(tokens, proposal.num_drafts, None, ids, probs / probs.sum(-1, keepdim=True))
+    counts = torch.randint(0, drafts + 1, (requests,), generator=generator)
+    ids = torch.arange(vocab).expand(requests, drafts, -1)
+    probs = torch.rand(requests, drafts, vocab, generator=generator)
+    proposal = Proposal(tokens, counts, None, ids, probs / probs.sum(-1, keepdim=True))
     greedy, one_hot = both_ways(logits, proposal)
     assert torch.equal(greedy[1], one_hot[1])
     assert set(greedy[1].tolist()) == {0, 1, 2, 3, 4}

@@ -26,6 +26,7 @@ from domino_spec.decoding.state import Proposal
 from domino_spec.decoding.tree import walk_tree
 from domino_spec.decoding.verify import accept_chain
 from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.kernels.acceptance import match_chain
 from domino_spec.methods import TREE_BUDGET, make_drafter
 from tests.tiny import as_sequences, as_target, fit, random_prompts, run, tiny_draft, tiny_model
 
@@ -149,7 +150,6 @@ def sample_texts(target, drafts, name: str, settings: dict, **decoding):
         name.split()[0],
         drafts.get(method),
         requests=REQUESTS,
-        settings=sampling,
         device=target.device,
         num_drafts=decoding.get("num_drafts", TREE_BUDGET),
         **options,
@@ -206,12 +206,19 @@ def residual_not_subtracted(probs, proposal, streams, positions):
     return tokens.scatter(1, accepted[:, None], bonus[:, None]), accepted
 
 
-def chosen_taken_for_sampled(probs, proposal, streams, positions):
-    """Treats an argmax draft as if it had been drawn from a distribution over its neighbours."""
-    ids = torch.stack((proposal.tokens, (proposal.tokens + 1) % VOCAB), dim=-1)
-    claimed = torch.tensor([0.7, 0.3]).expand(ids.shape)
-    wrong = Proposal(proposal.tokens, proposal.num_drafts, None, ids, claimed)
-    return accept_chain(probs, wrong, streams, positions)
+def first_draft_unchecked(choices, drafts, num_drafts):
+    """Keeps a first draft that the target did not choose."""
+    tokens, accepted = match_chain(choices, drafts, num_drafts)
+    refused = (accepted == 0) & (num_drafts > 0)
+    kept = torch.cat((drafts[:, :1], choices[:, 1:2]), dim=1)
+    tokens = torch.cat((torch.where(refused[:, None], kept, tokens[:, :2]), tokens[:, 2:]), dim=1)
+    return tokens, torch.where(refused, 1, accepted)
+
+
+def bonus_of_the_last_row(choices, drafts, num_drafts):
+    """Takes the choice after the last draft, whatever was refused before it."""
+    tokens, accepted = match_chain(choices, drafts, num_drafts)
+    return tokens.scatter(1, accepted[:, None], choices[:, -1:]), accepted
 
 
 def first_candidate_only(probs, proposal, streams, positions):
@@ -230,16 +237,17 @@ def detects(small, name: str, settings: dict, num_drafts: int) -> bool:
 @pytest.mark.parametrize(
     "name, wrong_rule",
     [
-        ("domino chosen, K=4", residual_not_subtracted),
         ("domino sampled, K=4", residual_not_subtracted),
-        ("ngram", residual_not_subtracted),
-        ("domino chosen, K=4", chosen_taken_for_sampled),
         ("domino sampled, K=4", first_candidate_only),
+        ("domino chosen, K=4", first_draft_unchecked),
+        ("ngram", first_draft_unchecked),
+        ("domino chosen, K=4", bonus_of_the_last_row),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_wrong_verifier_is_detected(small, monkeypatch, name, wrong_rule):
-    monkeypatch.setattr(verify_module, "accept_chain", wrong_rule)
+    replaced = "accept_chain" if "sampled" in name else "match_chain"
+    monkeypatch.setattr(verify_module, replaced, wrong_rule)
     assert detects(small, name, NUCLEUS, num_drafts=2)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.generate import Limits, prefill
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+from domino_spec.decoding.drafter import start
+from domino_spec.decoding.generate import prefill
+from domino_spec.decoding.generation import Limits
+from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.tree import tree_ancestors, walk_tree
 from domino_spec.decoding.verify import commit, verify
@@ -143,8 +145,9 @@ def check_against_oracle(generations, oracle: TreeOracle, prompts: list[list[int
     for r, (generation, prompt) in enumerate(zip(generations, prompts, strict=True)):
         assert generation.token_ids == oracle.texts[r][len(prompt) : len(prompt) + count]
         passes = generation.num_verify_passes
-        assert generation.acceptance_lengths == [n + 1 for n in oracle.hidden[r][:passes]]
-        assert generation.num_drafts == oracle.proposed[r][:passes]
+        asked = generation.num_drafts != [0] * passes or oracle.hidden[r]  # for no drafts, nobody is asked
+        assert generation.acceptance_lengths == ([n + 1 for n in oracle.hidden[r][:passes]] if asked else [1] * passes)
+        assert generation.num_drafts == (oracle.proposed[r][:passes] if asked else [0] * passes)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -232,23 +235,22 @@ class Tapping(TreeOracle):
         self.features: list[dict[int, torch.Tensor]] = [{} for _ in texts]
         """Per request, by position."""
 
-    def advance(self, own: None, verdict: Verdict) -> None:
+    def advance(self, own, verdict: Verdict) -> None:
         assert verdict.features is not None
-        for r, first in enumerate(verdict.anchor_positions.tolist()):
-            for i in range(verdict.num_accepted[r].item() + 1):
-                self.features[r][first + i] = verdict.features[r, i]
+        for row, first in enumerate(verdict.anchor_positions.tolist()):
+            for i in range(verdict.num_accepted[row].item() + 1):
+                self.features[self.order[row]][first + i] = verdict.features[row, i]
 
 
 def cycles(target, drafter, prompts: list[list[int]], count: int) -> State:
     """The loop itself, without an end: `count` cycles for every request."""
-    settings, streams = SamplingSettings(), RandomStreams(torch.arange(len(prompts)))
     state = prefill(target, prompts, drafter, 5 * count)
-    own = drafter.start(state)
+    own = start(drafter, state)
     for _ in range(count):
         proposal = drafter.propose(state, own, drafter.max_drafts)
-        verdict = verify(target, state, proposal, settings, streams, drafter.feature_layers)
+        verdict = verify(target, state, proposal, drafter.feature_layers)
         commit(state, verdict)
-        own = drafter.advance(own, verdict)
+        drafter.advance(own, verdict)
     return state
 
 

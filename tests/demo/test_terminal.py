@@ -7,7 +7,7 @@ import itertools
 import pytest
 from rich.console import Console
 
-from domino_spec.decoding.generate import Ending, Generation, Limits
+from domino_spec.decoding.generation import Ending, Generation, Limits
 from domino_spec.demo.progress import Pace, ProgressView, duration
 from domino_spec.demo.race import RaceResult, race
 from domino_spec.demo.terminal import MarkedText, comparison
@@ -19,7 +19,7 @@ TEXT = "Straße, 東京, naïve.\nA second line; and STOP here."
 
 def cycles(target, tokens: list[int], limits: Limits, sizes: list[int]):
     """A generation as decoding grows it: bursts of these sizes, the last token of each supplied by the target."""
-    generation, ending = Generation([1]), Ending(target, limits, target.stop_token_ids)
+    generation, ending = Generation([1]), Ending(target, limits)
     while tokens and generation.finish_reason is None:
         size = sizes[len(generation.acceptance_lengths) % len(sizes)]
         ending.append(generation, tokens[:size], size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -55,7 +57,8 @@ def test_cached_context_appended_in_pieces_gives_the_same_block(draft, features)
         piece = features.gather(1, rows[..., None].expand(-1, -1, features.shape[-1])).clone()
         for r, count in enumerate(counts):
             piece[r, count:] = 1e3  # features of rejected drafts
-        own.append(draft.backbone.project_context(piece, done[:, None] + torch.arange(n)), torch.tensor(counts))
+        draft.backbone.append_context(piece, own.keys, own.values, own.lengths)
+        own.lengths += torch.tensor(counts)
         done += torch.tensor(counts)
     assert own.lengths.tolist() == [ROWS, ROWS]
     whole = draft.backbone.project_context(features, torch.arange(ROWS).expand(2, -1))
@@ -85,6 +88,16 @@ def test_a_block_attends_to_itself_in_both_directions(draft, features):
 
 
 @torch.inference_mode()
+def test_lower_precision_leaves_the_rotary_angles_alone(draft):
+    """Rounded frequencies would turn far positions wrongly: at 8,000 tokens by whole radians."""
+    positions = torch.tensor([[3, 8000]])
+    expected = draft.backbone.rotary(positions)
+    moved = copy.deepcopy(draft).to(torch.bfloat16)
+    assert moved.backbone.fc.weight.dtype == torch.bfloat16
+    for found, exact in zip(moved.backbone.rotary(positions), expected, strict=True):
+        assert torch.equal(found, exact)
+
+
 def test_position_matters_only_relative_to_the_context(draft, features):
     """RoPE: shifting context and block together changes nothing, shifting one of them does."""
     context = draft.backbone.project_context(features, torch.arange(ROWS).expand(2, -1))

@@ -110,7 +110,8 @@ def test_transformers_generate_drafts_the_same_tokens_cycle_by_cycle(peers, monk
 
     class Recording:
         feature_layers, max_drafts = drafter.feature_layers, drafter.max_drafts
-        start, advance = staticmethod(drafter.start), staticmethod(drafter.advance)
+        samples = False
+        allocate, read, advance = map(staticmethod, (drafter.allocate, drafter.read, drafter.advance))
 
         @staticmethod
         def propose(state, own, num_drafts):

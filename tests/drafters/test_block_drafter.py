@@ -6,29 +6,9 @@ import pytest
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.decoding.generate import Limits
+from domino_spec.decoding.generation import Limits
 from domino_spec.drafters.domino import BlockDrafter
-from tests.tiny import VOCAB, Oracle, assert_close, plain_greedy, random_prompts, run, tiny_draft
-
-
-class Watched:
-    """Runs a block drafter beside an oracle: the oracle's drafts are verified, the block's proposals are recorded."""
-
-    def __init__(self, drafter: BlockDrafter, oracle: Oracle) -> None:
-        self.drafter, self.oracle = drafter, oracle
-        self.feature_layers, self.max_drafts = drafter.feature_layers, oracle.max_drafts
-        self.proposals: list[tuple[list[int], torch.Tensor]] = []
-
-    def start(self, state):
-        return self.drafter.start(state)
-
-    def propose(self, state, own, num_drafts):
-        proposal = self.drafter.propose(state, own, self.drafter.max_drafts)
-        self.proposals.append((state.lengths.tolist(), proposal.tokens))
-        return self.oracle.propose(state, None, num_drafts)
-
-    def advance(self, own, verdict):
-        return self.drafter.advance(own, verdict)
+from tests.tiny import VOCAB, Beside, Oracle, assert_close, plain_greedy, random_prompts, run, tiny_draft, whose
 
 
 @torch.inference_mode()
@@ -74,15 +54,14 @@ def test_drafts_of_every_cycle_equal_a_fresh_computation(model, target, shift_la
     prompts = random_prompts([7, 3, 1])
     count = 24
     texts = [p + plain_greedy(model, p, count + 10) for p in prompts]
-    watched = Watched(BlockDrafter(draft), Oracle(texts, 5))
+    watched = Beside(BlockDrafter(draft), Oracle(texts, 5))
     generations = run(target, watched, prompts, count)
     assert set(generations[0].acceptance_lengths) >= {1, 2, 3, 4, 5}
     compared = 0
-    for lengths, proposed in watched.proposals:
-        for r, length in enumerate(lengths):
-            if length < len(prompts[r]) + count:  # still active
-                assert torch.equal(proposed[r], fresh_block(target, draft, texts[r][:length]))
-                compared += 1
+    for committed, proposal in watched.proposals:
+        for text, proposed in zip(committed, proposal.tokens, strict=True):
+            assert torch.equal(proposed, fresh_block(target, draft, text))
+            compared += 1
     assert compared >= 20
 
 
@@ -132,12 +111,12 @@ def test_a_request_that_ended_does_not_disturb_a_long_one(model, target):
 
         def propose(self, state, own, num_drafts):
             proposal = super().propose(state, own, num_drafts)
-            for r, length in enumerate(state.lengths.tolist()):
+            for row, (r, length) in enumerate(zip(whose(state, self.texts), state.lengths.tolist(), strict=True)):
                 right = torch.tensor(self.texts[r][length : length + num_drafts])
-                proposal.tokens[r, : len(right)] = right if r == 0 else (right + 1) % VOCAB
+                proposal.tokens[row, : len(right)] = right if r == 0 else (right + 1) % VOCAB
             return proposal
 
-    watched = Watched(BlockDrafter(tiny_draft(target)), AlwaysRight(texts, 5))
+    watched = Beside(BlockDrafter(tiny_draft(target)), AlwaysRight(texts, 5))
     ended, long = run(target, watched, prompts, count, limits=limits)
     assert ended.token_ids == [stop]
     assert long.token_ids == texts[1][5 : 5 + count]
@@ -150,17 +129,17 @@ def test_the_head_is_asked_for_by_name(target):
 
 
 def test_sampled_drafts_report_absolute_candidate_ids(target):
-    from domino_spec.decoding.sampling import RandomStreams, SamplingSettings
+    from domino_spec.decoding.sampling import SamplingSettings
 
     ids = torch.arange(1, VOCAB, 4)
     draft = tiny_draft(target, draft_vocab_ids=ids)
-    drafter = BlockDrafter(draft, candidates=5, temperature=1.0, streams=RandomStreams(torch.arange(2)))
+    drafter = BlockDrafter(draft, candidates=5, samples=True)
     seen = []
     original = drafter.propose
     drafter.propose = lambda *a: seen.append(original(*a)) or seen[-1]
     run(target, drafter, random_prompts([4, 6]), 6, settings=SamplingSettings(temperature=1.0))
     for proposal in seen:
-        assert proposal.candidate_ids.shape == (2, 5, 5)
+        assert proposal.candidate_ids.shape[1:] == (5, 5)
         assert torch.isin(proposal.candidate_ids, ids).all()
         assert (proposal.candidate_ids == proposal.tokens[..., None]).sum(-1).eq(1).all()
         assert_close(proposal.draft_probs.sum(-1), torch.ones(2, 5))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.decoding.drafter import start
 from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal
@@ -22,6 +23,7 @@ from tests.decoding.test_lossless import TOKENS as SAMPLED_TOKENS
 from tests.decoding.test_lossless import VOCAB as SMALL_VOCAB
 from tests.tiny import (
     VOCAB,
+    Beside,
     Oracle,
     TreeOracle,
     as_target,
@@ -193,26 +195,18 @@ def plain_logits(draft, features: torch.Tensor, text: list[int], num_masks: int)
     return out @ w["lm_head.weight"].T
 
 
-class Watched:
-    """Runs a drafter beside an oracle, whose drafts are verified; logits and proposals of the drafter are recorded."""
+class Watched(Beside):
+    """Records the slots' logits too."""
 
     def __init__(self, drafter: DartDrafter, oracle: Oracle | TreeOracle) -> None:
-        self.drafter, self.oracle = drafter, oracle
-        self.feature_layers, self.max_drafts = drafter.feature_layers, oracle.max_drafts
-        self.seen: list[tuple[list[int], torch.Tensor, Proposal]] = []
-
-    def start(self, state):
-        return self.drafter.start(state)
+        super().__init__(drafter, oracle)
+        self.slots: list[torch.Tensor] = []
 
     def propose(self, state, own, num_drafts):
-        proposal = self.drafter.propose(state, own, self.drafter.max_drafts)
+        verified = super().propose(state, own, num_drafts)
         # A second time: what the first pass left behind the committed pairs must not matter.
-        slots = self.drafter.slots(own.pairs, self.drafter.draft.config.num_masks)
-        self.seen.append((state.lengths.tolist(), slots, proposal))
-        return self.oracle.propose(state, None, num_drafts)
-
-    def advance(self, own, verdict):
-        return self.drafter.advance(own, verdict)
+        self.slots.append(self.drafter.slots(own.pairs, self.drafter.draft.config.num_masks))
+        return verified
 
 
 @torch.inference_mode()
@@ -232,10 +226,9 @@ def test_slots_of_every_cycle_equal_the_published_forward(model, target, lengths
     watched = Watched(drafter, oracle(texts, 6))
     run(target, watched, prompts, count)
     compared = 0
-    for text_lengths, slots, _ in watched.seen:
-        for r, length in enumerate(text_lengths):
-            if 1 < length < len(prompts[r]) + count:  # one token has no feature, and the ended stay behind
-                text = texts[r][:length]
+    for (committed, _), slots in zip(watched.proposals, watched.slots, strict=True):
+        for r, text in enumerate(committed):
+            if len(text) > 1:  # one token has no feature
                 assert_close(slots[r], plain_logits(draft, target_features(target, text, draft.layers), text, 4))
                 compared += 1
     assert compared >= 4 * len(prompts)
@@ -245,12 +238,14 @@ def test_slots_of_every_cycle_equal_the_published_forward(model, target, lengths
 def fresh_proposal(target, drafter, text: list[int], num_drafts: int | None = None) -> Proposal:
     """What is proposed after `text` where all of it is the prompt."""
     state = prefill(target, [text], drafter, 1)
-    return drafter.propose(state, drafter.start(state), drafter.max_drafts if num_drafts is None else num_drafts)
+    return drafter.propose(state, start(drafter, state), drafter.max_drafts if num_drafts is None else num_drafts)
 
 
 def drafts(proposal: Proposal, r: int = 0) -> list[tuple[int, int]]:
     """Request r's own drafts as (parent, token)."""
-    assert proposal.parents is not None
+    if proposal.parents is None:
+        assert proposal.tokens.shape[1] == 0
+        return []
     count = proposal.num_drafts[r]
     return list(zip(proposal.parents[r, :count].tolist(), proposal.tokens[r, :count].tolist(), strict=True))
 
@@ -265,13 +260,11 @@ def test_trees_of_every_cycle_equal_a_plain_search_over_the_published_forward(mo
     watched = Watched(drafter, TreeOracle(texts, 8))
     run(target, watched, prompts, count)
     compared = 0
-    for lengths, _, proposal in watched.seen:
-        for r, length in enumerate(lengths):
-            if length == 1:
+    for committed, proposal in watched.proposals:
+        for r, text in enumerate(committed):
+            if len(text) == 1:
                 assert drafts(proposal, r) == []
-            if not 1 < length < len(prompts[r]) + count:
                 continue
-            text = texts[r][:length]
             best = plain_logits(draft, target_features(target, text, draft.layers), text, 3).topk(6)
             ids = best.indices if subset is None else subset[best.indices]
             expected = reference_tree(ids.tolist(), best.values.softmax(-1).tolist(), ngrams, text, 14, 4, {58})
@@ -330,7 +323,7 @@ def test_a_longer_context_is_shown_unless_only_the_round_is_meant(model, target)
         watched = Watched(drafter, Oracle(texts, 4))
         run(target, watched, prompts, 8)
         first_levels = seen[::2]  # two levels a cycle have counts: S - 1
-        lengths = [lengths[0] for lengths, _, _ in watched.seen]
+        lengths = [len(committed[0]) for committed, _ in watched.proposals]
         assert len(first_levels) == len(lengths) >= 3
         for cycle, (context, length) in enumerate(zip(first_levels, lengths, strict=True)):
             since = lengths[cycle - 1] - 1 if round_context and cycle else 0
@@ -348,7 +341,7 @@ def test_order_three_needs_no_more_than_the_round(model, target, round_context):
     for choice in (False, round_context):
         watched = Watched(DartDrafter(draft, ngrams, round_context=choice), TreeOracle(texts, 6))
         run(target, watched, prompts, 12)
-        proposals.append([drafts(p, r) for _, _, p in watched.seen for r in range(2)])
+        proposals.append([drafts(p, r) for committed, p in watched.proposals for r in range(len(committed))])
     assert proposals[0] == proposals[1]
 
 
@@ -374,10 +367,10 @@ def test_a_packed_draft_proposes_the_same(target, lengths):
         texts = [g.prompt_ids + g.token_ids for g in run(target, drafter, prompts, 20)]
         watched = Watched(drafter, Oracle(texts, 4))
         run(target, watched, prompts, 8)
-        seen.append(watched.seen)
-    for (ours, slots, _), (theirs, packed_slots, _) in zip(*seen, strict=True):
+        seen.append(zip(watched.proposals, watched.slots, strict=True))
+    for ((ours, _), slots), ((theirs, _), packed_slots) in zip(*seen, strict=True):
         assert ours == theirs
-        ready = torch.tensor(ours) > 1
+        ready = torch.tensor([len(text) > 1 for text in ours])
         assert_close(packed_slots[ready], slots[ready])
 
 

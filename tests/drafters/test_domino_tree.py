@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from domino_spec.decoding.drafter import start
 from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal
@@ -22,36 +23,16 @@ from tests.decoding.test_lossless import (  # noqa: F401
     p_value,
     small,
 )
-from tests.tiny import VOCAB, TreeOracle, as_target, plain_greedy, random_prompts, run, tiny_draft, tiny_model
+from tests.tiny import VOCAB, Beside, TreeOracle, as_target, plain_greedy, random_prompts, run, tiny_draft, tiny_model
 
 SUBSET = torch.arange(0, VOCAB, 3)
 
 
-class Watched:
-    """Runs a tree drafter beside an oracle: the oracle's trees are verified, the drafter's own are recorded."""
-
-    def __init__(self, drafter: TreeDrafter, oracle: TreeOracle) -> None:
-        self.drafter, self.oracle = drafter, oracle
-        self.feature_layers, self.max_drafts = drafter.feature_layers, oracle.max_drafts
-        self.proposals: list[tuple[list[int], Proposal]] = []
-
-    def start(self, state):
-        return self.drafter.start(state)
-
-    def propose(self, state, own, num_drafts):
-        proposal = self.drafter.propose(state, own, self.drafter.max_drafts)
-        self.proposals.append((state.lengths.tolist(), proposal))
-        return self.oracle.propose(state, None, num_drafts)
-
-    def advance(self, own, verdict):
-        return self.drafter.advance(own, verdict)
-
-
 @torch.inference_mode()
-def fresh_proposal(target, drafter, text: list[int], num_drafts: int | None = None) -> Proposal:
+def fresh_proposal(target, drafter, text: list[int], num_drafts: int | None = None, settings=None) -> Proposal:
     """What is proposed after `text` where all of it is the prompt."""
-    state = prefill(target, [text], drafter, 1)
-    return drafter.propose(state, drafter.start(state), drafter.max_drafts if num_drafts is None else num_drafts)
+    state = prefill(target, [text], drafter, 1, settings)
+    return drafter.propose(state, start(drafter, state), drafter.max_drafts if num_drafts is None else num_drafts)
 
 
 def drafts(proposal: Proposal, r: int = 0) -> list[tuple[int, int]]:
@@ -75,14 +56,13 @@ def test_trees_of_every_cycle_equal_a_fresh_computation(model, target, options, 
     drafter = TreeDrafter(block, TREE_BUDGET, builder=builder)
     prompts, count = random_prompts([7, 3, 1]), 12
     texts = [p + plain_greedy(model, p, count + 12) for p in prompts]
-    watched = Watched(drafter, TreeOracle(texts, 8))
+    watched = Beside(drafter, TreeOracle(texts, 8))
     run(target, watched, prompts, count)
     compared = 0
-    for lengths, proposal in watched.proposals:
-        for r, length in enumerate(lengths):
-            if length < len(prompts[r]) + count:  # still active
-                assert drafts(proposal, r) == drafts(fresh_proposal(target, drafter, texts[r][:length]))
-                compared += 1
+    for committed, proposal in watched.proposals:
+        for r, text in enumerate(committed):
+            assert drafts(proposal, r) == drafts(fresh_proposal(target, drafter, text))
+            compared += 1
     assert compared >= 10
 
 
@@ -134,12 +114,11 @@ def test_without_drafts_a_tree_is_plain_decoding(model, target):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", ["domino-tree", "dflash-tree", "domino-best-first", "domino-tree+ngram"])
 def test_trees_choose_their_drafts_at_any_temperature(target, method, temperature):
-    draft, settings = tiny_draft(target), SamplingSettings(temperature=temperature)
-    drafter = make_drafter(method, draft, requests=1, settings=settings, device=target.device)
+    drafter = make_drafter(method, tiny_draft(target), requests=1, device=target.device)
     tree = getattr(drafter, "inner", drafter)
     assert tree.max_drafts == drafter.max_drafts == TREE_BUDGET
-    assert tree.block.temperature == 0 and (tree.block.head is None) == (method == "dflash-tree")
-    proposal = fresh_proposal(target, drafter, [1, 2, 3])
+    assert not drafter.samples and (tree.block.head is None) == (method == "dflash-tree")
+    proposal = fresh_proposal(target, drafter, [1, 2, 3], settings=SamplingSettings(temperature=temperature))
     assert proposal.parents is not None and proposal.draft_probs is None and proposal.candidate_ids is None
 
 
@@ -201,7 +180,7 @@ def test_no_row_is_verified_that_no_request_proposes(few_tokens, builder):
     _, target, draft = few_tokens
     drafter = TreeDrafter(BlockDrafter(draft, min_confidence=0.1), 16, builder=builder)
     state = prefill(target, random_prompts([6, 1, 11, 4], vocab=12), drafter, 1)
-    proposal = drafter.propose(state, drafter.start(state), 16)
+    proposal = drafter.propose(state, start(drafter, state), 16)
     assert proposal.tokens.shape == proposal.parents.shape == (4, proposal.num_drafts.max())
     assert len(set(proposal.num_drafts.tolist())) > 1 and proposal.num_drafts.max() < 16
 

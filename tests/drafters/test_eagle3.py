@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.decoding.drafter import start
 from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.state import Proposal
@@ -20,6 +21,7 @@ from tests.decoding.test_lossless import exact_joint, p_value
 from tests.plain_eagle3 import PlainEagle3, plain_tree
 from tests.tiny import (
     VOCAB,
+    Beside,
     TreeOracle,
     as_target,
     plain_greedy,
@@ -67,6 +69,9 @@ def paths_of(choices: list[int], parents: list[int]) -> list[tuple[int, ...]]:
 
 def proposed(proposal: Proposal, r: int = 0) -> list[tuple[int, ...]]:
     """Request r's tree as paths of tokens."""
+    if proposal.parents is None:
+        assert proposal.tokens.shape[1] == 0
+        return []
     count = proposal.num_drafts[r]
     return paths_of(proposal.tokens[r, :count].tolist(), proposal.parents[r, :count].tolist())
 
@@ -75,7 +80,7 @@ def proposed(proposal: Proposal, r: int = 0) -> list[tuple[int, ...]]:
 def fresh_proposal(target: Target, drafter: Eagle3Drafter, text: list[int], num_drafts: int | None = None) -> Proposal:
     """What is proposed after `text` where all of it is the prompt."""
     state = prefill(target, [text], drafter, 1)
-    return drafter.propose(state, drafter.start(state), drafter.max_drafts if num_drafts is None else num_drafts)
+    return drafter.propose(state, start(drafter, state), drafter.max_drafts if num_drafts is None else num_drafts)
 
 
 # Growth
@@ -186,25 +191,6 @@ def test_trees_equal_plain_ones_without_cache_or_mask(target, vocabulary, packed
             assert proposed(fresh_proposal(target, drafter, text, budget)) == expected
 
 
-class Watched:
-    """Runs a drafter beside an oracle: the oracle's trees are verified, the drafter's own are recorded."""
-
-    def __init__(self, drafter: Eagle3Drafter, oracle: TreeOracle) -> None:
-        self.drafter, self.oracle = drafter, oracle
-        self.feature_layers, self.max_drafts = drafter.feature_layers, oracle.max_drafts
-        self.proposals: list[tuple[list[int], Proposal]] = []
-
-    def start(self, state):
-        return self.drafter.start(state)
-
-    def propose(self, state, own, num_drafts):
-        self.proposals.append((state.lengths.tolist(), self.drafter.propose(state, own, self.drafter.max_drafts)))
-        return self.oracle.propose(state, None, num_drafts)
-
-    def advance(self, own, verdict):
-        return self.drafter.advance(own, verdict)
-
-
 @pytest.mark.parametrize("prune", [True, False])
 @pytest.mark.parametrize("lengths", [[7, 3, 1], [5]], ids=["unequal", "one"])
 def test_trees_of_every_cycle_equal_a_fresh_computation(model, target, lengths, prune):
@@ -212,15 +198,14 @@ def test_trees_of_every_cycle_equal_a_fresh_computation(model, target, lengths, 
     drafter = Eagle3Drafter(tiny_single_layer(target), total=16, depth=3, top_k=4, prune=prune)
     prompts, count = random_prompts(lengths), 12
     texts = [p + plain_greedy(model, p, count + 12) for p in prompts]
-    watched = Watched(drafter, TreeOracle(texts, 8))
+    watched = Beside(drafter, TreeOracle(texts, 8))
     generations = run(target, watched, prompts, count)
     assert max(n for g in generations for n in g.acceptance_lengths) > 2
     compared = 0
-    for lengths_then, proposal in watched.proposals:
-        for r, length in enumerate(lengths_then):
-            if length < len(prompts[r]) + count:  # still active
-                assert proposed(proposal, r) == proposed(fresh_proposal(target, drafter, texts[r][:length]))
-                compared += 1
+    for committed, proposal in watched.proposals:
+        for r, text in enumerate(committed):
+            assert proposed(proposal, r) == proposed(fresh_proposal(target, drafter, text))
+            compared += 1
     assert compared >= 3 * len(prompts)
 
 
@@ -230,7 +215,7 @@ def test_a_prompt_of_one_token_has_no_feature_and_gets_no_drafts(target):
     assert [g.num_drafts[:2] for g in alone] == [[0, 7]]
     assert [g.num_drafts[:2] for g in together] == [[0, 7], [7, 7]]
     nothing = fresh_proposal(target, drafter, [5])
-    assert nothing.parents is not None and nothing.tokens.shape == (1, 0)
+    assert nothing.tokens.shape == (1, 0)
 
 
 def test_any_order_of_the_draft_vocabulary_gives_the_same_trees(target):
@@ -367,8 +352,8 @@ def test_a_draft_that_knows_the_text_is_accepted_to_the_end(sizes, longest):
     """Its longest path is right in every cycle, and is in the tree."""
     target, after = cycle_target()
     prompts = []
-    for start, length in ((0, 5), (7, 2), (3, 9)):
-        prompts.append([start])
+    for first, length in ((0, 5), (7, 2), (3, 9)):
+        prompts.append([first])
         while len(prompts[-1]) < length:
             prompts[-1].append(int(after[prompts[-1][-1]]))
     drafter = Eagle3Drafter(knowing_draft(target, after), **sizes)

@@ -318,7 +318,6 @@ def test_the_sampled_distribution_is_the_targets_own(temperature):
         "domino",
         fewer,
         requests=requests,
-        settings=settings,
         device=target.device,
         sample_drafts=temperature > 0,
         candidates=3,

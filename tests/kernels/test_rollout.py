@@ -7,6 +7,7 @@ import torch
 
 from domino_spec.decoding.sampling import draw
 from domino_spec.kernels.reference import head_rollout
+from domino_spec.kernels.rollout import headless_rollout
 from tests.tiny import VOCAB, assert_close, tiny_draft
 
 REQUESTS, DRAFTS = 6, 5
@@ -80,14 +81,7 @@ def test_restricted_greedy_equals_full_while_the_argmax_is_inside(draft, candida
 def test_reported_probabilities_are_those_that_were_drawn_from(draft, candidates):
     hidden, base, anchor = inputs(draft)
     temperature, numbers = 0.7, torch.rand(REQUESTS, DRAFTS, generator=torch.Generator().manual_seed(4)).double()
-    given = []
-
-    def drawing(probs, i):
-        given.append(probs)
-        return draw(probs, numbers[:, i])
-
-    rollout = head_rollout(draft.head, hidden, base, anchor, draft.embed, candidates, temperature, drawing)
-    assert torch.equal(rollout.probs, torch.stack(given, dim=1))
+    rollout = head_rollout(draft.head, hidden, base, anchor, draft.embed, candidates, temperature, numbers)
     assert_close(rollout.probs.sum(-1), torch.ones(REQUESTS, DRAFTS))
     width = candidates or VOCAB
     assert rollout.candidates.shape == rollout.probs.shape == (REQUESTS, DRAFTS, width)
@@ -98,6 +92,43 @@ def test_reported_probabilities_are_those_that_were_drawn_from(draft, candidates
     drawn = draw(rollout.probs, numbers)
     assert torch.equal(rollout.candidates.gather(-1, drawn[..., None])[..., 0], rollout.choices)
     assert (rollout.candidates.sort(-1).values.diff(dim=-1) > 0).all(), "a candidate must not be listed twice"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("candidates", [None, 7])
+def test_requests_that_choose_beside_others_that_sample_report_all_weight_on_their_choice(draft, candidates):
+    hidden, base, anchor = inputs(draft)
+    numbers = torch.rand(REQUESTS, DRAFTS, generator=torch.Generator().manual_seed(4)).double()
+    temperatures = torch.tensor([0.0, 0.7, 1.4, 0.0, 0.7, 1.4])
+    mixed = head_rollout(draft.head, hidden, base, anchor, draft.embed, candidates, temperatures, numbers)
+    for r, temperature in enumerate(temperatures.tolist()):
+        one = slice(r, r + 1)
+        alone = (draft.head, hidden[one], base[one], anchor[one], draft.embed, candidates)
+        if temperature == 0:
+            assert torch.equal(mixed.choices[one], head_rollout(*alone).choices)
+            assert torch.equal(mixed.probs[one], (mixed.candidates == mixed.choices[..., None])[one].float())
+        else:
+            sampled = head_rollout(*alone, temperature, numbers[one])
+            assert torch.equal(mixed.choices[one], sampled.choices)
+            assert_close(mixed.probs[one], sampled.probs)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("candidates", [None, 7])
+@pytest.mark.parametrize("temperature", [None, 0.7, torch.tensor([0.0, 0.7, 1.4, 0.0, 0.7, 1.4])], ids=str)
+def test_without_a_head_all_slots_at_once_equal_one_after_another(draft, candidates, temperature):
+    hidden, base, anchor = inputs(draft)
+    numbers = torch.rand(REQUESTS, DRAFTS, generator=torch.Generator().manual_seed(4)).double()
+    how = (candidates, 0.0, None) if temperature is None else (candidates, temperature, numbers)
+    expected = head_rollout(None, hidden, base, anchor, draft.embed, *how, min_confidence=1e-9)
+    found = headless_rollout(base, *how, min_confidence=1e-9)
+    assert torch.equal(found.choices, expected.choices)
+    assert_close(found.confidence, expected.confidence)
+    if temperature is not None:
+        assert torch.equal(found.candidates, expected.candidates)
+        assert_close(found.probs, expected.probs)
+    else:
+        assert found.candidates is None and found.probs is None
 
 
 @torch.inference_mode()

@@ -146,15 +146,16 @@ def test_cropping_is_a_change_of_lengths_only(pair):
 
 
 @torch.inference_mode()
-def test_kept_requests_go_on_as_before(target):
+def test_requests_that_change_places_go_on_as_before(target):
     texts = random_prompts([6, 10, 4])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
     cache = target.new_cache(3, 20)
     target.prefill(tokens, torch.tensor([6, 10, 4]), cache)
     following = torch.tensor(random_prompts([3, 3, 3], seed=9))
     everyone = target.forward(following, cache).hidden
-    order = torch.tensor([2, 0])
-    assert_close(target.forward(following[order], cache.keep(order)).hidden, everyone[order])
+    cache.move(2, 0)  # over the first request
+    assert_close(target.forward(following[[2, 1]], cache.view(0, 2)).hidden, everyone[[2, 1]])
+    assert_close(target.forward(following[2:], cache.view(2, 3)).hidden, everyone[2:])
 
 
 def test_a_pass_that_does_not_fit_is_refused(target):

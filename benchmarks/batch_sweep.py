@@ -1,0 +1,229 @@
+"""Throughput of R requests decoded together, against plain decoding in the same engine: adaptive and fixed drafts.
+
+    python benchmarks/batch_sweep.py --prompts gsm8k.jsonl --prompts alpaca.jsonl \\
+        --batch 1,2,4,8,16,32 --fixed 2,4,8 --groups 4 --max-new-tokens 64 --out sweep.json
+
+Prompts are dealt into groups, taken from the files in turn. A group is twice as many requests as fit into the engine
+(four at least), so that slots are used again; it is decoded by every method, in an order that rotates from group to
+group. Throughput is generated tokens per second of the whole run, prompts read included. A ratio is of all groups
+together; its 95% interval resamples groups.
+
+`adaptive` has the cost model that is measured at the start, shared by all its runs, as a server has. Texts are compared
+with those of plain decoding, request by request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+
+from domino_spec.api import default_min_confidence, load_draft, prompt_ids
+from domino_spec.bench.intervals import Draws, Samples
+from domino_spec.config import UserError
+from domino_spec.decoding.adapt import AdaptivePolicy
+from domino_spec.decoding.costs import measure_costs
+from domino_spec.decoding.engine import Engine, Stats
+from domino_spec.decoding.generation import Limits, Request
+from domino_spec.files import read_jsonl, write_json
+from domino_spec.methods import TREE_BUDGET, default_method, make_drafter
+from domino_spec.target.load import load_target
+from domino_spec.target.model import Target
+
+PLAIN, ADAPTIVE = "none", "adaptive"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One group decoded by one method."""
+
+    batch: int
+    group: int
+    method: str
+    requests: int
+    tokens: int
+    seconds: float
+    passes: int
+    """Verify passes of single requests."""
+    committed: int
+    drafts: int
+    cycles: int
+    drafted_cycles: int
+    equal_texts: int
+    """Texts that equal those of plain decoding."""
+
+
+class Sweep:
+    """What is shared by all runs."""
+
+    def __init__(self, target: Target, draft, fixed: Sequence[int], max_new_tokens: int, slots: int) -> None:
+        self.target, self.draft, self.max_new_tokens = target, draft, max_new_tokens
+        self.methods = [PLAIN, ADAPTIVE, *map(str, fixed)]
+        print("measuring what passes cost", file=sys.stderr)
+        self.costs = measure_costs(target, self._drafter(ADAPTIVE), slots, report=lambda s: print(s, file=sys.stderr))
+        self.policies: dict[int, AdaptivePolicy] = {}
+
+    def _drafter(self, method: str):
+        budget = TREE_BUDGET if method == ADAPTIVE else 0 if method == PLAIN else int(method)
+        return make_drafter(
+            default_method(None if method == PLAIN else self.draft),
+            self.draft,
+            requests=1,
+            device=self.target.device,
+            min_confidence=default_min_confidence(self.target.device) if method == ADAPTIVE else 0.0,
+            num_drafts=budget or None,
+        )
+
+    def run(self, method: str, batch: int, prompts: Sequence[list[int]]) -> tuple[Stats, list[list[int]], float]:
+        """Decode a group; returns what the engine counted, the texts, and the seconds it took."""
+        policy = self.policies.setdefault(batch, AdaptivePolicy(self.costs)) if method == ADAPTIVE else None
+        capacity = max(map(len, prompts)) + self.max_new_tokens
+        engine = Engine(self.target, self._drafter(method), slots=batch, capacity=capacity, policy=policy)
+        started = time.perf_counter()
+        generations = [engine.submit(Request(p, limits=Limits(self.max_new_tokens))) for p in prompts]
+        while engine.busy:
+            engine.step()
+        return engine.stats, [g.token_ids for g in generations], time.perf_counter() - started
+
+    def group(self, batch: int, group: int, prompts: Sequence[list[int]]) -> list[Run]:
+        """Decode a group by every method."""
+        turn = group % len(self.methods)
+        found: dict[str, tuple[Stats, list[list[int]], float]] = {}
+        for method in [*self.methods[turn:], *self.methods[:turn]]:
+            found[method] = self.run(method, batch, prompts)
+        plain = found[PLAIN][1]
+        return [
+            Run(
+                batch,
+                group,
+                method,
+                len(texts),
+                sum(map(len, texts)),
+                seconds,
+                stats.verify_passes,
+                stats.committed_tokens,
+                stats.drafts,
+                stats.cycles,
+                stats.drafted_cycles,
+                sum(text == expected for text, expected in zip(texts, plain, strict=True)),
+            )
+            for method in self.methods
+            for stats, texts, seconds in [found[method]]
+        ]
+
+
+def deal(prompts: Sequence[list[int]], batch: int, groups: int) -> list[list[list[int]]]:
+    """Groups of prompts, from the first on again where they run out."""
+    size = max(4, 2 * batch)
+    return [[prompts[(g * size + i) % len(prompts)] for i in range(size)] for g in range(groups)]
+
+
+def summarize(runs: Sequence[Run]) -> list[dict]:
+    """One entry for every number of requests and method."""
+    entries = []
+    for batch in dict.fromkeys(run.batch for run in runs):
+        mine = [run for run in runs if run.batch == batch]
+        clusters = {run.group: ("group", str(run.group)) for run in mine}
+        draws = Draws.of(clusters.values())
+        rates = {}
+        for method in dict.fromkeys(run.method for run in mine):
+            own = [run for run in mine if run.method == method]
+            totals = draws.totals(((clusters[r.group], (r.tokens, r.seconds)) for r in own), 2)
+            rates[method] = Samples(totals[:, 0] / totals[:, 1], frozenset(clusters.values()))
+            ratio = rates[method] / rates[PLAIN]
+            entries.append(
+                {
+                    "batch": batch,
+                    "method": method,
+                    "tokens_per_second": rates[method].value,
+                    "over_plain": ratio.value,
+                    "over_plain_interval": ratio.interval,
+                    "tau": sum(r.committed for r in own) / sum(r.passes for r in own),
+                    "drafts_per_pass": sum(r.drafts for r in own) / sum(r.passes for r in own),
+                    "drafted_cycles": sum(r.drafted_cycles for r in own) / sum(r.cycles for r in own),
+                    "equal_texts": f"{sum(r.equal_texts for r in own)} of {sum(r.requests for r in own)}",
+                }
+            )
+    return entries
+
+
+def render(entries: Sequence[dict]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| R | drafts | tokens/s | over plain | tau | drafts a pass | cycles that drafted | equal texts |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for e in entries:
+        interval = e["over_plain_interval"]
+        ratio = f"{e['over_plain']:.2f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
+        lines.append(
+            f"| {e['batch']} | {e['method']} | {e['tokens_per_second']:.1f} | {ratio} | {e['tau']:.2f} | "
+            f"{e['drafts_per_pass']:.1f} | {e['drafted_cycles']:.0%} | {e['equal_texts']} |"
+        )
+    return "\n".join(lines)
+
+
+def numbers(text: str) -> list[int]:
+    """Of a list such as 1,2,4."""
+    try:
+        found = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise UserError(f"expected whole numbers from 1 on, such as 1,2,4, got {text!r}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--draft", default="smollm2-135m-domino")
+    parser.add_argument("--prompts", action="append", required=True, type=Path, help='JSONL of {"turns": [..]}')
+    parser.add_argument("--batch", type=numbers, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--fixed", type=numbers, default=[2, 4, 8], help="fixed numbers of drafts, as trees")
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    target = load_target(options.target)
+    draft = load_draft(options.draft, target)
+    texts = [[row["turns"][0] for row in read_jsonl(path, {})] for path in options.prompts]
+    in_turn = [text for text in chain.from_iterable(zip_longest(*texts)) if text is not None]
+    prompts = [prompt_ids(target, text) for text in in_turn]
+    sweep = Sweep(target, draft, options.fixed, options.max_new_tokens, max(options.batch))
+    for method in sweep.methods:  # warm-up
+        sweep.run(method, 1, [prompts[0][:16]])
+    runs: list[Run] = []
+    for group in range(options.groups):  # all sizes in turn, so that drift hits them alike
+        for batch in options.batch:
+            runs += sweep.group(batch, group, deal(prompts, batch, options.groups)[group])
+            print(f"group {group + 1} of {options.groups}, {batch} together: done", file=sys.stderr)
+            entries = summarize(runs)
+            record = {
+                "target": options.target,
+                "draft": options.draft,
+                "threads": torch.get_num_threads(),
+                "max_new_tokens": options.max_new_tokens,
+                "costs": asdict(sweep.costs),
+                "summary": entries,
+                "runs": [asdict(run) for run in runs],
+            }
+            write_json(record, options.out)
+    print(render(summarize(runs)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

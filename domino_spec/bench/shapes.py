@@ -1,0 +1,267 @@
+"""Targets and Domino drafts of a given shape with random weights: what a cycle costs, without a download.
+
+Time depends on shapes, not on what the weights say, except for how many drafts are accepted: random drafts never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from domino_spec.config import DraftConfig, UserError
+from domino_spec.draft.initialize import fresh_config
+from domino_spec.draft.model import Draft
+from domino_spec.files import read_json
+from domino_spec.recipe import DraftRecipe, HeadRecipe
+from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.model import Target
+from domino_spec.target.packing import can_pack
+
+STD = 0.02
+"""Of random weights."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a pair is made from."""
+
+    name: str
+    target: Mapping[str, Any]
+    """A configuration in transformers' form, `model_type` included."""
+    draft: DraftRecipe = field(default_factory=DraftRecipe)
+    """What is left out is the paper's, else the target's."""
+
+
+SHAPES = {
+    "qwen3-8b": Shape(
+        "qwen3-8b",
+        {
+            "model_type": "qwen3",
+            "num_hidden_layers": 36,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 12288,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "smollm2-135m": Shape(
+        "smollm2-135m",
+        {
+            "model_type": "llama",
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+            "tie_word_embeddings": True,
+        },
+        DraftRecipe(
+            num_layers=2,
+            block_size=8,
+            target_layer_ids=(1, 8, 15, 22, 29),
+            head=HeadRecipe(gru_hidden_dim=256, low_rank=128),
+            draft_vocab_size=8192,
+        ),
+    ),
+    "tiny": Shape(
+        "tiny",
+        {
+            "model_type": "qwen3",
+            "num_hidden_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 48,
+            "vocab_size": 512,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "tie_word_embeddings": False,
+        },
+        DraftRecipe(
+            num_layers=2,
+            block_size=4,
+            target_layer_ids=(1, 2),
+            head=HeadRecipe(gru_hidden_dim=16, low_rank=8),
+        ),
+    ),
+}
+"""Shapes by name: Qwen3-8B and the paper's draft for it; the embedded default pair; one for tests."""
+
+
+def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> Shape:
+    """A shape by its name, or that of a config.json of transformers with the paper's draft.
+
+    Args:
+        name_or_path: a key of `SHAPES`, or a file.
+        draft_vocab_size: tokens that the draft can propose, in place of the shape's own.
+
+    Raises:
+        UserError: there is no such shape, or the file does not describe a target.
+    """
+    shape = SHAPES.get(name_or_path)
+    if shape is None:
+        path = Path(name_or_path)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"unknown shape {name_or_path!r}: give {', '.join(SHAPES)}, or the config.json of a transformers model"
+            )
+        values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+            raise UserError(f"{path} does not describe a model: it has no model_type")
+        shape = Shape(str(path), values)
+    if draft_vocab_size is not None:
+        shape = replace(shape, draft=replace(shape.draft, draft_vocab_size=draft_vocab_size))
+    return shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pair that is not made yet: what it will be, and what it takes."""
+
+    shape: Shape
+    config: Any
+    """The target's configuration, as transformers reads it."""
+    draft: Draft
+    """Without contents."""
+    dtype: torch.dtype
+    device: torch.device
+    weights: int
+    """Bytes of both models."""
+
+    @property
+    def text_config(self) -> Any:
+        """The target's text configuration."""
+        return self.config.get_text_config()
+
+
+def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto") -> Plan:
+    """Work out a pair without making it.
+
+    Args:
+        shape: of `find_shape`.
+        dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
+        device: "auto" is CUDA where there is one, else CPU.
+
+    Raises:
+        UserError: the shape is no model that this package can decode with, or there is no such device.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if isinstance(dtype, str):
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        config = AutoConfig.for_model(**dict(shape.target))
+        with _making(torch.device("meta"), dtype):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(f"shape {shape.name}: {' '.join(str(error).split())[:200]}") from error
+    text = config.get_text_config()
+    draft_config = _draft_config(shape, text)
+    with _making(torch.device("meta"), dtype):
+        draft = Draft(draft_config, _vocabulary(draft_config))
+    weights = sum(weight.numel() for part in (model, draft) for weight in part.parameters())
+    if can_pack(device, dtype):  # an LM head of each is laid out anew beside the one that was there
+        weights += (text.vocab_size + draft_config.logits_size) * text.hidden_size
+    return Plan(shape, config, draft, dtype, device, weights * dtype.itemsize)
+
+
+def make_pair(plan: Plan) -> tuple[Target, Draft]:
+    """The pair that was planned, its weights random, drawn on its device."""
+    with torch.random.fork_rng([plan.device] if plan.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        with _making(plan.device, plan.dtype):
+            model: Any = AutoModelForCausalLM.from_config(
+                plan.config, attn_implementation=ATTENTION_NAME, dtype=plan.dtype
+            )
+            draft = Draft(plan.draft.config, _vocabulary(plan.draft.config))
+            for module in draft.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=STD)
+    target = Target(model.requires_grad_(False), None, plan.shape.name)
+    packs = can_pack(target.device, target.dtype)
+    if packs:
+        target.pack()
+    draft = draft.requires_grad_(False).eval().bind(target)
+    return target, draft.pack() if packs else draft
+
+
+def _draft_config(shape: Shape, config: Any) -> DraftConfig:
+    try:
+        return fresh_config(shape.draft, config, config.vocab_size - 1)
+    except AttributeError as error:  # a configuration that is no language model's
+        raise UserError(f"shape {shape.name}: {error}") from error
+
+
+def _vocabulary(config: DraftConfig) -> torch.Tensor | None:
+    """Any tokens will do."""
+    return None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+
+
+@contextmanager
+def _making(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made meanwhile have their weights on a device and in a type from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuse what a device cannot hold.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: needs them, for the message.
+
+    Raises:
+        UserError: fewer are free.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: choose a smaller shape, "
+            "batch or context, or another device"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, for this process's container where it runs in one; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError):
+        pass
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text("utf-8") for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        pass
+    return min(found) if found else None

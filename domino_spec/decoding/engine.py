@@ -1,0 +1,366 @@
+"""The decoding loop, continuous: requests come and go, and a slot that one leaves is the next one's.
+
+Each step reads a part of the prompts that wait, then runs one cycle for all requests that are being decoded: propose,
+verify, commit. Slots are memory allocated once. Those in use are always the first ones, so that a pass costs nothing
+for those that are not; a request that ends is replaced by the last one.
+
+A request's text does not depend on who else is decoded: its random numbers are keyed by its own seed and positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domino_spec.config import UserError
+from domino_spec.decoding.adapt import DraftPolicy
+from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.generation import Ending, Generation, Request, TokenLogprob, check_prompt
+from domino_spec.decoding.prefixes import Prefix, PrefixCache
+from domino_spec.decoding.sampling import Sampling
+from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.verify import commit, verify
+from domino_spec.target.model import PREFILL_CHUNK, Target
+
+READ_ROWS = 2048
+"""Rows of one prefill pass over several prompts."""
+MOST_UNREAD = 64
+"""Cycles without drafts after which the drafter takes in what was committed, so that features do not pile up."""
+
+
+@dataclass
+class Stats:
+    """What an engine has done since it was made."""
+
+    cycles: int = 0
+    drafted_cycles: int = 0
+    """Cycles in which some request had drafts."""
+    verify_passes: int = 0
+    """Passes of single requests: R of them in a cycle of R requests."""
+    drafts: int = 0
+    committed_tokens: int = 0
+    """Accepted drafts and bonus tokens, before stop or length cut them."""
+    prompt_tokens: int = 0
+    """Read, not taken over from an earlier text."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A request that has been taken up."""
+
+    request: Request
+    generation: Generation
+    ending: Ending
+    taken_up: float
+    first_cycle: float = 0.0
+    prefix: tuple[Prefix, int] | None = None
+    """A text that begins alike, and how many of its rows can be used."""
+
+
+@dataclass
+class _Batch:
+    """The requests that are being decoded, as the loop sees them until one comes or goes."""
+
+    state: State
+    own: Any
+    unread: list[Verdict]
+    """Of the cycles without drafts since the drafter last took anything in."""
+
+
+class Engine:
+    """Decodes many requests together.
+
+    Args:
+        target: the frozen model.
+        drafter: any drafting method.
+        slots: requests that are decoded together; others wait.
+        capacity: tokens that a request may have, prompt and answer together.
+        num_drafts: drafts per cycle; None for the drafter's most.
+        policy: decides, cycle by cycle, how many drafts pay; None always drafts. It is not asked where a request
+            samples its drafts: their number would decide which text a seed gives.
+        matching_rule: see `verify`.
+        prefixes: keeps texts that ended, for prompts that begin like them; None keeps none.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        *,
+        slots: int,
+        capacity: int,
+        num_drafts: int | None = None,
+        policy: DraftPolicy | None = None,
+        matching_rule: bool = False,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        if slots < 1:
+            raise UserError(f"an engine needs at least one slot, got {slots}")
+        self.target, self.drafter, self.policy, self.matching_rule = target, drafter, policy, matching_rule
+        self.slots, self.capacity, self.prefixes = slots, capacity, prefixes
+        self.num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
+        self.stats = Stats()
+        # A cycle may overshoot the limit by a whole block before it is cut.
+        rows = capacity + 2 * (drafter.max_drafts + 1)
+        device = target.device
+        empty = torch.zeros(slots, dtype=torch.long, device=device)
+        self._state = State(
+            torch.zeros(slots, rows, dtype=torch.long, device=device),
+            empty,
+            empty.clone(),
+            torch.ones(slots, dtype=torch.bool, device=device),
+            target.new_cache(slots, rows),
+            Sampling([], device),
+        )
+        self._own = drafter.allocate(slots, rows)
+        self._waiting: deque[_Slot] = deque()
+        self._reading: list[_Slot] = []
+        self._read_from = 0
+        self._running: list[_Slot] = []
+        self._batch: _Batch | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not done."""
+        return bool(self._waiting or self._reading or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Requests being decoded or read."""
+        return len(self._running) + len(self._reading)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that cannot be decoded.
+
+        Raises:
+            UserError: see `check_prompt`; or it is larger than a slot.
+        """
+        length, limit = len(request.prompt_ids), request.limits.max_new_tokens
+        check_prompt(self.target, request.prompt_ids, limit)
+        if length + limit > self.capacity:
+            raise UserError(
+                f"a prompt of {length} tokens and max_new_tokens {limit} exceed the {self.capacity} tokens of a slot"
+            )
+
+    def submit(self, request: Request, generation: Generation | None = None) -> Generation:
+        """Queue a request; returns its generation, which `step` grows (or grows the one given).
+
+        Raises:
+            UserError: see `check`.
+        """
+        self.check(request)
+        generation = Generation(list(request.prompt_ids)) if generation is None else generation
+        self._waiting.append(_Slot(request, generation, Ending(self.target, request.limits), time.perf_counter()))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request where it is; its slot is free from the next step on."""
+        if generation.finish_reason is None:
+            generation.finish_reason = "cancelled"
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        """Read a part of the prompts that wait, then run one cycle; returns the generations that grew or ended."""
+        self._release(spoilt=())
+        self._take_up()
+        self._read_prompts()
+        if not self._running:
+            return []
+        batch = self._batch = self._batch or self._view()
+        proposal = self._propose(batch)
+        verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
+        commit(batch.state, verdict)
+        self._advance(batch, proposal, verdict)
+        return self._deliver(proposal, verdict)
+
+    # Reading prompts
+
+    def _take_up(self) -> None:
+        """Give free slots, those after the ones in use, to requests that wait."""
+        if self._reading or not self._waiting:
+            return
+        free = self.slots - len(self._running)
+        taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        self._reading = [slot for slot in taken if slot.generation.finish_reason is None]
+        for slot in self._reading:
+            slot.taken_up = time.perf_counter()
+            slot.prefix = self.prefixes.longest(slot.request.prompt_ids) if self.prefixes is not None else None
+            slot.generation.cached_tokens = 0 if slot.prefix is None else slot.prefix[1]
+        # Those with the most to read first: the prompts that a pass still reads are then always the first ones.
+        self._reading.sort(key=lambda slot: slot.generation.cached_tokens - len(slot.request.prompt_ids))
+        self._read_from = len(self._running)
+        for place, slot in enumerate(self._reading, self._read_from):
+            prompt = torch.tensor(slot.request.prompt_ids, device=self._state.tokens.device)
+            self._state.tokens[place, : len(prompt)] = prompt
+            self._state.lengths[place] = self._state.prompt_lengths[place] = len(prompt)
+            self._state.cache.lengths[place] = 0
+            self._own.clear(place)
+            if slot.prefix is not None:
+                prefix, rows = slot.prefix
+                self._state.cache.put_rows(place, rows, prefix.target_rows)
+                self._own.put_rows(place, rows, prefix.draft_rows)
+                slot.prefix = None
+
+    def _read_prompts(self) -> None:
+        """Prefill one chunk of the prompts being read; all but their last token, which the first cycle verifies."""
+        while self._reading:
+            first, last = self._read_from, self._read_from + len(self._reading)
+            unread = self._state.lengths[first:last] - 1 - self._state.cache.lengths[first:last]
+            requests = int((unread > 0).sum())
+            if requests:
+                self._read_chunk(requests, int(unread[0]))
+                if self._running:  # they wait for one chunk at a time
+                    return
+            else:
+                self._start_reading_requests()
+
+    def _read_chunk(self, requests: int, most: int) -> None:
+        """Read rows of the first `requests` prompts being read, none of which has more than `most` left."""
+        state = self._state.view(self._read_from, self._read_from + requests, self._state.sampling)
+        own = self._own.view(self._read_from, self._read_from + requests)
+        done = state.cache.lengths
+        # Padded rows of shorter prompts are written too, but every row is overwritten before it can be seen.
+        room = state.cache.capacity - int(done.max())
+        rows = min(most, PREFILL_CHUNK, max(64, READ_ROWS // requests), room)
+        counts = (state.lengths - 1 - done).clamp(max=rows)
+        index = done[:, None] + torch.arange(rows + 1, device=done.device)
+        tokens = state.tokens.gather(1, index.clamp(max=state.tokens.shape[1] - 1))
+        features = self.target.forward(tokens[:, :-1], state.cache, self.drafter.feature_layers).features
+        state.cache.lengths += counts
+        self.drafter.read(own, tokens[:, 1:], features, counts)
+        self.stats.prompt_tokens += int(counts.sum())
+
+    def _start_reading_requests(self) -> None:
+        """Decode those whose prompts are read: they join the others, whose number may have fallen meanwhile."""
+        self._settle()
+        started = time.perf_counter()
+        for place, slot in enumerate(self._reading, self._read_from):
+            if place != len(self._running):
+                self._move(place, len(self._running))
+            slot.first_cycle = started
+            slot.generation.seconds_prefill = started - slot.taken_up
+            self._running.append(slot)
+        self._reading = []
+        self._release(spoilt=())
+
+    # One cycle
+
+    def _view(self) -> _Batch:
+        sampling = Sampling([slot.request.settings for slot in self._running], self.target.device)
+        count = len(self._running)
+        return _Batch(self._state.view(0, count, sampling), self._own.view(0, count), [])
+
+    def _propose(self, batch: _Batch) -> Proposal:
+        requests = len(self._running)
+        policy = self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
+        wanted = self.num_drafts if policy is None else policy.wanted(requests, self.num_drafts)
+        if wanted == 0:
+            return Proposal.empty(requests, self.target.device)
+        self._read_committed(batch)
+        proposal = self.drafter.propose(batch.state, batch.own, wanted)
+        return proposal if policy is None else policy.cut(proposal)
+
+    def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
+        stats, drafts = self.stats, int(proposal.num_drafts.sum())
+        committed = int(verdict.num_accepted.sum()) + len(self._running)
+        stats.cycles += 1
+        stats.drafted_cycles += drafts > 0
+        stats.verify_passes += len(self._running)
+        stats.drafts += drafts
+        stats.committed_tokens += committed
+        if self.policy is not None:
+            self.policy.observe(proposal, verdict)
+        if proposal.tokens.shape[1]:
+            self.drafter.advance(batch.own, verdict)
+        else:
+            batch.unread.append(verdict)
+            if len(batch.unread) >= MOST_UNREAD:
+                self._read_committed(batch)
+
+    def _read_committed(self, batch: _Batch) -> None:
+        """Let the drafter take in what was committed without drafts, all cycles in one go."""
+        if batch.unread:
+            tokens = torch.cat([verdict.tokens for verdict in batch.unread], dim=1)
+            features = [verdict.features for verdict in batch.unread if verdict.features is not None]
+            counts = torch.full_like(batch.state.lengths, tokens.shape[1])
+            batch.unread.clear()
+            self.drafter.read(batch.own, tokens, torch.cat(features, dim=1) if features else None, counts)
+
+    def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
+        tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
+        proposed, sound = proposal.num_drafts.tolist(), verdict.sound.tolist()
+        now, grown = time.perf_counter(), []
+        for r, slot in enumerate(self._running):
+            generation = slot.generation
+            grown.append(generation)
+            if generation.finish_reason is None and not sound[r]:
+                generation.finish_reason = "error"
+            if generation.finish_reason is not None:
+                continue
+            count, top = accepted[r] + 1, slot.request.top_logprobs
+            logprobs = [] if top is None else _logprobs(verdict, r, tokens[r][:count], top)
+            slot.ending.append(generation, tokens[r][:count], proposed[r], logprobs)
+            generation.seconds_decode = now - slot.first_cycle
+        self._release(spoilt=[r for r, fine in enumerate(sound) if not fine])
+        return grown
+
+    # Slots
+
+    def _release(self, spoilt: list[int] | tuple[int, ...]) -> None:
+        """Free the slots of requests that have ended; the memory of `spoilt` ones is zeroed."""
+        ended = [place for place, slot in enumerate(self._running) if slot.generation.finish_reason is not None]
+        if not ended:
+            return
+        self._settle()
+        for place in ended:
+            if place not in spoilt:
+                self._keep_prefix(place)
+        for place in spoilt:
+            self._state.cache.wipe(place)
+            self._own.wipe(place)
+        for place in reversed(ended):
+            last = self._running.pop()
+            if place < len(self._running):
+                self._move(len(self._running), place)
+                self._running[place] = last
+
+    def _keep_prefix(self, place: int) -> None:
+        if self.prefixes is not None:
+            state, generation = self._state, self._running[place].generation
+            length = len(generation.prompt_ids) + generation.num_tokens  # without what a cycle committed past the end
+            tokens = state.tokens[place, :length].clone().cpu()
+            target_rows, draft_rows = state.cache.rows_of(place, length - 1), self._own.rows_of(place, length - 1)
+            self.prefixes.add(Prefix(tokens, target_rows, draft_rows))
+
+    def _settle(self) -> None:
+        """Before requests change places, the drafter must have taken in all that was committed."""
+        if self._batch is not None:
+            self._read_committed(self._batch)
+            self._batch = None
+
+    def _move(self, source: int, destination: int) -> None:
+        self._state.move(source, destination)
+        self._own.move(source, destination)
+
+
+def _logprobs(verdict: Verdict, request: int, tokens: list[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of a request's committed tokens."""
+    assert verdict.logits is not None
+    rows = torch.arange(len(tokens)) if verdict.path is None else verdict.path[request, : len(tokens)]
+    logprobs = verdict.logits[request, rows].float().log_softmax(-1)  # [n, V]
+    chosen: Tensor = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
+    best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+    return [
+        TokenLogprob(own, tuple(zip(ids, values, strict=True)))
+        for own, ids, values in zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

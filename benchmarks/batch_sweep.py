@@ -171,12 +171,9 @@ def render(entries: Sequence[dict]) -> str:
 
 def numbers(text: str) -> list[int]:
     """Of a list such as 1,2,4."""
-    try:
-        found = [int(part) for part in text.split(",") if part]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise UserError(f"expected whole numbers from 1 on, such as 1,2,4, got {text!r}")
+    found = [int(part) if part.isdigit() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 on, such as 1,2,4, got {text!r}")
     return found
 
 

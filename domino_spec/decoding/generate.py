@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request, check_prompt
@@ -78,7 +79,7 @@ def decode(
         generations: filled in place, for callers that must keep partial text when the loop is interrupted.
 
     Raises:
-        UserError: see `check_prompt`.
+        UserError: see `check_prompt`; or, once all others have ended, a request's values were not finite.
     """
     generations = [] if generations is None else generations
     requests = [Request(prompt, replace(settings, seed=settings.seed + r), limits) for r, prompt in enumerate(prompts)]
@@ -96,3 +97,14 @@ def decode(
     while engine.busy:
         engine.step()
         yield generations
+    for place, generation in enumerate(generations, 1):
+        if generation.finish_reason == "error":
+            raise UserError(
+                f"{target.name} gave values that are not finite after {generation.num_tokens} tokens of request "
+                f"{place} of {len(generations)}: check its weights, or load it in another precision than "
+                f"{_name(target.dtype)}"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

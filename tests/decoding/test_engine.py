@@ -10,6 +10,7 @@ import torch
 
 from domino_spec.config import UserError
 from domino_spec.decoding.engine import Engine
+from domino_spec.decoding.generate import decode
 from domino_spec.decoding.generation import Limits, Request
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.sampling import SamplingSettings
@@ -178,6 +179,21 @@ def test_a_request_with_values_that_are_not_finite_fails_alone(method):
     for generation in generations[::2]:
         text = plain_greedy(clean, generation.prompt_ids, 12)
         assert poison not in text and generation.token_ids == text
+
+
+def test_a_batch_with_values_that_are_not_finite_says_so_once_the_others_are_done():
+    model, clean = tiny_model(), tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCAB - 3] = torch.nan
+    target = as_target(model)
+    target._lm_head = as_target(clean)._lm_head
+    prompts, generations = [[1, 2, 3], [1, VOCAB - 3, 3]], []
+    with pytest.raises(UserError, match=r"not finite after 0 tokens of request 2 of 2.*float32"):
+        limits = Limits(9, stop_token_ids=ENDLESS)
+        drafter = drafter_of(target, "none")
+        for _ in decode(target, drafter, prompts, settings=SamplingSettings(), limits=limits, generations=generations):
+            pass
+    assert generations[0].token_ids == plain_greedy(clean, prompts[0], 9)
 
 
 def test_log_probabilities_are_the_targets_own(model, target):

@@ -3,7 +3,7 @@
 What a user can get wrong ends in one line on standard error and exit status 2; Ctrl-C ends in status 130.
 """
 
-from domino_spec.cli import bench, count, decode, profile, train  # noqa: F401 - importing them adds their commands
+from domino_spec.cli import bench, count, decode, profile, serve, train  # noqa: F401 - importing adds their commands
 from domino_spec.cli.group import cli
 
 __all__ = ["cli", "main"]

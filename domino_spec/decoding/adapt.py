@@ -23,14 +23,21 @@ PRIOR = 8.0
 """Drafts' worth of trust in the draft's own confidence before any was seen."""
 MEMORY = 2000.0
 """Drafts of a class after which old ones fade."""
-FADE = 0.05
-"""Share of the newest cycle in what is expected of the next."""
+FADE, FADE_LOOKED = 0.05, 0.5
+"""Share of the newest cycle in what is expected of the next; the same of one that was only looked at, which is rare."""
 FIRST_PAUSE, LONGEST_PAUSE = 8, 64
 """Cycles without drafts before it looks again; the pause doubles while drafts do not pay."""
+RECHECKED = 128
+"""Cycles that draft after which one is plain, so that it stays known what that takes."""
+TRUST = 0.1
+"""Share of the newest cycle in how far its kind's seconds are from the cost model's."""
 
 
 class DraftPolicy(Protocol):
     """Decides how many drafts a cycle has."""
+
+    curious: bool
+    """Where none are wanted: whether to `look` at what a few requests would be drafted."""
 
     def wanted(self, requests: int, most: int) -> int:
         """Drafts to ask the drafter for, at most `most`; 0 skips drafting."""
@@ -40,8 +47,12 @@ class DraftPolicy(Protocol):
         """The proposal with the drafts that pay."""
         ...
 
-    def observe(self, proposal: Proposal, verdict: Verdict) -> None:
-        """Learn from what a cycle accepted."""
+    def look(self, proposal: Proposal) -> None:
+        """See what would be drafted; it is not proposed."""
+        ...
+
+    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float) -> None:
+        """Learn from what a cycle accepted and how long it took."""
         ...
 
 
@@ -61,26 +72,48 @@ class AdaptivePolicy:
         self._expected: Tensor | None = None
         """[N + 1], accepted drafts of a request that has its n best drafts, lately."""
         self._idle, self._pause = 0, FIRST_PAUSE
+        self.curious = self._drafted = False
+        self._factors: dict[tuple[int, int, bool], float] = {}
+        """Seconds of cycles over the cost model's, by number of requests, drafts per request, whether it drafted."""
+        self._since_plain: dict[int, int] = {}
+        """Cycles that drafted since the last plain one, by number of requests; absent where there was none yet."""
 
     def wanted(self, requests: int, most: int) -> int:
         """All of them, to be cut, or none where even the best number would lose."""
+        self._drafted, self.curious = False, False
+        if self._since_plain.get(requests, RECHECKED) >= RECHECKED:
+            return 0
+        self._drafted = True
         if self._expected is None:
             return most
-        plain = requests / self.costs.verify(requests, 1)
+        plain = requests / self._seconds(requests, 0, drafted=False)
         if float(self._rates(self._expected, requests).max()) > plain:
             self._idle, self._pause = 0, FIRST_PAUSE
             return most
-        self._idle += 1
-        if self._idle <= self._pause:
-            return 0
-        self._idle, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
-        return most
+        self._drafted, self._idle = False, self._idle + 1
+        if self._idle > self._pause:
+            self._idle, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
+            self.curious = True
+        return 0
 
     def cut(self, proposal: Proposal) -> Proposal:
         """The best n drafts of every request, for the n that pays most; n may be 0."""
         requests, num_drafts = proposal.tokens.shape
         if num_drafts == 0:
             return proposal
+        order, gains = self._best_first(proposal)
+        self._expect(gains)
+        best = int(self._rates(gains, requests).argmax())
+        return proposal if best == num_drafts else keep_drafts(proposal, order[:, :best])
+
+    def look(self, proposal: Proposal) -> None:
+        """What few requests would be drafted says what all of them would."""
+        if proposal.tokens.shape[1]:
+            self._expect(self._best_first(proposal)[1], FADE_LOOKED)
+
+    def _best_first(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """Drafts of each request from the best on [R, N], and expected accepted ones of the n best [N + 1]."""
+        requests, num_drafts = proposal.tokens.shape
         meant = torch.arange(num_drafts, device=proposal.tokens.device) < proposal.num_drafts[:, None]
         chances = self._chances(proposal) * meant
         if proposal.confidence is None:
@@ -89,14 +122,16 @@ class AdaptivePolicy:
             # Stable: a parent is never less probable than its child, and comes first where both are equal.
             order = (proposal.confidence * meant).sort(dim=1, descending=True, stable=True).indices
         gains = chances.gather(1, order).cumsum(1).mean(0)  # of the n best drafts of a request
-        gains = torch.cat((gains.new_zeros(1), gains)).cpu()
-        self._expect(gains)
-        best = int(self._rates(gains, requests).argmax())
-        return proposal if best == num_drafts else keep_drafts(proposal, order[:, :best])
+        return order, torch.cat((gains.new_zeros(1), gains)).cpu()
 
-    def observe(self, proposal: Proposal, verdict: Verdict) -> None:
-        """Count how often drafts of each confidence were accepted."""
+    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float) -> None:
+        """Count how often drafts of each confidence were accepted, and keep the cost model true."""
         requests, num_drafts = proposal.tokens.shape
+        if not self.curious:  # looking is not a part of any kind of cycle
+            key = (requests, num_drafts, self._drafted)
+            off = min(max(seconds / self._modelled(*key), 1 / 4), 4.0)  # a machine may also stand still for a while
+            self._factors[key] = (1 - TRUST) * self._factors.get(key, off) + TRUST * off
+            self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if self._drafted else 0
         if num_drafts == 0:
             return
         places = torch.arange(num_drafts, device=proposal.tokens.device)
@@ -134,7 +169,7 @@ class AdaptivePolicy:
         rates = (self._accepted / self._seen).to(proposal.confidence.device)
         return rates[_bins(proposal.confidence)]
 
-    def _expect(self, gains: Tensor) -> None:
+    def _expect(self, gains: Tensor, share: float = FADE) -> None:
         if self._expected is None or len(self._expected) != len(gains):
             if self._expected is not None:  # a drafter that leaves out what it doubts proposes fewer at times
                 longest = max(len(gains), len(self._expected))
@@ -143,13 +178,26 @@ class AdaptivePolicy:
             else:
                 self._expected = gains
                 return
-        self._expected = (1 - FADE) * self._expected + FADE * gains
+        self._expected = (1 - share) * self._expected + share * gains
 
     def _rates(self, gains: Tensor, requests: int) -> Tensor:
         """Tokens per second of cycles with 0, 1, .. drafts per request, drafting paid for in all of them."""
-        drafting = self.costs.draft(requests)
-        seconds = [self.costs.verify(requests, n + 1) + drafting for n in range(len(gains))]
+        seconds = [self._seconds(requests, n, drafted=True) for n in range(len(gains))]
         return requests * (1 + gains) / torch.tensor(seconds, dtype=torch.double)
+
+    def _modelled(self, requests: int, num_drafts: int, drafted: bool) -> float:
+        drafting = self.costs.draft(requests) if drafted else 0.0
+        return self.costs.verify(requests, num_drafts + 1) + drafting
+
+    def _seconds(self, requests: int, num_drafts: int, drafted: bool) -> float:
+        """Of a cycle: the cost model's, times how far it was off lately, for this kind of cycle or those like it."""
+        modelled = self._modelled(requests, num_drafts, drafted)
+        known = self._factors.get((requests, num_drafts, drafted))
+        if known is None:
+            alike = [f for (r, _, d), f in self._factors.items() if (r, d) == (requests, drafted)]
+            alike = alike or [f for (r, _, _), f in self._factors.items() if r == requests]
+            known = sum(alike) / len(alike) if alike else 1.0
+        return modelled * known
 
 
 def _bins(confidence: Tensor) -> Tensor:

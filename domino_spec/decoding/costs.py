@@ -7,13 +7,13 @@ between them.
 from __future__ import annotations
 
 import json
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from domino_spec.target.model import Target
 
 CONTEXT = 256
 """Committed tokens of each request at which costs are measured."""
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def measure_costs(
         drafter: whose proposals are timed, with the most drafts it makes.
         slots: requests that are decoded together at most.
         context: committed tokens of each request.
-        repeats: of each size; the median counts.
+        repeats: of each size; the least counts.
         report: called with a line for each number of requests.
     """
     widths = sizes_up_to(drafter.max_drafts + 1)
@@ -131,7 +131,7 @@ def measure_costs(
             drafter.read(view, state.tokens[:, 1:context], _first(features, requests), state.lengths - 1)
             accepted = _one_accepted(state, None if features is None else features[:requests, :2])
             spent.append(_seconds(partial(_draft, drafter, state, view, accepted), 0))
-        draft_seconds.append(median(spent[1:]) if drafter.max_drafts else 0.0)
+        draft_seconds.append(min(spent[1:]) if drafter.max_drafts else 0.0)
         report(f"costs of {requests} request{'s' * (requests > 1)} measured")
     return CostModel(sizes_up_to(slots), widths, _rising(verify_seconds), tuple(draft_seconds))
 
@@ -171,7 +171,10 @@ def _one_accepted(state: State, features: torch.Tensor | None) -> Verdict:
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call after one that is not counted; of one call alone where `repeats` is 0."""
+    """Least seconds of a call, after one that is not counted; of one call alone where `repeats` is 0.
+
+    On a machine that others use too, what is added is noise, and nothing is ever taken away.
+    """
     spent = []
     for _ in range(repeats + 1):
         _synchronise()
@@ -179,7 +182,7 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
         call()
         _synchronise()
         spent.append(time.perf_counter() - started)
-    return median(spent[1:] or spent)
+    return min(spent[1:] or spent)
 
 
 def _synchronise() -> None:
@@ -188,12 +191,12 @@ def _synchronise() -> None:
 
 
 def _rising(seconds: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """More rows never cost less: what says otherwise is noise."""
+    """More requests or rows never cost less: where they seem to, what fewer cost was measured at a bad moment."""
     rising: list[tuple[float, ...]] = []
-    for row in seconds:
-        least, kept = 0.0, []
-        for n, value in enumerate(row):
-            least = max(least, value, rising[-1][n] if rising else 0.0)
-            kept.append(least)
-        rising.append(tuple(kept))
-    return tuple(rising)
+    for row in reversed(seconds):
+        most, kept = math.inf, []
+        for n in reversed(range(len(row))):
+            most = min(most, row[n], rising[-1][n] if rising else math.inf)
+            kept.append(most)
+        rising.append(tuple(reversed(kept)))
+    return tuple(reversed(rising))

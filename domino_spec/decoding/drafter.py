@@ -32,8 +32,8 @@ class DraftCache(Protocol):
         """Make the first `rows` rows of `rows_of` a request's own; more of its text will be read."""
         ...
 
-    def wipe(self, request: int) -> None:
-        """Zero a request's memory, so that nothing in it is not finite."""
+    def wipe(self, request: int, rows: int) -> None:
+        """Zero what a text of so many rows may have left, so that nothing in it is not finite."""
         ...
 
 
@@ -92,7 +92,7 @@ class NoCache:
     def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
         """Nothing to put back."""
 
-    def wipe(self, request: int) -> None:
+    def wipe(self, request: int, rows: int) -> None:
         """Nothing to zero."""
 
 

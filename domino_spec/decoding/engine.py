@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from domino_spec.target.model import PREFILL_CHUNK, Target
 
 READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
-MOST_UNREAD = 64
-"""Cycles without drafts after which the drafter takes in what was committed, so that features do not pile up."""
+MOST_UNREAD = 1024
+"""Tokens of a request after which the drafter takes in what was committed without drafts: features take memory."""
+LOOKED_AT = 2
+"""Requests that are drafted for while it does not pay, to see whether it would."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Stats:
     """Accepted drafts and bonus tokens, before stop or length cut them."""
     prompt_tokens: int = 0
     """Read, not taken over from an earlier text."""
+    read_seconds: float = 0.0
+    """Wall-clock seconds of reading prompts."""
 
 
 @dataclass(eq=False)
@@ -60,6 +64,8 @@ class _Slot:
     first_cycle: float = 0.0
     prefix: tuple[Prefix, int] | None = None
     """A text that begins alike, and how many of its rows can be used."""
+    unread: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """What the drafter has not taken in, from cycles without drafts: tokens [1, 1] and features [1, 1, F]."""
 
 
 @dataclass
@@ -68,8 +74,6 @@ class _Batch:
 
     state: State
     own: Any
-    unread: list[Verdict]
-    """Of the cycles without drafts since the drafter last took anything in."""
 
 
 class Engine:
@@ -171,16 +175,19 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         """Read a part of the prompts that wait, then run one cycle; returns the generations that grew or ended."""
-        self._release(spoilt=())
+        self._release()
         self._take_up()
         self._read_prompts()
         if not self._running:
             return []
         batch = self._batch = self._batch or self._view()
+        started = time.perf_counter()
         proposal = self._propose(batch)
         verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
         commit(batch.state, verdict)
         self._advance(batch, proposal, verdict)
+        if self.policy is not None:
+            self.policy.observe(proposal, verdict, time.perf_counter() - started)
         return self._deliver(proposal, verdict)
 
     # Reading prompts
@@ -226,6 +233,7 @@ class Engine:
 
     def _read_chunk(self, requests: int, most: int) -> None:
         """Read rows of the first `requests` prompts being read, none of which has more than `most` left."""
+        started = time.perf_counter()
         state = self._state.view(self._read_from, self._read_from + requests, self._state.sampling)
         own = self._own.view(self._read_from, self._read_from + requests)
         done = state.cache.lengths
@@ -239,10 +247,11 @@ class Engine:
         state.cache.lengths += counts
         self.drafter.read(own, tokens[:, 1:], features, counts)
         self.stats.prompt_tokens += int(counts.sum())
+        self.stats.read_seconds += time.perf_counter() - started
 
     def _start_reading_requests(self) -> None:
         """Decode those whose prompts are read: they join the others, whose number may have fallen meanwhile."""
-        self._settle()
+        self._batch = None
         started = time.perf_counter()
         for place, slot in enumerate(self._reading, self._read_from):
             if place != len(self._running):
@@ -251,24 +260,31 @@ class Engine:
             slot.generation.seconds_prefill = started - slot.taken_up
             self._running.append(slot)
         self._reading = []
-        self._release(spoilt=())
+        self._release()
 
     # One cycle
 
     def _view(self) -> _Batch:
-        sampling = Sampling([slot.request.settings for slot in self._running], self.target.device)
         count = len(self._running)
-        return _Batch(self._state.view(0, count, sampling), self._own.view(0, count), [])
+        return _Batch(self._state.view(0, count, self._sampling(count)), self._own.view(0, count))
+
+    def _sampling(self, requests: int) -> Sampling:
+        return Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
 
     def _propose(self, batch: _Batch) -> Proposal:
         requests = len(self._running)
         policy = self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
         wanted = self.num_drafts if policy is None else policy.wanted(requests, self.num_drafts)
-        if wanted == 0:
-            return Proposal.empty(requests, self.target.device)
-        self._read_committed(batch)
-        proposal = self.drafter.propose(batch.state, batch.own, wanted)
-        return proposal if policy is None else policy.cut(proposal)
+        if wanted > 0:
+            self._read_committed(0, requests)
+            proposal = self.drafter.propose(batch.state, batch.own, wanted)
+            return proposal if policy is None else policy.cut(proposal)
+        if policy is not None and policy.curious:
+            few = min(requests, LOOKED_AT)
+            self._read_committed(0, few)
+            state = batch.state.view(0, few, self._sampling(few))
+            policy.look(self.drafter.propose(state, batch.own.view(0, few), self.num_drafts))
+        return Proposal.empty(requests, self.target.device)
 
     def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
         stats, drafts = self.stats, int(proposal.num_drafts.sum())
@@ -278,23 +294,34 @@ class Engine:
         stats.verify_passes += len(self._running)
         stats.drafts += drafts
         stats.committed_tokens += committed
-        if self.policy is not None:
-            self.policy.observe(proposal, verdict)
         if proposal.tokens.shape[1]:
+            self._read_committed(0, len(self._running))
             self.drafter.advance(batch.own, verdict)
-        else:
-            batch.unread.append(verdict)
-            if len(batch.unread) >= MOST_UNREAD:
-                self._read_committed(batch)
+            return
+        for place, slot in enumerate(self._running):
+            own = slice(place, place + 1)
+            slot.unread.append((verdict.tokens[own], None if verdict.features is None else verdict.features[own]))
+            if len(slot.unread) >= MOST_UNREAD:
+                self._read_committed(place, place + 1)
 
-    def _read_committed(self, batch: _Batch) -> None:
-        """Let the drafter take in what was committed without drafts, all cycles in one go."""
-        if batch.unread:
-            tokens = torch.cat([verdict.tokens for verdict in batch.unread], dim=1)
-            features = [verdict.features for verdict in batch.unread if verdict.features is not None]
-            counts = torch.full_like(batch.state.lengths, tokens.shape[1])
-            batch.unread.clear()
-            self.drafter.read(batch.own, tokens, torch.cat(features, dim=1) if features else None, counts)
+    def _read_committed(self, first: int, last: int) -> None:
+        """Let the drafter take in what was committed without drafts, all cycles in one go: of some requests."""
+        slots = self._running[first:last]
+        counts = [len(slot.unread) for slot in slots]
+        if not any(counts):
+            return
+        device, longest = self.target.device, max(counts)
+        width = len(self.drafter.feature_layers) * self.target.hidden_size
+        tokens = torch.zeros(len(slots), longest, dtype=torch.long, device=device)
+        features = torch.zeros(len(slots), longest, width, dtype=self.target.dtype, device=device) if width else None
+        for place, slot in enumerate(slots):
+            if slot.unread:
+                tokens[place, : len(slot.unread)] = torch.cat([t for t, _ in slot.unread], dim=1)[0]
+                if features is not None:
+                    known = [f for _, f in slot.unread if f is not None]
+                    features[place, : len(known)] = torch.cat(known, dim=1)[0]
+                slot.unread.clear()
+        self.drafter.read(self._own.view(first, last), tokens, features, torch.tensor(counts, device=device))
 
     def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
         tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
@@ -311,23 +338,24 @@ class Engine:
             logprobs = [] if top is None else _logprobs(verdict, r, tokens[r][:count], top)
             slot.ending.append(generation, tokens[r][:count], proposed[r], logprobs)
             generation.seconds_decode = now - slot.first_cycle
-        self._release(spoilt=[r for r, fine in enumerate(sound) if not fine])
+        self._release()
         return grown
 
     # Slots
 
-    def _release(self, spoilt: list[int] | tuple[int, ...]) -> None:
-        """Free the slots of requests that have ended; the memory of `spoilt` ones is zeroed."""
+    def _release(self) -> None:
+        """Free the slots of requests that have ended."""
         ended = [place for place, slot in enumerate(self._running) if slot.generation.finish_reason is not None]
         if not ended:
             return
-        self._settle()
+        self._batch = None
         for place in ended:
-            if place not in spoilt:
+            if self._running[place].generation.finish_reason in ("stop", "length"):
                 self._keep_prefix(place)
-        for place in spoilt:
-            self._state.cache.wipe(place)
-            self._own.wipe(place)
+            else:  # nobody has seen whether its rows are finite, or they are not
+                rows = int(self._state.lengths[place]) + self.drafter.max_drafts + 1
+                self._state.cache.wipe(place, rows)
+                self._own.wipe(place, rows)
         for place in reversed(ended):
             last = self._running.pop()
             if place < len(self._running):
@@ -336,17 +364,12 @@ class Engine:
 
     def _keep_prefix(self, place: int) -> None:
         if self.prefixes is not None:
+            self._read_committed(place, place + 1)
             state, generation = self._state, self._running[place].generation
             length = len(generation.prompt_ids) + generation.num_tokens  # without what a cycle committed past the end
             tokens = state.tokens[place, :length].clone().cpu()
             target_rows, draft_rows = state.cache.rows_of(place, length - 1), self._own.rows_of(place, length - 1)
             self.prefixes.add(Prefix(tokens, target_rows, draft_rows))
-
-    def _settle(self) -> None:
-        """Before requests change places, the drafter must have taken in all that was committed."""
-        if self._batch is not None:
-            self._read_committed(self._batch)
-            self._batch = None
 
     def _move(self, source: int, destination: int) -> None:
         self._state.move(source, destination)

@@ -64,9 +64,9 @@ class DartCache:
         """Make the first `rows` rows of `rows_of` a request's own."""
         self.pairs.put_rows(request, rows, stored)
 
-    def wipe(self, request: int) -> None:
+    def wipe(self, request: int, rows: int) -> None:
         """Zero a request's memory."""
-        self.pairs.wipe(request)
+        self.pairs.wipe(request, rows)
 
 
 class DartTree(NamedTuple):

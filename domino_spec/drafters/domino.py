@@ -54,10 +54,10 @@ class ContextCache:
             own[:, request, :, :rows] = kept[..., :rows, :]
         self.lengths[request] = rows
 
-    def wipe(self, request: int) -> None:
-        """Zero a request's memory."""
-        self.keys[:, request] = 0
-        self.values[:, request] = 0
+    def wipe(self, request: int, rows: int) -> None:
+        """Zero a request's first rows."""
+        self.keys[:, request, :, :rows] = 0
+        self.values[:, request, :, :rows] = 0
 
 
 class BlockDrafter:

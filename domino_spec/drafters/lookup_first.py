@@ -48,9 +48,9 @@ class LookupCache:
         """Make the first `rows` rows of `rows_of` a request's own."""
         self.inner.put_rows(request, rows, stored)
 
-    def wipe(self, request: int) -> None:
+    def wipe(self, request: int, rows: int) -> None:
         """Zero the inner drafter's memory of a request."""
-        self.inner.wipe(request)
+        self.inner.wipe(request, rows)
 
 
 class LookupFirst:

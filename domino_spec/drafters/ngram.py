@@ -85,7 +85,7 @@ class NgramIndices:
     def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
         """Nothing to put back."""
 
-    def wipe(self, request: int) -> None:
+    def wipe(self, request: int, rows: int) -> None:
         """Nothing is kept but tokens."""
 
     def continuations(self, state: State, shortest: int, count: int) -> list[list[int]]:

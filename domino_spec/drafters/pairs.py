@@ -71,8 +71,8 @@ class PairCache:
             own[request, :, :rows] = kept[..., :rows, :]
         self.lengths[request] = rows
 
-    def wipe(self, request: int) -> None:
-        """Zero a request's memory."""
+    def wipe(self, request: int, rows: int) -> None:
+        """Zero a request's memory, of which drafting may have used a little more than `rows`."""
         for stored in (self.keys, self.values, self.last, self.last_feature):
             stored[request] = 0
 

@@ -111,14 +111,14 @@ class TargetCache(Cache):
             own[:, request, :, :rows] = kept[..., :rows, :]
         self.lengths[request] = rows
 
-    def wipe(self, request: int) -> None:
-        """Zero a request's memory.
+    def wipe(self, request: int, rows: int) -> None:
+        """Zero a request's first rows.
 
         A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
         must not leave them to the next.
         """
-        self.keys[:, request] = 0
-        self.values[:, request] = 0
+        self.keys[:, request, :, :rows] = 0
+        self.values[:, request, :, :rows] = 0
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""

@@ -106,27 +106,45 @@ def test_the_best_of_every_request_are_kept_with_their_parents():
     assert fewer.num_drafts.tolist() == [5, 4], "what was not meant stays unmeant"
 
 
-def drive(policy: AdaptivePolicy, cycles: int, requests: int, sure: float, accepted: bool) -> list[int]:
-    """Cycles of two drafts of one confidence each, all or none of them accepted; returns the drafts of each cycle."""
+def drive(
+    policy: AdaptivePolicy, cycles: int, requests: int, sure: float, accepted: bool, slower: float = 1.0
+) -> list[int]:
+    """Cycles of two drafts of one confidence each, all or none of them accepted; returns the drafts of each cycle.
+
+    They take what the cost model says, times `slower` where something is drafted.
+    """
     drafts = []
     for _ in range(cycles):
-        if policy.wanted(requests, 2) == 0:
-            drafts.append(0)
-            continue
-        proposal = policy.cut(proposal_of([[sure, sure]] * requests))
+        proposal, spent = Proposal.empty(requests, torch.device("cpu")), policy.costs.verify(requests, 1)
+        if policy.wanted(requests, 2):
+            proposal = policy.cut(proposal_of([[sure, sure]] * requests))
+            spent = policy.costs.verify(requests, proposal.tokens.shape[1] + 1) + policy.costs.draft(requests)
+            spent *= slower
+        elif policy.curious:
+            policy.look(proposal_of([[sure, sure]]))
         kept = proposal.tokens.shape[1]
         drafts.append(kept)
-        policy.observe(proposal, verdict_of([kept * accepted] * requests, kept))
+        policy.observe(proposal, verdict_of([kept * accepted] * requests, kept), spent)
     return drafts
+
+
+def test_a_cost_model_that_is_wrong_is_put_right_by_the_clock():
+    """Two drafts that are always accepted pay by the cost model; but cycles that draft take four times as long."""
+    policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
+    assert drive(policy, 50, 1, sure=0.9, accepted=True)[1:] == [2] * 49
+    policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
+    slow = drive(policy, 200, 1, sure=0.9, accepted=True, slower=4.0)
+    assert slow[1] == 2 and sum(slow[-100:]) == 0
 
 
 def test_a_draft_that_boasts_is_found_out_and_one_that_proves_right_is_taken_up_again():
     policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
     boasting = drive(policy, 300, 1, sure=0.95, accepted=False)
-    assert boasting[0] == 2 and sum(n > 0 for n in boasting[-100:]) <= 4
+    assert boasting[:2] == [0, 2], "a plain cycle comes first, to know what it takes"
+    assert sum(n > 0 for n in boasting[-100:]) <= 4
     proving = drive(policy, 400, 1, sure=0.3, accepted=True)
     assert sum(n > 0 for n in proving[:100]) >= 1, "it looks again now and then"
-    assert proving[-20:] == [2] * 20
+    assert sum(n == 2 for n in proving[-100:]) >= 99
 
 
 def test_the_more_requests_the_fewer_drafts():
@@ -146,7 +164,7 @@ def test_drafts_without_confidence_are_judged_by_their_place():
     policy = AdaptivePolicy(costs(per_row=0.2, fixed=0.8, draft=0.0))
     for _ in range(200):
         proposal = Proposal(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]))
-        policy.observe(proposal, verdict_of([2], 4))
+        policy.observe(proposal, verdict_of([2], 4), policy.costs.verify(1, 5))
     assert policy.cut(Proposal(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]))).tokens.shape[1] == 2
 
 
@@ -163,13 +181,14 @@ def test_a_trees_accepted_path_is_what_is_counted():
         path=torch.tensor([[0, 2, 2]]),
     )
     for _ in range(100):
-        policy.observe(proposal, verdict)
+        policy.observe(proposal, verdict, policy.costs.verify(1, 3))
     kept = policy.cut(proposal_of([[0.6, 0.3]], parents=[[-1, -1]]))
     chances = policy._chances(proposal_of([[0.6, 0.3]], parents=[[-1, -1]]))[0]
     assert chances[0] < 0.1 and chances[1] > 0.9
     assert kept.tokens.shape[1] == 2, "the better one comes second in the draft's own order"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["domino-tree", "domino", "eagle3", "dart", "ngram", "domino-tree+ngram"])
 @pytest.mark.parametrize("per_row", [0.01, 0.5])
 def test_an_adaptive_engine_writes_the_plain_text(method, per_row):
@@ -186,6 +205,7 @@ def test_an_adaptive_engine_writes_the_plain_text(method, per_row):
         assert generation.token_ids == plain_greedy(model, prompt, 40)
 
 
+@pytest.mark.slow
 def test_an_engine_drafts_less_where_it_does_not_pay_and_more_where_it_does():
     """The same requests under two costs, with a drafter that is always right and one that never is."""
     model = tiny_model()
@@ -218,5 +238,5 @@ def test_an_engine_drafts_less_where_it_does_not_pay_and_more_where_it_does():
             while engine.busy:
                 engine.step()
             shares[name, per_row] = engine.stats.drafted_cycles / engine.stats.cycles
-    assert shares["right", 0.05] == 1.0
+    assert shares["right", 0.05] > 0.9
     assert shares["wrong", 0.05] < 0.3 and shares["wrong", 2.0] < 0.3

@@ -242,10 +242,14 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
         """Drafts at random, and keeps a random number of the first drafts."""
 
         def __init__(self) -> None:
-            self.random, self.seen = random.Random(1), set()
+            self.random, self.seen, self.curious = random.Random(1), set(), False
 
         def wanted(self, requests: int, most: int) -> int:
+            self.curious = self.random.random() < 0.3
             return self.random.choice([0, 0, 0, most, 2])
+
+        def look(self, proposal) -> None:
+            self.seen.add(proposal.tokens.shape)
 
         def cut(self, proposal):
             from domino_spec.decoding.adapt import keep_drafts
@@ -255,8 +259,8 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
             self.seen.add(kept)
             return keep_drafts(proposal, torch.arange(kept).expand(len(proposal.tokens), -1))
 
-        def observe(self, proposal, verdict) -> None:
-            pass
+        def observe(self, proposal, verdict, seconds) -> None:
+            assert seconds > 0
 
     policy = Whimsical()
     engine = engine_of(target, drafter_of(target, method), policy=policy)
@@ -273,13 +277,15 @@ def test_the_number_of_sampled_drafts_is_not_left_to_a_policy(target):
     """It would decide which text a seed gives; greedy requests beside them are cut again once they are gone."""
 
     class Never:
+        curious = False
+
         def wanted(self, requests, most):
             return 0
 
         def cut(self, proposal):
             raise AssertionError("nothing is proposed")
 
-        def observe(self, proposal, verdict):
+        def observe(self, proposal, verdict, seconds):
             pass
 
     engine = engine_of(target, drafter_of(target, "domino"), policy=Never())
@@ -291,6 +297,7 @@ def test_the_number_of_sampled_drafts_is_not_left_to_a_policy(target):
     assert greedy.num_drafts[0] == most and greedy.num_drafts[-1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_follow_up_turn_reads_only_what_is_new(model, target, method):
     """Turns of two conversations, taking turns: rows kept from the turn before give the same text as reading anew."""

@@ -62,6 +62,7 @@ def test_the_matching_rule_writes_what_plain_decoding_draws(target, method):
     assert texts(target, PROMPTS, method, seed=3, matching_rule=True) == texts(target, PROMPTS, "none", seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_confidence", [0.0, 0.05])
 @pytest.mark.parametrize("method", ["dflash-tree", "domino-tree", "domino-best-first", "domino-tree+ngram"])
 def test_trees_write_what_plain_decoding_draws(method, min_confidence):

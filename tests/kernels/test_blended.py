@@ -266,6 +266,7 @@ def _interpreted(folder, cases: list[list]) -> list[list[Tensor]]:
     return torch.load(answered)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_equals_the_truth(tmp_path):
     cases = [some_rows(rows, width, terms, corrected, dtype) for terms, corrected, dtype, rows, width in INTERPRETED]

@@ -131,6 +131,7 @@ def _in_a_new_process(code: str, **environment) -> str:
 _SAY = "from domino_spec.kernels import cpu; print('library', cpu.library() is not None)"
 
 
+@pytest.mark.slow
 @needs_library
 def test_loops_are_built_once(tmp_path):
     assert "library True" in _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path))
@@ -140,6 +141,7 @@ def test_loops_are_built_once(tmp_path):
     assert [built] == list(tmp_path.iterdir()) and built.stat().st_mtime_ns == when
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_a_compiler_that_fails_is_said_and_decoding_goes_on_without(compiler, tmp_path):
     said = _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path), CC=compiler)
@@ -149,6 +151,7 @@ def test_a_compiler_that_fails_is_said_and_decoding_goes_on_without(compiler, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_loops_can_be_turned_off(tmp_path):
     said = _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path), DOMINO_SPEC_NATIVE="0")
     assert "library False" in said and "warning" not in said.lower()

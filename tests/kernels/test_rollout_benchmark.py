@@ -28,6 +28,7 @@ def run_benchmark(*options: str) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_interpreted_and_says_so(interpreted, tmp_path):
     printed = interpreted(run_benchmark, "--shape", "tiny", "--json", str(tmp_path / "figures.json"))
     assert "times mean nothing" in printed and "| released |" in printed

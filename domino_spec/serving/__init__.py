@@ -1,0 +1,1 @@
+"""Serving: Domino drafts behind an OpenAI-compatible endpoint."""

@@ -387,6 +387,7 @@ def test_a_full_disk_while_training_keeps_the_previous_checkpoint(tmp_path, reci
     succeed("train", recipe, "--out", out)
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_of_the_system_is_reported_alike(tmp_path, trained_run):
     """The operating system itself stops the write, in a process of its own."""
     directory, _ = trained_run
@@ -401,6 +402,7 @@ def test_a_file_size_limit_of_the_system_is_reported_alike(tmp_path, trained_run
     assert line.startswith("domino-spec: error: cannot write") and str(tmp_path / "draft" / WEIGHTS) in line
 
 
+@pytest.mark.slow
 def test_the_installed_command_shows_no_traceback():
     command = [sys.executable, "-m", "domino_spec", "inspect", "/no/such/draft"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

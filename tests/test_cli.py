@@ -164,6 +164,7 @@ def test_the_number_of_drafts_can_be_chosen(target_dir, draft_dir):
     assert set(succeed_json("generate", PROMPT, *pair, *options)["num_drafts"]) == {2}
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_text_so_far_and_says_nothing(tmp_path):
     target = save_target(tmp_path / "target", max_position_embeddings=100_000)
     arguments = ["generate", PROMPT, "--target", str(target), "--max-new-tokens", "90000"]
@@ -351,6 +352,7 @@ def test_bench_loads_the_drafts_that_its_methods_need(asked_for, options, drafts
     assert (asked_for["enable_thinking"], asked_for["assistant"]) == (False, None)
 
 
+@pytest.mark.slow
 def test_bench_sets_two_runs_side_by_side(tmp_path, target_dir, draft_dir):
     suite = write_prompts(tmp_path / "suite.jsonl", 2)
     methods = ("--methods", "none,domino,ngram", "--target", target_dir, "--draft", draft_dir)

@@ -9,6 +9,8 @@ import yaml
 
 from tests.cli_fixtures import PROMPT, fail, make_target_dir, make_trained_run, run, succeed, succeed_json, write_jsonl  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("eagle3", "dart")
 
 

@@ -13,6 +13,8 @@ from domino_spec.bench.rows import Row
 from domino_spec.config import UserError
 from tests.bench.synthetic import make_row, make_rows, write_bench
 
+pytestmark = pytest.mark.slow
+
 METHODS = [("none", 0), ("domino", 7), ("ngram", 8)]
 SUITES = {"sums": 3, "words": 2}
 

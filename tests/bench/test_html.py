@@ -15,6 +15,8 @@ from domino_spec.bench.report import build_report, write_report
 from domino_spec.config import UserError
 from tests.bench.synthetic import make_row, make_rows, write_bench
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 FETCHING = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"}
 

@@ -46,6 +46,8 @@ from tests.tiny import (
     word_tokenizer,
 )
 
+pytestmark = pytest.mark.slow
+
 try:
     peers_module._dflash_classes()
     HAS_DFLASH = True

@@ -16,6 +16,8 @@ from domino_spec.bench.plots import name_points, styles, write_plots
 from domino_spec.bench.report import build_report
 from tests.bench.synthetic import ALL, make_rows, write_bench
 
+pytestmark = pytest.mark.slow
+
 SUITES = {"sums": 3, "words": 2}
 
 

@@ -199,6 +199,7 @@ def test_the_report_says_what_it_was_measured_with(finished, report):
         assert text in markdown
 
 
+@pytest.mark.slow
 def test_intervals_can_be_recomputed_from_the_raw_rows(report, raw):
     """Suite `sums` has two conversations, drawn anew by a generator that the suite's name seeds."""
     seed = int.from_bytes(hashlib.sha256(b"sums").digest()[:4], "big")

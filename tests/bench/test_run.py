@@ -110,6 +110,7 @@ def test_the_outside_baseline_samples_by_its_seed(loaded):
     assert first == second != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["domino", "dflash"])
 def test_names_say_how_drafts_are_made_and_accepted(loaded, disk, method):
     """Above temperature 0, where the ways to draft and to accept are methods of their own."""

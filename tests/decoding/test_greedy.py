@@ -222,6 +222,7 @@ def test_the_python_surface_decodes_token_ids_with_any_method(model, target):
     assert [r.token_ids for r in generate(target, None, prompts, max_new_tokens=10)] == expected
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_in_bfloat16_every_token_is_the_argmax_up_to_a_near_tie(model):
     """Verify passes and single steps round differently, so texts may part, but only where logits nearly tie."""

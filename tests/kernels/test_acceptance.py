@@ -115,6 +115,7 @@ def small_parts(*given):
     return twice[1]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 100), (2, 0, 9)])

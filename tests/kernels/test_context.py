@@ -53,6 +53,7 @@ def written(name: str, given: list) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 6)])

@@ -114,6 +114,7 @@ def final_logits(given: dict, choices: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_triton_drafts_what_the_reference_would(interpreted, case):

@@ -118,6 +118,7 @@ def test_without_a_seed_answers_differ_and_with_one_they_do_not(server):
     assert text(seed=-3) == text(seed=-3)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text_whatever_the_load(server):
     """Thirty requests of unequal settings at once: each answer is what its request gets alone."""
     asked = [

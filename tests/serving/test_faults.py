@@ -119,6 +119,7 @@ def poisoned_target():
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_request_whose_output_is_not_finite_fails_alone(pool, temperature):
     target = poisoned_target()
@@ -159,6 +160,7 @@ def test_when_the_engine_crashes_everybody_is_told(words, draft, pool):
             server.complete("w3")
 
 
+@pytest.mark.slow
 def test_draining_finishes_what_runs_and_refuses_what_comes(words, draft, pool):
     with serving(words, draft, slots=1) as server:
         text = server.complete("w3", **LONG).choices[0].text

@@ -181,6 +181,7 @@ def test_the_step_does_not_depend_on_how_sequences_are_packed(target, sequences,
         tiny.assert_close(other[name], gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_training_learns_a_text_by_heart(target, sequences, method):
     draft = tiny.tiny_single_layer(target, method, std=0.05)

@@ -26,6 +26,7 @@ def test_the_value_is_the_mean_over_blocks_plus_one():
     assert ratio.value == pytest.approx(5 / 4)
 
 
+@pytest.mark.slow
 def test_nineteen_of_twenty_intervals_hold_the_truth():
     """100 samples of 60 answers: fewer than 86 hits would come up with probability below 1e-3 for a true 95%."""
     generator = torch.Generator().manual_seed(0)

@@ -109,6 +109,7 @@ def test_the_state_takes_the_memory_that_was_predicted(target, trained):
     assert predicted["optimizer_moments"] == sum(m.nbytes for m in moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [dict(), dict(precision="float32"), dict(trained="head", curriculum="off"), dict(head=False, shift_label=False)],

@@ -35,6 +35,8 @@ from tests.tiny import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.slow
+
 CYCLE = torch.randperm(57, generator=torch.Generator().manual_seed(0))[:16]
 """Tokens in the order in which they follow each other."""
 

@@ -17,6 +17,8 @@ from domino_spec.training.evaluate import simulated_tau
 from domino_spec.training.run import run_training
 from tests.tiny import MemoryCache, as_sequences, fit, tiny_draft
 
+pytestmark = pytest.mark.slow
+
 HEAD = HeadRecipe(gru_hidden_dim=16, low_rank=16, pure_draft_prefix_len=0)
 
 

@@ -78,6 +78,7 @@ def test_the_report_of_a_run_states_the_figures_of_its_metrics(setup, tmp_path):
     assert (tmp_path / "my-run" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_report_needs_nothing_but_recipe_and_metrics(setup, tmp_path):
     run_training(setup.recipe(), tmp_path / "whole" / "run", device="cpu")
     copy = tmp_path / "copy" / "run"

@@ -18,6 +18,8 @@ from domino_spec.training.export import export_draft
 from domino_spec.training.run import run_training
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("eagle3", "dart")
 
 

@@ -230,6 +230,7 @@ def test_a_run_says_what_it_is_before_it_begins(setup, tmp_path):
     assert set(facts.notes()) == {f.name.replace("_", " ") for f in dataclasses.fields(facts)}
 
 
+@pytest.mark.slow
 def test_slots_with_the_head_off_are_those_of_the_base_logits(target):
     """Trained by its final loss alone, the draft leans on its head."""
     prompts = random_prompts([4] * 4)

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from batch_sweep import numbers  # beside this program
 
 from domino_spec.api import load_draft
 from domino_spec.bench.profile import MethodProfile, Profile, profile_cycles
@@ -93,14 +94,6 @@ class Part:
 def run_program(name: str, *arguments: str) -> None:
     """Another of these programs, in a process of its own."""
     subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *arguments], check=True)
-
-
-def numbers(text: str) -> list[int]:
-    """Of a list such as 1,2,4."""
-    found = [int(part) if part.isdigit() else 0 for part in text.split(",")]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 on, such as 1,2,4, got {text!r}")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,6 +50,8 @@ class CostModel:
         shape = [len(row) for row in self.verify_seconds]
         if shape != [len(self.rows)] * len(self.requests) or len(self.draft_seconds) != len(self.requests):
             raise UserError("costs: there must be seconds for every number of requests and of rows")
+        if not all(s > 0 for row in self.verify_seconds for s in row) or not all(s >= 0 for s in self.draft_seconds):
+            raise UserError("costs: seconds must be positive numbers (those of drafting may be 0); measure them again")
 
     def verify(self, requests: int, rows: int) -> float:
         """Seconds of one verify pass over `rows` rows of each of so many requests."""
@@ -110,7 +112,7 @@ def measure_costs(
         report: called with a line for each number of requests.
     """
     widths = sizes_up_to(drafter.max_drafts + 1)
-    context = min(context, target.max_length - 2 * (drafter.max_drafts + 1))
+    context = max(2, min(context, target.max_length - 2 * (drafter.max_drafts + 1)))
     whole = _synthetic_state(target, drafter, slots, context)
     own = drafter.allocate(slots, whole.tokens.shape[1])
     rows = context - 1

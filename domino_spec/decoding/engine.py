@@ -89,6 +89,9 @@ class Engine:
             samples its drafts: their number would decide which text a seed gives.
         matching_rule: see `verify`.
         prefixes: keeps texts that ended, for prompts that begin like them; None keeps none.
+
+    Raises:
+        UserError: fewer slots than one.
     """
 
     def __init__(
@@ -295,7 +298,6 @@ class Engine:
         stats.drafts += drafts
         stats.committed_tokens += committed
         if proposal.tokens.shape[1]:
-            self._read_committed(0, len(self._running))
             self.drafter.advance(batch.own, verdict)
             return
         for place, slot in enumerate(self._running):

@@ -17,10 +17,11 @@ from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.draft.backbone import ContextKV
 from domino_spec.draft.model import Draft
 from domino_spec.kernels.rollout import head_rollout
+from domino_spec.target.cache import RequestRows
 
 
 @dataclass
-class ContextCache:
+class ContextCache(RequestRows):
     """Keys and values of the context of every request, in memory allocated once."""
 
     keys: Tensor
@@ -33,31 +34,9 @@ class ContextCache:
         """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
         return ContextCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop])
 
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, whose rows are lost."""
-        rows = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
-        self.lengths[destination] = self.lengths[source]
-
     def clear(self, request: int) -> None:
         """Forget a request."""
         self.lengths[request] = 0
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of a request's first rows, [..., rows, D] each."""
-        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own."""
-        for own, kept in zip((self.keys, self.values), stored, strict=True):
-            own[:, request, :, :rows] = kept[..., :rows, :]
-        self.lengths[request] = rows
-
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero a request's first rows."""
-        self.keys[:, request, :, :rows] = 0
-        self.values[:, request, :, :rows] = 0
 
 
 class BlockDrafter:

@@ -11,7 +11,42 @@ from torch import Tensor
 from transformers import Cache
 
 
-class TargetCache(Cache):
+class RequestRows:
+    """What is done with single requests of a cache whose rows stand as [layers, R, kv_heads, capacity, D]."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    """[R], valid rows of each request."""
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of `destination`, whose rows are lost."""
+        rows = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
+        self.lengths[destination] = self.lengths[source]
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows, [..., rows, D] each."""
+        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `rows_of` a request's own."""
+        for own, kept in zip((self.keys, self.values), stored, strict=True):
+            own[:, request, :, :rows] = kept[..., :rows, :]
+        self.lengths[request] = rows
+
+    def wipe(self, request: int, rows: int) -> None:
+        """Zero a request's first rows.
+
+        A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
+        must not leave them to the next.
+        """
+        self.keys[:, request, :, :rows] = 0
+        self.values[:, request, :, :rows] = 0
+
+
+class TargetCache(RequestRows, Cache):
     """A preallocated cache with one length per request, behind the interface that transformers models call.
 
     A forward pass over N tokens writes rows `lengths[r] .. lengths[r] + N - 1` of request r and reads rows
@@ -93,32 +128,6 @@ class TargetCache(Cache):
         seen.lengths = self.lengths[start:stop]
         seen._requests = self._requests[: stop - start]
         return seen
-
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, whose rows are lost."""
-        rows = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
-        self.lengths[destination] = self.lengths[source]
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of a request's first rows, [..., rows, D] each."""
-        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own."""
-        for own, kept in zip((self.keys, self.values), stored, strict=True):
-            own[:, request, :, :rows] = kept[..., :rows, :]
-        self.lengths[request] = rows
-
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero a request's first rows.
-
-        A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
-        must not leave them to the next.
-        """
-        self.keys[:, request, :, :rows] = 0
-        self.values[:, request, :, :rows] = 0
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""

@@ -55,6 +55,8 @@ def test_costs_survive_a_file_and_a_broken_one_is_refused(tmp_path):
         ({**good, "rows": [2, 1, 3]}, "ascending"),
         ({**good, "draft_seconds": [1.0]}, "seconds for every number"),
         ({**good, "more": 1}, "more"),
+        ({**good, "verify_seconds": [[0.0] * 3] * 3}, "positive"),
+        ({**good, "draft_seconds": [0.1, -0.1, 0.1]}, "positive"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(UserError, match=message):

@@ -9,11 +9,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from domino_spec.config import UserError
+
+_FLOATING_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Names of types in headers of safetensors files."""
 
 
 def cache_directory() -> Path:
@@ -66,6 +77,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with _open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def outline_tensors(path: Path) -> dict[str, Tensor]:
+    """Shapes and types of a safetensors file, read from its header: tensors on the meta device, which hold no values.
+
+    Whole numbers (draft vocabularies) are read, since the shape of a draft depends on them. Raises as `load_tensors`.
+    """
+    with _open_tensors(path) as file:
+        return {name: _outline(file, name) for name in file.keys()}  # noqa: SIM118
+
+
+def _outline(file: Any, name: str) -> Tensor:
+    header = file.get_slice(name)
+    dtype = _FLOATING_TYPES.get(header.get_dtype())
+    if dtype is None:
+        return file.get_tensor(name)
+    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -1,104 +1,301 @@
-"""The command that serves: an OpenAI-compatible endpoint on this package's engine."""
+"""The command that serves: an OpenAI-compatible endpoint on this package's engine, on vLLM or on SGLang."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
-from domino_spec.demo.options import METHODS, Machine, Pair, candidates_option, machine_options, pair_options
+from domino_spec.demo.options import (
+    METHODS,
+    Machine,
+    Pair,
+    candidates_option,
+    collected,
+    json_option,
+    machine_options,
+    pair_options,
+)
+from domino_spec.demo.shell import print_json
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What is served where, whatever engine answers."""
+
+    host: str
+    port: int
+    served_model_name: str | None
+    slots: int
+    capacity: int | None
+    num_drafts: int | None
+    candidates: int
+    api_key: str | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """What only this package's engine is told."""
+
+    method: str | None
+    costs: Path | None
+    prefix_cache: int
+    max_queue: int
+    timeout: float
+    drain_seconds: float
+    cors_origins: tuple[str, ...]
+
+
+endpoint_options = collected(
+    Endpoint,
+    "endpoint",
+    click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs an API key."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."),
+    click.option("--served-model-name", help="The model's name in requests; the target's by default."),
+    click.option("--slots", type=int, default=8, show_default=True, help="Requests that are decoded together."),
+    click.option("--capacity", type=int, help="Tokens of prompt and answer per slot; the target's, 4096 at most."),
+    click.option("--num-drafts", type=int, help="Drafts per cycle, always; by default what pays, chosen every cycle."),
+    candidates_option,
+    click.option("--api-key", envvar="DOMINO_SPEC_API_KEY", help="Clients must send it; DOMINO_SPEC_API_KEY is safer."),
+)
+local_options = collected(
+    Local,
+    "local",
+    click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default."),
+    click.option("--costs", type=Path, help="Where the measured costs of passes are kept between starts (JSON)."),
+    click.option(
+        "--prefix-cache",
+        type=click.IntRange(0),
+        default=1024,
+        show_default=True,
+        help="MiB for earlier turns; 0 for none.",
+    ),
+    click.option("--max-queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait."),
+    click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds per request; 0 for any."),
+    click.option(
+        "--drain-seconds", type=float, default=30.0, show_default=True, help="For running requests at the end."
+    ),
+    click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages that may ask."),
+)
 
 
 @cli.command()
 @pair_options
-@click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default.")
-@click.option("--num-drafts", type=int, help="Drafts per cycle, always; by default what pays, chosen every cycle.")
-@candidates_option
-@click.option("--costs", type=Path, help="Where the measured costs of passes are kept between starts (JSON).")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs an API key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--served-model-name", help="The model's name in requests; the target's by default.")
-@click.option("--slots", type=int, default=8, show_default=True, help="Requests that are decoded together.")
-@click.option("--capacity", type=int, help="Tokens of prompt and answer per slot; the target's, 4096 at most.")
 @click.option(
-    "--prefix-cache", type=click.IntRange(0), default=1024, show_default=True, help="MiB for earlier turns; 0 for none."
+    "--engine",
+    type=click.Choice([LOCAL, "vllm", "sglang"]),
+    default=LOCAL,
+    show_default=True,
+    help="What decodes: this package, or an engine installed beside it.",
 )
-@click.option("--max-queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds per request; 0 for any.")
-@click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="For running requests at the end.")
-@click.option("--api-key", envvar="DOMINO_SPEC_API_KEY", help="Clients must send it; DOMINO_SPEC_API_KEY is safer.")
-@click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages that may ask.")
+@click.option("--check", "only_check", is_flag=True, help="Say whether it will work, from headers alone, and end.")
+@click.option("--print", "only_print", is_flag=True, help="Print the engine's command line, and end.")
+@endpoint_options
+@local_options
 @machine_options
+@json_option
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
 def serve(
+    context: click.Context,
     pair: Pair,
-    method: str | None,
-    num_drafts: int | None,
-    candidates: int,
-    costs: Path | None,
-    host: str,
-    port: int,
-    served_model_name: str | None,
-    slots: int,
-    capacity: int | None,
-    prefix_cache: int,
-    max_queue: int,
-    timeout: float,
-    drain_seconds: float,
-    api_key: str | None,
-    cors_origins: tuple[str, ...],
+    engine: str,
+    only_check: bool,
+    only_print: bool,
+    endpoint: Endpoint,
+    local: Local,
     machine: Machine,
+    as_json: bool,
+    engine_arguments: tuple[str, ...],
 ) -> None:
     """Answer OpenAI's API until Ctrl-C, many requests at once.
 
     The routes are /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. `--draft none` serves the
-    target alone.
+    target alone. Arguments behind `--` go to vLLM or SGLang as they are.
 
     \b
     domino-spec serve
     domino-spec serve --target Qwen/Qwen3-4B --draft my-draft --slots 16 --port 8080
+    domino-spec serve --target Qwen/Qwen3-4B --draft my-draft --check
+    domino-spec serve --engine vllm --target Qwen/Qwen3-4B --draft my-draft -- --gpu-memory-utilization 0.8
     """
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
-    if timeout < 0 or drain_seconds < 0:
-        raise UserError("--timeout and --drain-seconds must not be negative")
-    if method is None and pair.draft == "none":
-        method = "none"
+    _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
+    method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
     machine.prepare()
-    from domino_spec.serving.app import Service, Settings
-    from domino_spec.serving.server import Server, bind, make_engine, url
+    if only_check:
+        return _check(pair, draft_name, engine, endpoint, local, method, machine, as_json)
+    if engine != LOCAL:
+        return _serve_elsewhere(context, pair, draft_name, engine, endpoint, machine, engine_arguments, only_print)
+    _serve_here(pair, draft_name, endpoint, local, method, machine)
 
-    bound = bind(host, port, api_key)  # before anything is loaded: a port may be taken
+
+def _check_options(
+    context: click.Context,
+    engine: str,
+    engine_arguments: tuple[str, ...],
+    *,
+    only_print: bool,
+    only_check: bool,
+    as_json: bool,
+) -> None:
+    """Refuse what would be ignored."""
+    if engine == LOCAL:
+        if engine_arguments:
+            raise UserError(
+                f"unexpected argument {engine_arguments[0]}; arguments behind -- are for --engine vllm|sglang"
+            )
+        if only_print:
+            raise UserError("--print shows the command line of another engine: give --engine vllm or sglang")
+    else:
+        for field in fields(Local):
+            if _given(context, field.name) and not (field.name == "method" and context.params.get("method") == "none"):
+                option = "--" + {"cors_origins": "cors-origin"}.get(field.name, field.name.replace("_", "-"))
+                raise UserError(f"{option} is for this package's engine, not for --engine {engine}")
+    if as_json and not only_check:
+        raise UserError("--json goes with --check")
+    if only_print and only_check:
+        raise UserError("--print and --check are two things: give one")
+
+
+def _given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+
+
+def _check(
+    pair: Pair,
+    draft_name: str | None,
+    engine: str,
+    endpoint: Endpoint,
+    local: Local,
+    method: str | None,
+    machine: Machine,
+    as_json: bool,
+) -> None:
+    """Print what is found part by part; what stands in the way is the error."""
+    from domino_spec.serving.preflight import Plan, preflight
+
+    findings = preflight(
+        Plan(
+            engine=engine,
+            target=pair.target,
+            draft=draft_name,
+            method=method,
+            device=machine.device,
+            dtype=machine.dtype,
+            slots=endpoint.slots,
+            capacity=endpoint.capacity,
+            candidates=endpoint.candidates or None,
+            num_drafts=endpoint.num_drafts,
+            prefix_bytes=local.prefix_cache * 2**20,
+            allow_other_target=pair.allow_other_target,
+        )
+    )
+    faults = [finding for finding in findings if not finding.works]
+    if as_json:
+        print_json(
+            {
+                "works": not faults,
+                "findings": [{"part": f.part, "works": f.works, "sentence": f.sentence} for f in findings],
+            }
+        )
+    else:
+        for finding in findings:
+            click.echo(f"{finding.part:<8} {finding.sentence}")
+    if faults:
+        raise UserError(f"it will not work: {faults[0].sentence}")
+    if not as_json:
+        click.echo("It will work.")
+
+
+def _serve_elsewhere(
+    context: click.Context,
+    pair: Pair,
+    draft_name: str | None,
+    engine: str,
+    endpoint: Endpoint,
+    machine: Machine,
+    engine_arguments: tuple[str, ...],
+    only_print: bool,
+) -> None:
+    """Print another engine's command line and, unless that was all, become it."""
+    from domino_spec.draft.load import draft_directory, read_any_draft
+    from domino_spec.serving import launch
+    from domino_spec.serving.address import check_api_key
+    from domino_spec.target.load import target_source
+
+    check_api_key(endpoint.host, endpoint.api_key)
+    directory = None if draft_name is None else draft_directory(draft_name)
+    draft = None if directory is None else read_any_draft(directory, outline=True)
+    settings = launch.Settings(
+        host=endpoint.host,
+        port=endpoint.port,
+        model_name=endpoint.served_model_name or pair.target,
+        slots=endpoint.slots if _given(context, "slots") else None,
+        capacity=endpoint.capacity,
+        dtype=machine.dtype,
+        candidates=endpoint.candidates if _given(context, "candidates") else None,
+        allow_other_target=pair.allow_other_target,
+        api_key=endpoint.api_key or None,
+        device=machine.device,
+        threads=machine.threads,
+        extra=engine_arguments,
+    )
+    num_drafts = launch.check_served(engine, draft, endpoint.num_drafts)
+    command = launch.launch(engine, target_source(pair.target), directory, num_drafts, settings)
+    if not only_print:
+        launch.installed_version(engine)
+    click.echo(command.line)
+    if not only_print:
+        command.run()
+
+
+def _serve_here(
+    pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
+) -> None:
+    """Serve on this package's engine until a signal ends it."""
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
+        raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
+    if local.timeout < 0 or local.drain_seconds < 0:
+        raise UserError("--timeout and --drain-seconds must not be negative")
+    from domino_spec.serving.address import bind, url
+    from domino_spec.serving.app import Service, Settings
+    from domino_spec.serving.server import Server, make_engine
+
+    bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     engine = make_engine(
         target,
         draft,
-        slots=slots,
-        capacity=capacity,
+        slots=endpoint.slots,
+        capacity=endpoint.capacity,
         method=method,
-        num_drafts=num_drafts,
-        candidates=candidates or None,
-        costs_file=costs,
-        prefix_bytes=prefix_cache * 2**20,
+        num_drafts=endpoint.num_drafts,
+        candidates=endpoint.candidates or None,
+        costs_file=local.costs,
+        prefix_bytes=local.prefix_cache * 2**20,
         report=_report,
     )
     settings = Settings(
-        model=served_model_name or pair.target,
-        max_queue=max_queue,
-        timeout=timeout or None,
-        api_key=api_key or None,
-        cors_origins=cors_origins,
+        model=endpoint.served_model_name or pair.target,
+        max_queue=local.max_queue,
+        timeout=local.timeout or None,
+        api_key=endpoint.api_key or None,
+        cors_origins=local.cors_origins,
     )
 
     def say_where() -> None:
         click.echo(f"{settings.model} is served at {url(bound)}/v1 (Ctrl-C ends it)")
 
-    Server(Service(engine, settings), drain_seconds=drain_seconds, on_ready=say_where).serve_forever(bound)
+    Server(Service(engine, settings), drain_seconds=local.drain_seconds, on_ready=say_where).serve_forever(bound)
 
 
 def _report(line: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from domino_spec.config import UserError, parse_settings
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.decoding.state import State, Verdict
 from domino_spec.files import atomic_path, read_json
@@ -112,7 +112,7 @@ def measure_costs(
         report: called with a line for each number of requests.
     """
     widths = sizes_up_to(drafter.max_drafts + 1)
-    context = max(2, min(context, target.max_length - 2 * (drafter.max_drafts + 1)))
+    context = max(2, min(context, target.max_length - cycle_room(drafter)))
     whole = _synthetic_state(target, drafter, slots, context)
     own = drafter.allocate(slots, whole.tokens.shape[1])
     rows = context - 1
@@ -153,7 +153,7 @@ def _first(features: torch.Tensor | None, requests: int) -> torch.Tensor | None:
 
 def _synthetic_state(target: Target, drafter: Drafter, slots: int, context: int) -> State:
     """Requests of random tokens, as if prefilled."""
-    capacity = context + 2 * (drafter.max_drafts + 1)
+    capacity = context + cycle_room(drafter)
     device = target.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, target.vocab_size, (slots, capacity), generator=generator).to(device)

@@ -96,6 +96,11 @@ class NoCache:
         """Nothing to zero."""
 
 
+def cycle_room(drafter: Drafter) -> int:
+    """Rows that caches need beyond a text's own: a cycle may overshoot by a whole block before it is cut."""
+    return 2 * (drafter.max_drafts + 1)
+
+
 def start(drafter: Drafter, state: State) -> Any:
     """A drafter's caches for freshly prefilled requests."""
     requests, capacity = state.tokens.shape

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from domino_spec.config import UserError
 from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.generation import Ending, Generation, Request, TokenLogprob, check_prompt
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.sampling import Sampling
@@ -112,8 +112,7 @@ class Engine:
         self.slots, self.capacity, self.prefixes = slots, capacity, prefixes
         self.num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
         self.stats = Stats()
-        # A cycle may overshoot the limit by a whole block before it is cut.
-        rows = capacity + 2 * (drafter.max_drafts + 1)
+        rows = capacity + cycle_room(drafter)
         device = target.device
         empty = torch.zeros(slots, dtype=torch.long, device=device)
         self._state = State(

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request, check_prompt
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
@@ -42,8 +42,7 @@ def prefill(
         check_prompt(target, prompt, max_new_tokens)
     device = target.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    # A cycle may overshoot the limit by a whole block before it is cut.
-    capacity = int(lengths.max()) + max_new_tokens + 2 * (drafter.max_drafts + 1)
+    capacity = int(lengths.max()) + max_new_tokens + cycle_room(drafter)
     tokens = torch.zeros(len(prompts), capacity, dtype=torch.long, device=device)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)

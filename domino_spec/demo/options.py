@@ -155,7 +155,7 @@ def _needing_a_draft(methods: Sequence[str | None]) -> list[str | None]:
     return [name for name in names if name not in METHODS_WITHOUT_DRAFT]
 
 
-def _collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """A decorator that adds options and hands them to the command together, as one `kind` named `name`."""
 
     def decorate(command: Command) -> Command:
@@ -183,7 +183,7 @@ candidates_option = click.option(
 num_drafts_option = click.option(
     "--num-drafts", type=int, help="Drafts per cycle; as many as the method can make by default."
 )
-machine_options = _collected(
+machine_options = collected(
     Machine,
     "machine",
     click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
@@ -202,20 +202,20 @@ _target_option = click.option(
 _other_target_option = click.option(
     "--allow-other-target", is_flag=True, help="Accept a draft trained for other weights of this shape."
 )
-pair_options = _collected(
+pair_options = collected(
     Pair,
     "pair",
     _target_option,
     click.option("--draft", help=f"A directory or a hub id; {DEFAULT_DRAFT} for the default target."),
     _other_target_option,
 )
-counts_options = _collected(
+counts_options = collected(
     Counts,
     "counts",
     click.option("--ranking", type=Path, help="Tokens by frequency, from `domino-spec vocabulary` (FR-Spec)."),
     click.option("--ngrams", type=Path, help="N-gram counts for DART drafts, from `domino-spec ngrams`."),
 )
-rivals_options = _collected(
+rivals_options = collected(
     Rivals,
     "rivals",
     _target_option,

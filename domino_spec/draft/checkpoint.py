@@ -7,6 +7,7 @@ safetensors is read: never a pickle, never code from the checkpoint (DESIGN sect
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
 from domino_spec.draft.model import Draft
-from domino_spec.files import load_tensors, read_json, save_tensors, write_json
+from domino_spec.files import load_tensors, outline_tensors, read_json, save_tensors, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")
@@ -230,15 +231,19 @@ def read_published(directory: Path) -> dict[str, Any]:
     return published
 
 
-def read_draft(directory: Path) -> Draft:
+def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     """A draft from a directory, its tensors in the dtype they were saved in; not bound to a target yet.
+
+    Args:
+        directory: of the draft.
+        outline: read headers alone; parameters are on the meta device.
 
     Raises:
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, or tensors that do not fit the
             configuration.
     """
     config = read_config(directory)
-    tensors = read_weights(directory)
+    tensors = read_weights(directory, outline=outline)
     nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in tensors)
     tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in tensors.items()}
     vocabulary = tensors.pop(_VOCABULARY, None)
@@ -250,7 +255,8 @@ def read_draft(directory: Path) -> Draft:
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
     check_tensors(tensors, expected, directory / WEIGHTS_FILE)
-    draft = Draft(config, vocabulary)
+    with torch.device("meta") if outline else nullcontext():
+        draft = Draft(config, vocabulary)
     head = {name: t for name, t in tensors.items() if name.startswith(_HEAD_PREFIXES)}
     draft.backbone.load_state_dict({n: t for n, t in tensors.items() if n not in head}, strict=False, assign=True)
     if draft.head is not None:
@@ -276,19 +282,24 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         raise UserError(f"{where}: unexpected tensor {unknown[0]}")
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path, *, outline: bool = False) -> dict[str, Tensor]:
     """All tensors of a draft directory, from one safetensors file or several.
+
+    Args:
+        directory: of the draft.
+        outline: read headers alone (`files.outline_tensors`).
 
     Raises:
         UserError: there is none, it is truncated or corrupted, or there are pickles only.
     """
+    read = outline_tensors if outline else lambda path: load_tensors(path)[0]
     if (directory / WEIGHTS_FILE).is_file():
-        return load_tensors(directory / WEIGHTS_FILE)[0]
+        return read(directory / WEIGHTS_FILE)
     if (directory / INDEX_FILE).is_file():
         files = sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values()))
         tensors: dict[str, Tensor] = {}
         for file in files:
-            tensors |= load_tensors(directory / Path(file).name)[0]
+            tensors |= read(directory / Path(file).name)
         return tensors
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
     if pickles:

@@ -9,7 +9,7 @@ from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
 from domino_spec.draft.load import AnyDraft, read_any_draft
 from domino_spec.draft.pairing import check_pairing, shape_mismatch
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.target.load import EMBEDDED_TARGET, load_target, target_config
+from domino_spec.target.outline import outline_target
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def describe_draft(directory: Path) -> DraftDescription:
     Raises:
         UserError: as `checkpoint.read_draft`.
     """
-    draft = read_any_draft(directory)
+    draft = read_any_draft(directory, outline=True)
     method, parts = _parts(draft)
     return DraftDescription(
         config=draft.config,
@@ -75,22 +75,21 @@ class Fit:
 def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_name: str) -> Fit:
     """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
 
-    A target on the hub is compared by its configuration alone, without its weights being downloaded.
+    A target on the hub is compared by its configuration alone, without its weights being downloaded or loaded.
 
     Raises:
         UserError: the target cannot be read.
     """
-    if target_name != EMBEDDED_TARGET and not Path(target_name).is_dir():
-        shape = target_config(target_name)
-        mismatch = shape_mismatch(config, shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
-        if mismatch:
-            return Fit(False, f"draft {draft_name} does not fit target {target_name}: {mismatch}")
+    target = outline_target(target_name).target
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        return Fit(False, f"draft {draft_name} does not fit target {target_name}: {mismatch}")
+    if not target.fingerprint:
         return Fit(True, f"fits the shape of {target_name}; its weights were not compared")
-    target = load_target(target_name, pack=False)
+    if config.target_fingerprint is None:
+        return Fit(True, f"fits the shape of {target_name}; it does not say which weights it was trained for")
     try:
         check_pairing(config, draft_name, target)
     except UserError as error:
         return Fit(False, str(error))
-    if config.target_fingerprint is None:
-        return Fit(True, f"fits the shape of {target_name}; it does not say which weights it was trained for")
     return Fit(True, f"fits {target_name}: same shape, same weights")

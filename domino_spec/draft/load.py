@@ -53,13 +53,10 @@ def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
         raise UserError(f"cannot get draft {name} from the hub and it is not a directory here: {reason}") from None
 
 
-def read_any_draft(directory: Path) -> AnyDraft:
-    """A draft of the kind that its config.json tells, its tensors in the dtype they were saved in; not bound yet.
-
-    Raises:
-        UserError: as `checkpoint.read_draft`.
-    """
-    return read_single_layer(directory) if is_single_layer(read_published(directory)) else read_draft(directory)
+def read_any_draft(directory: Path, *, outline: bool = False) -> AnyDraft:
+    """A draft of the kind that its config.json tells; arguments and errors as `checkpoint.read_draft`."""
+    read = read_single_layer if is_single_layer(read_published(directory)) else read_draft
+    return read(directory, outline=outline)
 
 
 def save_any_draft(draft: AnyDraft, directory: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -12,6 +12,7 @@ The draft vocabulary stands in files as offsets: `d2t[i] + i` is the token that 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,12 @@ def save_single_layer(draft: SingleLayerDraft, directory: str | Path, dtype: tor
     write_checkpoint(single_layer_tensors(draft), published, Path(directory), dtype)
 
 
-def read_single_layer(directory: Path) -> SingleLayerDraft:
+def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerDraft:
     """A draft from a directory, its tensors in the dtype they were saved in; not bound to a target yet.
+
+    Args:
+        directory: of the draft.
+        outline: read headers alone; parameters are on the meta device.
 
     Raises:
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, tensors that do not fit the
@@ -225,7 +230,7 @@ def read_single_layer(directory: Path) -> SingleLayerDraft:
     """
     published = read_published(directory)
     config = parse_single_layer(published, str(directory / CONFIG_FILE))
-    tensors, where = read_weights(directory), directory / WEIGHTS_FILE
+    tensors, where = read_weights(directory, outline=outline), directory / WEIGHTS_FILE
     if any(name.endswith((".q_norm.weight", ".k_norm.weight")) for name in tensors):
         raise UserError(f"{directory} is {_DEEPSPEC}")
     layer = next((p for p in (_LAYER, "layers.0") if any(name.startswith(p + ".") for name in tensors)), _LAYER)
@@ -247,7 +252,8 @@ def read_single_layer(directory: Path) -> SingleLayerDraft:
             f"{where}: tensor {_EMBEDDING} has shape {tuple(embedding.shape)}, but {CONFIG_FILE} means "
             f"{(config.vocab_size, config.hidden_size)}"
         )
-    draft = SingleLayerDraft(config, vocabulary)
+    with torch.device("meta") if outline else nullcontext():
+        draft = SingleLayerDraft(config, vocabulary)
     own_names = {
         f"{_LAYER}.{n.removeprefix(layer + '.')}" if n.startswith(layer + ".") else n: t for n, t in tensors.items()
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -66,9 +65,7 @@ def make_engine(
         raise UserError(f"num_drafts must not be negative, got {num_drafts}")
     if slots < 1:
         raise UserError(f"slots must be at least 1, got {slots}")
-    capacity = min(target.max_length, DEFAULT_CAPACITY) if capacity is None else capacity
-    if not 2 <= capacity <= target.max_length:
-        raise UserError(f"capacity must be between 2 and the {target.max_length} tokens of the target, got {capacity}")
+    capacity = slot_capacity(target.max_length, capacity)
     drafter = make_drafter(
         default_method(draft) if method is None else method,
         draft,
@@ -86,6 +83,18 @@ def make_engine(
     engine.policy = None if costs is None else AdaptivePolicy(costs)
     engine.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
     return engine
+
+
+def slot_capacity(longest: int, capacity: int | None) -> int:
+    """Tokens per slot: what is asked for, else the target's longest text, `DEFAULT_CAPACITY` at most.
+
+    Raises:
+        UserError: the target has no room for so many.
+    """
+    capacity = min(longest, DEFAULT_CAPACITY) if capacity is None else capacity
+    if not 2 <= capacity <= longest:
+        raise UserError(f"capacity must be between 2 and the {longest} tokens of the target, got {capacity}")
+    return capacity
 
 
 def _costs(target: Target, drafter: Drafter, slots: int, file: Path | None, report: Callable[[str], None]) -> CostModel:
@@ -111,41 +120,6 @@ def _warm_up(engine: Engine) -> None:
         while engine.busy:
             engine.step()
     engine.stats = Stats()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bind(host: str, port: int, api_key: str | None) -> socket.socket:
-    """A socket that nobody can connect to yet; port 0 takes a free one.
-
-    Raises:
-        UserError: the address cannot be had, or others reach it and there is no API key.
-    """
-    if not is_loopback(host) and not api_key:
-        raise UserError(
-            f"{host} is reached from other machines: give --api-key or DOMINO_SPEC_API_KEY, or leave out --host"
-        )
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from None
-    return bound
-
-
-def url(bound: socket.socket) -> str:
-    """Where clients find it."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):

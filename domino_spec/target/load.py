@@ -54,7 +54,7 @@ def load_target(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
     name = str(name_or_path)
-    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    source = target_source(name)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
@@ -65,7 +65,7 @@ def load_target(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"cannot load target {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load target {name}: {first_line(error)}") from error
     frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
     target = Target(frozen.to(device), tokenizer, name)
     return target.pack() if pack and can_pack(target.device, target.dtype) else target
@@ -78,11 +78,11 @@ def target_config(name_or_path: str | Path) -> Any:
         UserError: as `load_target`.
     """
     name = str(name_or_path)
-    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    source = target_source(name)
     try:
         return AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration of target {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the configuration of target {name}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
     """
     name = str(name_or_path)
     config = target_config(name)
-    source = embedded_target_directory() if name == EMBEDDED_TARGET else _resolve(name)
+    source = target_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of target {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the tokenizer of target {name}: {first_line(error)}") from error
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:  # many targets have none
@@ -115,7 +115,14 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
     return TargetText(tokenizer, stop_token_ids(generation, config, tokenizer), config.max_position_embeddings)
 
 
-def _resolve(name: str) -> str:
+def target_source(name: str) -> str:
+    """What transformers loads a target from: a directory, or the hub id itself.
+
+    Raises:
+        UserError: there is no such directory, or it is not a model's.
+    """
+    if name == EMBEDDED_TARGET:
+        return embedded_target_directory()
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -130,7 +137,8 @@ def _resolve(name: str) -> str:
     return name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
     text = str(error).strip() or type(error).__name__
     return " ".join(text.splitlines()[0].split())[:300]
 

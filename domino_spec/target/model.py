@@ -6,8 +6,9 @@ Everything above this file sees tokens, hidden states, logits and features; ever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -68,9 +69,16 @@ class Target:
         model: a transformers causal LM of the ordinary decoder shape, in evaluation mode.
         tokenizer: its tokenizer, or None where only token ids are used.
         name: what messages call it.
+        fingerprint: of its weights (`weights_fingerprint`), where they are not there to be read; None reads them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        fingerprint: str | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
@@ -88,7 +96,7 @@ class Target:
         self.layers: Sequence[nn.Module] = layers
         self.lm_head_weight: Tensor = self._lm_head.weight
         """[V, H], the frozen output projection."""
-        self.fingerprint = fingerprint(self.decoder)
+        self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
         self._taps = FeatureTaps(layers)
         self._windows = _attention_windows(self.config)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -265,14 +273,17 @@ def _attention_windows(config: Any) -> dict[str, int | None]:
     return {"full_attention": None}
 
 
-def fingerprint(decoder: nn.Module) -> str:
+def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A short name for the exact weights of a target, the same in every precision it may be loaded in.
 
     Up to 64 evenly spaced values of every parameter, rounded to bfloat16, are hashed: a fine-tuned model of the same
     shapes differs, a copy loaded in another precision does not.
+
+    Args:
+        parameters: of the target's decoder, with their names in it.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(decoder.named_parameters()):
+    for name, parameter in sorted(parameters, key=itemgetter(0)):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

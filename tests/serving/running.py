@@ -12,8 +12,9 @@ import httpx
 import openai
 
 from domino_spec.decoding.engine import Engine
+from domino_spec.serving.address import bind, url
 from domino_spec.serving.app import Service, Settings
-from domino_spec.serving.server import Server, bind, make_engine, url
+from domino_spec.serving.server import Server, make_engine
 from tests import tiny
 
 MODEL = "tiny"

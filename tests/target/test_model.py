@@ -9,7 +9,7 @@ import torch
 
 from domino_spec.config import UserError
 from domino_spec.target import model as target_model
-from domino_spec.target.model import Target, fingerprint
+from domino_spec.target.model import Target, weights_fingerprint
 from tests.tiny import (
     ARCHITECTURES,
     VOCAB,
@@ -195,29 +195,29 @@ def test_tree_rows_equal_the_chain_along_their_path(pair):
 
 def test_fingerprint_survives_precision_and_tells_fine_tuned_weights_apart():
     model = tiny_model()
-    original = fingerprint(model.get_decoder())
-    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16).get_decoder()) == original
-    assert fingerprint(tiny_model(seed=1).get_decoder()) != original
+    original = weights_fingerprint(model.get_decoder().named_parameters())
+    assert weights_fingerprint(copy.deepcopy(model).to(torch.bfloat16).get_decoder().named_parameters()) == original
+    assert weights_fingerprint(tiny_model(seed=1).get_decoder().named_parameters()) != original
     tuned = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-4)
     tokens = torch.tensor(random_prompts([16]))
     for _ in range(3):
         tuned(tokens, labels=tokens).loss.backward()
         optimizer.step()
-    assert fingerprint(tuned.get_decoder()) != original
+    assert weights_fingerprint(tuned.get_decoder().named_parameters()) != original
 
 
 def test_fingerprint_notices_a_change_of_one_matrix_by_one_percent():
     """As a merged adapter makes: every other weight is as it was."""
     model = tiny_model()
-    prints = {fingerprint(model.get_decoder())}
+    prints = {weights_fingerprint(model.get_decoder().named_parameters())}
     for seed in range(12):
         tuned = copy.deepcopy(model)
         weight = tuned.get_decoder().layers[seed % 4].self_attn.q_proj.weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             weight.mul_(1 + 0.01 * noise)
-        prints.add(fingerprint(tuned.get_decoder()))
+        prints.add(weights_fingerprint(tuned.get_decoder().named_parameters()))
     assert len(prints) == 13
 
 

@@ -1,0 +1,125 @@
+"""A target known from its files alone: its configuration and the headers of its weights, which are not loaded.
+
+The outline is the model itself on PyTorch's meta device, so that everything that looks at shapes (whether it can be a
+target, what its cache takes, whether a draft fits) asks the very code that decoding uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from domino_spec.config import UserError
+from domino_spec.files import outline_tensors, read_json
+from domino_spec.target.load import first_line, target_source
+from domino_spec.target.model import Target, weights_fingerprint
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TargetOutline:
+    """What is known of a target before its weights are loaded."""
+
+    target: Target
+    """On the meta device, in the type its weights are stored in; its fingerprint is empty where it is not known."""
+    architecture: str
+    """The model's class."""
+    quantization: str | None
+    """How its weights are quantised, or None."""
+    weight_bytes: int | None
+    """Bytes of its weights as they are stored; None where the files are not on this machine."""
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, those that are tied once."""
+        return sum(parameter.numel() for parameter in self.target.model.parameters())
+
+
+def outline_target(name_or_path: str | Path) -> TargetOutline:
+    """What a target is, without its weights; of a hub id only the configuration is fetched.
+
+    Raises:
+        UserError: as `load_target`, but for what only loading can tell.
+    """
+    name = str(name_or_path)
+    source = target_source(name)
+    directory = Path(source) if Path(source).is_dir() else _downloaded(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read the configuration of target {name}: {first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    files = [] if directory is None else _weight_files(directory, name)
+    stored = [tensor for file in files for tensor in outline_tensors(file).values()]
+    if dtypes := {tensor.dtype for tensor in stored if tensor.is_floating_point()}:
+        if len(dtypes) == 1 and not quantization:
+            model = model.to(dtypes.pop())
+    elif getattr(config, "dtype", None):
+        model = model.to(config.dtype)
+    known = _fingerprint(model, files) if files and not quantization else None
+    return TargetOutline(
+        target=Target(model, None, name, fingerprint=known or ""),
+        architecture=type(model).__name__,
+        quantization=None if not quantization else str(dict(quantization).get("quant_method", "yes")),
+        weight_bytes=sum(tensor.nbytes for tensor in stored) if files else None,
+    )
+
+
+def _downloaded(hub_id: str) -> Path | None:
+    """Where the weights of a hub id lie on this machine; None where they were not downloaded."""
+    try:
+        snapshot = Path(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, LocalEntryNotFoundError):
+        return None
+    return snapshot if any(snapshot.glob("*.safetensors")) else None
+
+
+def _weight_files(directory: Path, name: str) -> list[Path]:
+    """The safetensors files that the weights of a model directory are in.
+
+    Raises:
+        UserError: there are none.
+    """
+    if (directory / _INDEX).is_file():
+        return [directory / file for file in sorted(set(read_json(directory / _INDEX)["weight_map"].values()))]
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    raise UserError(f"target {name} holds no safetensors weights; other formats are not loaded")
+
+
+def _fingerprint(model: Any, files: list[Path]) -> str | None:
+    """The fingerprint of the weights in files, of which a few values each are read; None where names or shapes differ.
+
+    Names differ where transformers joins or splits tensors while it loads them (mixtures of experts).
+    """
+    decoder = model.get_decoder()
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        holding = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+
+        def stored() -> Iterator[tuple[str, Tensor]]:
+            for name, parameter in decoder.named_parameters():
+                key = prefix + name if prefix + name in holding else name
+                tensor = holding[key].get_tensor(key)  # mapped into memory, not read
+                if tensor.shape != parameter.shape:
+                    raise KeyError(key)
+                yield name, tensor
+
+        try:
+            return weights_fingerprint(stored())
+        except KeyError:
+            return None

@@ -64,7 +64,12 @@ def write_html(report: Mapping[str, Any], out: Path, plots: Sequence[str] = ()) 
         UserError: an image cannot be read, or the page cannot be written.
     """
     title = f"Benchmark report: {report['settings']['target']}"
-    text = page(render(dict(report), plots), title, {name: _image(out / name) for name in plots})
+    return write_page(render(dict(report), plots), title, out, plots)
+
+
+def write_page(markdown: str, title: str, out: Path, plots: Sequence[str] = ()) -> Path:
+    """Write any report's Markdown as report.html; the rest as `write_html`."""
+    text = page(markdown, title, {name: _image(out / name) for name in plots})
     with atomic_path(out / HTML_FILE) as scratch:
         scratch.write_text(text, encoding="utf-8")
     return out / HTML_FILE

@@ -28,9 +28,9 @@ WIDTH = 10.0
 FEW_PASSES = 10
 """A share of fewer passes than this is noise, and is left out of the curves."""
 GRAY = "0.55"
-_TITLE, _GAP = 0.35, 0.45
+_TITLE, GAP = 0.35, 0.45
 """Inches: of the title of a block; between the rows of its panels, where their names stand."""
-_LEGEND = 5
+LEGEND = 5
 """Names in a row of a legend."""
 _COLORS = tuple(
     f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
@@ -74,12 +74,17 @@ def write_plots(report: Record, out: Path) -> list[str]:
 def styles(report: Record) -> dict[str, Style]:
     """A style for each method and budget: nine colours, and other markers and lines where they come round again."""
     names = list(dict.fromkeys(name_of(entry) for entry in report["pooled"] if entry["method"] != "none"))
+    return styles_of(names, "none")
+
+
+def styles_of(names: Sequence[str], baseline: str) -> dict[str, Style]:
+    """A style for each name, grey for the baseline."""
     rounds = list(zip("osD^vPX", ("-", "--", ":", "-.", "-", "--", ":"), strict=True))
     found = {
         name: Style(_COLORS[index % len(_COLORS)], *rounds[index // len(_COLORS) % len(rounds)])
         for index, name in enumerate(names)
     }
-    return found | {"none": Style(GRAY, "o", "-")}
+    return found | {baseline: Style(GRAY, "o", "-")}
 
 
 def save_figure(figure: Figure, out: Path, name: str) -> str:
@@ -106,7 +111,7 @@ def _at(entries: Iterable[Record], temperature: float) -> list[Record]:
     return [entry for entry in entries if entry["temperature"] == temperature]
 
 
-def _errors(entry: Record, figure: str) -> list[list[float]] | None:
+def distances(entry: Record, figure: str) -> list[list[float]] | None:
     """The interval of a figure, where the report has one, as distances [[below], [above]]."""
     bounds = entry.get(f"{figure}_interval")
     if bounds is None:
@@ -114,7 +119,7 @@ def _errors(entry: Record, figure: str) -> list[list[float]] | None:
     return [[max(0.0, entry[figure] - bounds[0])], [max(0.0, bounds[1] - entry[figure])]]
 
 
-class _Sheet:
+class Sheet:
     """A figure that is filled from top to bottom, in inches: a block per temperature, each a grid of panels.
 
     Fixed places, because laying out many panels by measuring their texts takes longer than drawing them.
@@ -162,7 +167,7 @@ class _Sheet:
         panels: list[Axes] = []
         for index, name in enumerate(names):
             row, column = divmod(index, columns)
-            x, y = left + column * (wide + 0.15), self._tops[temperature] + row * (tall + _GAP) + 0.25
+            x, y = left + column * (wide + 0.15), self._tops[temperature] + row * (tall + GAP) + 0.25
             shared: dict[str, Any] = dict(sharex=panels[0], sharey=panels[0]) if panels else {}
             place = (x / width, 1 - (y + tall) / height, wide / width, tall / height)
             panel = self.figure.add_axes(place, **shared)
@@ -171,9 +176,9 @@ class _Sheet:
             panel.tick_params(labelsize=8, labelleft=column == 0, labelbottom=index + columns >= len(names))
             panels.append(panel)
         rows = math.ceil(len(names) / columns)
-        bottom = self._tops[temperature] + rows * (tall + _GAP) + 0.2
+        bottom = self._tops[temperature] + rows * (tall + GAP) + 0.2
         self._text(left + (width - left) / 2, bottom, labels[0], fontsize=9, ha="center")
-        middle = self._tops[temperature] + rows * (tall + _GAP) / 2
+        middle = self._tops[temperature] + rows * (tall + GAP) / 2
         self._text(0.13, middle, labels[1], fontsize=9, ha="center", rotation=90)
         return panels
 
@@ -184,7 +189,7 @@ class _Sheet:
         place: dict[str, Any] = dict(
             loc="upper center", bbox_to_anchor=(0.5, 1 - (self._tops[temperature] + below) / height)
         )
-        self.figure.legend(handles, labels, ncols=min(_LEGEND, len(labels)), frameon=False, fontsize=8, **place)
+        self.figure.legend(handles, labels, ncols=min(LEGEND, len(labels)), frameon=False, fontsize=8, **place)
 
 
 def _speedups(report: Record) -> Figure:
@@ -201,7 +206,7 @@ def _speedups(report: Record) -> Figure:
     }
     shown = {temperature: names for temperature, names in shown.items() if names}
     tall = {temperature: 0.2 * len(names) + 0.1 for temperature, names in shown.items()}
-    sheet = _Sheet({temperature: rows * (tall[temperature] + _GAP) + 0.55 for temperature in shown})
+    sheet = Sheet({temperature: rows * (tall[temperature] + GAP) + 0.55 for temperature in shown})
     for temperature, names in shown.items():
         left = 0.3 + 0.07 * max(map(len, names))
         labels = "decode speed-up over none", ""
@@ -213,7 +218,7 @@ def _speedups(report: Record) -> Figure:
                 value = entry.get("speedup_over_none")
                 if value is None:
                     continue
-                errors = _errors(entry, "speedup_over_none")
+                errors = distances(entry, "speedup_over_none")
                 bar: dict[str, Any] = dict(ecolor=GRAY, capsize=2, error_kw={"elinewidth": 1})
                 panel.barh(place, value, 0.75, color=look[name].color, xerr=errors, **bar)
                 end = value + (errors[1][0] if errors else 0.0)
@@ -233,7 +238,7 @@ def _histograms(report: Record) -> Figure:
     columns, tall, look = 4, 1.1, styles(report)
     shown = {t: _at(report["acceptance"], t) for t in _temperatures(report["acceptance"])}
     taus = {(name_of(e), e["temperature"]): e["tau"] for e in report["pooled"]}
-    sheet = _Sheet({t: math.ceil(len(entries) / columns) * (tall + _GAP) + 0.55 for t, entries in shown.items()})
+    sheet = Sheet({t: math.ceil(len(entries) / columns) * (tall + GAP) + 0.55 for t, entries in shown.items()})
     longest = max((int(length) for e in report["acceptance"] for length in e["histogram"]), default=1)
     for temperature, entries in shown.items():
         labels = "acceptance length (accepted drafts + 1)", "share of passes"
@@ -256,8 +261,8 @@ def _positions(report: Record) -> Figure:
     """Left: k or more drafts accepted; right: draft k accepted where all before it were."""
     look, tall = styles(report), 2.6
     shown = {t: _at(report["acceptance"], t) for t in _temperatures(report["acceptance"])}
-    legends = {t: 0.2 * math.ceil(len(entries) / _LEGEND) for t, entries in shown.items()}
-    sheet = _Sheet({t: tall + _GAP + 0.7 + legends[t] for t in shown})
+    legends = {t: 0.2 * math.ceil(len(entries) / LEGEND) for t, entries in shown.items()}
+    sheet = Sheet({t: tall + GAP + 0.7 + legends[t] for t in shown})
     reach = max(2, max(map(_last_slot, report["acceptance"])))
     titles = ["k or more drafts accepted", "draft k accepted, where those before it were"]
     for temperature, entries in shown.items():
@@ -277,7 +282,7 @@ def _positions(report: Record) -> Figure:
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         for panel in (left, right):
             panel.grid(alpha=0.25)
-        sheet.legend(temperature, tall + _GAP + 0.35, left)
+        sheet.legend(temperature, tall + GAP + 0.35, left)
     return sheet.figure
 
 
@@ -300,13 +305,13 @@ def _tau_against_cost(report: Record) -> Figure:
     look = styles(report)
     temperatures = [t for t in _temperatures(report["pooled"]) if any(map(_has_cost, _at(report["pooled"], t)))]
     tall, labels = 4.2, ("c: cost of a pass, in steps of none", "tau: tokens per pass")
-    sheet = _Sheet(dict.fromkeys(temperatures, tall + _GAP + 0.55))
+    sheet = Sheet(dict.fromkeys(temperatures, tall + GAP + 0.55))
     for temperature in temperatures:
         (panel,) = sheet.panels(temperature, [""], 1, tall, labels, right=0.45)
         entries = [entry for entry in _at(report["pooled"], temperature) if _has_cost(entry)]
         for entry in entries:
             style = look[name_of(entry)]
-            bounds: dict[str, Any] = dict(xerr=_errors(entry, "cost_ratio"), yerr=_errors(entry, "tau"))
+            bounds: dict[str, Any] = dict(xerr=distances(entry, "cost_ratio"), yerr=distances(entry, "tau"))
             panel.errorbar(
                 entry["cost_ratio"],
                 entry["tau"],

@@ -86,6 +86,16 @@ class Row:
 def start_or_resume(out: Path, configuration: Mapping[str, Any]) -> list[Row]:
     """Make `out` ready to take rows of this configuration; returns those it already holds.
 
+    Raises:
+        UserError: as `take_directory`, or raw.jsonl is malformed.
+    """
+    take_directory(out, configuration)
+    return read_rows(out)
+
+
+def take_directory(out: Path, configuration: Mapping[str, Any]) -> None:
+    """Make `out` ready to take measurements of this configuration, or more of them.
+
     A partial last line of raw.jsonl, left by a killed writer, is cut off.
 
     Raises:
@@ -109,7 +119,6 @@ def start_or_resume(out: Path, configuration: Mapping[str, Any]) -> list[Row]:
     else:
         write_json({"configuration": wanted, "sessions": []}, settings)
     cut_partial_line(raw)
-    return read_rows(out)
 
 
 def record_session(out: Path, session: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from domino_spec.bench.peers import ASSISTED, DFLASH, PEERS, assisted_by, load_p
 from domino_spec.bench.plots import write_plots
 from domino_spec.bench.report import build_report, load_breakdowns, save_breakdowns, write_report
 from domino_spec.bench.rows import Row, record_session, start_or_resume
-from domino_spec.bench.suites import Prompt, load_suite, prompts_digest
+from domino_spec.bench.suites import load_suites, prompts_digest
 from domino_spec.bench.ties import measure_ties, save_ties
 from domino_spec.bench.turns import Request, check_prompts, make_requests
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
@@ -99,7 +99,7 @@ def run_bench(
     methods, temperatures = list(dict.fromkeys(methods)), list(dict.fromkeys(float(t) for t in temperatures))
     _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
     check_methods(methods, temperatures)
-    prompts = _load_suites(suites, limit)
+    prompts = load_suites(suites, limit)
     loaded, drafted = _load_models(target, drafts, threads, device, dtype, allow_other_target)
     check_prompts(loaded, prompts, max_new_tokens, enable_thinking)
     drafting = Drafting(
@@ -168,16 +168,6 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"bench needs {name} of at least 1, got {value}")
-
-
-def _load_suites(suites: Sequence[str], limit: int | None) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    for name_or_path in suites:
-        found = load_suite(name_or_path, limit)
-        if any(p.suite == found[0].suite for p in prompts):
-            raise UserError(f"two suites are called {found[0].suite}: rename one of the files")
-        prompts += found
-    return prompts
 
 
 def _load_models(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,21 @@ def load_suite(name_or_path: str | Path, limit: int | None = None) -> list[Promp
             f"unknown suite {name!r}: give the path of a JSONL file of prompts, or one of {', '.join(BENCHMARKS)}"
         )
     return _load_file(path, limit)
+
+
+def load_suites(names_or_paths: Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """The prompts of several suites, one suite after the other.
+
+    Raises:
+        UserError: as `load_suite`, or two suites have the same name.
+    """
+    prompts: list[Prompt] = []
+    for name_or_path in names_or_paths:
+        found = load_suite(name_or_path, limit)
+        if any(p.suite == found[0].suite for p in prompts):
+            raise UserError(f"two suites are called {found[0].suite}: rename one of the files")
+        prompts += found
+    return prompts
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:

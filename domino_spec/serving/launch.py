@@ -101,6 +101,11 @@ def check_served(engine: str, draft: AnyDraft | None, num_drafts: int | None) ->
             f"--engine {engine} serves Domino and DFlash drafts; this is {KIND_NAMES[kind_of(draft)]} draft, for which "
             f"{engine} has options of its own"
         )
+    if engine == "sglang":  # verifies as many tokens as the draft has slots, the anchor among them
+        most = draft.config.block_size - 1
+        if num_drafts not in (None, most):
+            raise UserError(f"SGLang drafts {most} tokens with this draft, always: leave out --num-drafts {num_drafts}")
+        return most
     most = draft.config.max_drafts
     if num_drafts is not None and not 1 <= num_drafts <= most:
         raise UserError(f"--num-drafts must be between 1 and the {most} of this draft, got {num_drafts}")
@@ -125,7 +130,12 @@ def _vllm(target: str, draft: Path | None, num_drafts: int, settings: Settings) 
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
     arguments += ["--host", settings.host, "--port", str(settings.port)]
     if draft is not None:
-        speculative = {"method": "dflash", "model": str(draft), "num_speculative_tokens": num_drafts}
+        speculative = {
+            "method": "dflash",
+            "model": str(draft),
+            "num_speculative_tokens": num_drafts,
+            "draft_sample_method": "probabilistic",  # as the local engine samples; greedy requests choose regardless
+        }
         arguments += ["--speculative-config", json.dumps(speculative)]
     arguments += _given(
         ("--served-model-name", settings.model_name),
@@ -145,7 +155,8 @@ def _sglang(target: str, draft: Path | None, num_drafts: int, settings: Settings
     arguments += ["--host", settings.host, "--port", str(settings.port)]
     if draft is not None:
         arguments += ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(draft)]
-        arguments += ["--speculative-num-draft-tokens", str(num_drafts)]
+        if settings.candidates is not None:
+            arguments += ["--speculative-domino-candidate-pool-size", str(settings.candidates)]
     arguments += _given(
         ("--served-model-name", settings.model_name),
         ("--max-running-requests", settings.slots),

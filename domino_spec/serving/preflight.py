@@ -112,13 +112,13 @@ def _engine(plan: Plan, device: torch.device | None) -> str:
         return f"{plan.engine} {version}"
     on_cpu = device is None or device.type == "cpu"
     if plan.engine == "vllm":
-        from domino_spec.serving.vllm import table as vllm_table
+        from domino_spec.serving.vllm import table
 
-        check_hooks("vllm", version, vllm_table.V1 if on_cpu else vllm_table.V2)
+        check_hooks("vllm", version, table.V1 if on_cpu else table.V2)
     else:
-        from domino_spec.serving.sglang import table as sglang_table
+        from domino_spec.serving.sglang import check_engine
 
-        check_hooks("sglang", version, sglang_table.HOOKS)
+        check_engine()
     return f"{plan.engine} {version}, which is as the plug-in expects"
 
 

@@ -33,6 +33,7 @@ def test_vllm_is_told_of_the_draft_and_what_the_user_asked_for(target_dir, draft
         "method": "dflash",
         "model": str(draft_dir),
         "num_speculative_tokens": 2,
+        "draft_sample_method": "probabilistic",
     }
     assert (value(words, "--port"), value(words, "--max-num-seqs"), value(words, "--max-model-len")) == ("9", "3", "64")
     assert value(words, "--served-model-name") == "mine"
@@ -45,6 +46,16 @@ def test_sglang_is_told_of_the_draft(target_dir, draft_dir):
     assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
     assert value(words, "--speculative-algorithm") == "DFLASH"
     assert value(words, "--speculative-draft-model-path") == str(draft_dir)
+
+
+def test_sglang_always_drafts_a_whole_block(target_dir, draft_dir):
+    _, words = printed("sglang", "--target", target_dir, "--draft", draft_dir, "--num-drafts", 4, "--candidates", 9)
+    assert "--speculative-num-draft-tokens" not in words
+    assert value(words, "--speculative-domino-candidate-pool-size") == "9"
+    line = fail(
+        "serve", "--engine", "sglang", "--print", "--target", target_dir, "--draft", draft_dir, "--num-drafts", 5
+    )
+    assert "SGLang drafts 4 tokens" in line
 
 
 @pytest.mark.parametrize("engine", launch.ENGINES)

@@ -48,6 +48,7 @@ class Local:
     method: str | None
     costs: Path | None
     prefix_cache: int
+    graphs: bool
     max_queue: int
     timeout: float
     drain_seconds: float
@@ -78,6 +79,7 @@ local_options = collected(
         show_default=True,
         help="MiB for earlier turns; 0 for none.",
     ),
+    click.option("--graphs", is_flag=True, help="Capture whole cycles as CUDA graphs (new: no GPU has run it yet)."),
     click.option("--max-queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait."),
     click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds per request; 0 for any."),
     click.option(
@@ -268,9 +270,12 @@ def _serve_here(
         raise UserError("--timeout and --drain-seconds must not be negative")
     from domino_spec.serving.address import bind, url
     from domino_spec.serving.app import Service, Settings
+    from domino_spec.serving.preflight import choose_device
     from domino_spec.serving.server import Server, make_engine
 
     bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken
+    if local.graphs and choose_device(machine.device).type != "cuda":
+        raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     engine = make_engine(
         target,
@@ -282,6 +287,7 @@ def _serve_here(
         candidates=endpoint.candidates or None,
         costs_file=local.costs,
         prefix_bytes=local.prefix_cache * 2**20,
+        static=local.graphs,
         report=_report,
     )
     settings = Settings(

@@ -51,8 +51,16 @@ class DraftPolicy(Protocol):
         """See what would be drafted; it is not proposed."""
         ...
 
-    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float) -> None:
-        """Learn from what a cycle accepted and how long it took."""
+    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:
+        """Learn from what a cycle accepted and how long it took.
+
+        Args:
+            proposal: what was verified.
+            verdict: its tokens and features are not asked for.
+            seconds: of the cycle.
+            drafted: whether drafting was a part of it; None where it is the cycle that was `wanted` last, since only
+                a cycle that is heard of late says it (`decoding.static`).
+        """
         ...
 
 
@@ -113,25 +121,21 @@ class AdaptivePolicy:
 
     def _best_first(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """Drafts of each request from the best on [R, N], and expected accepted ones of the n best [N + 1]."""
-        requests, num_drafts = proposal.tokens.shape
-        meant = torch.arange(num_drafts, device=proposal.tokens.device) < proposal.num_drafts[:, None]
+        meant = torch.arange(proposal.tokens.shape[1], device=proposal.tokens.device) < proposal.num_drafts[:, None]
         chances = self._chances(proposal) * meant
-        if proposal.confidence is None:
-            order = torch.arange(num_drafts, device=meant.device).expand(requests, -1)
-        else:
-            # Stable: a parent is never less probable than its child, and comes first where both are equal.
-            order = (proposal.confidence * meant).sort(dim=1, descending=True, stable=True).indices
+        order = best_first(proposal)
         gains = chances.gather(1, order).cumsum(1).mean(0)  # of the n best drafts of a request
         return order, torch.cat((gains.new_zeros(1), gains)).cpu()
 
-    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float) -> None:
+    def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:
         """Count how often drafts of each confidence were accepted, and keep the cost model true."""
         requests, num_drafts = proposal.tokens.shape
-        if not self.curious:  # looking is not a part of any kind of cycle
-            key = (requests, num_drafts, self._drafted)
+        if drafted is not None or not self.curious:  # looking is not a part of any kind of cycle
+            drafted = self._drafted if drafted is None else drafted
+            key = (requests, num_drafts, drafted)
             off = min(max(seconds / self._modelled(*key), 1 / 4), 4.0)  # a machine may also stand still for a while
             self._factors[key] = (1 - TRUST) * self._factors.get(key, off) + TRUST * off
-            self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if self._drafted else 0
+            self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if drafted else 0
         if num_drafts == 0:
             return
         places = torch.arange(num_drafts, device=proposal.tokens.device)
@@ -202,6 +206,17 @@ class AdaptivePolicy:
 
 def _bins(confidence: Tensor) -> Tensor:
     return (confidence.clamp(0, 1).sqrt() * BINS).long().clamp(max=BINS - 1)
+
+
+def best_first(proposal: Proposal) -> Tensor:
+    """Drafts of each request from the best on, [R, N]; without confidences, as they come."""
+    requests, num_drafts = proposal.tokens.shape
+    places = torch.arange(num_drafts, device=proposal.tokens.device)
+    if proposal.confidence is None:
+        return places.expand(requests, -1)
+    # Stable: a parent is never less probable than its child, and comes first where both are equal.
+    believed = proposal.confidence * (places < proposal.num_drafts[:, None])
+    return believed.sort(dim=1, descending=True, stable=True).indices
 
 
 def keep_drafts(proposal: Proposal, kept: Tensor) -> Proposal:

@@ -75,7 +75,7 @@ class Drafter(Protocol):
 class NoCache:
     """The caches of a drafter that keeps nothing."""
 
-    def view(self, start: int, stop: int) -> NoCache:
+    def view(self, start: int, stop: int, extent: int | None = None) -> NoCache:
         """Nothing to see."""
         return self
 
@@ -92,8 +92,19 @@ class NoCache:
     def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
         """Nothing to put back."""
 
-    def wipe(self, request: int, rows: int) -> None:
+    def wipe(self, request: int, rows: int, first: int = 0) -> None:
         """Nothing to zero."""
+
+
+def is_static(drafter: Drafter) -> bool:
+    """Whether a drafter can be part of a static cycle (`decoding.static`); those that say nothing cannot.
+
+    Its `propose` and `advance` then never look at the device, what they allocate has shapes that depend on the number
+    of requests, the extent and `num_drafts` alone. `view` of its caches takes an `extent`, the rows to read whatever
+    the lengths are, and `wipe` the first row to zero. Requests with `num_accepted` -1 have ended: `advance` leaves
+    theirs alone.
+    """
+    return bool(getattr(drafter, "static", False))
 
 
 def cycle_room(drafter: Drafter) -> int:

@@ -4,28 +4,35 @@ Each step reads a part of the prompts that wait, then runs one cycle for all req
 verify, commit. Slots are memory allocated once. Those in use are always the first ones, so that a pass costs nothing
 for those that are not; a request that ends is replaced by the last one.
 
+The cycle may be a static one (`static`), which CUDA runs as one graph; the host hears of it while the next one runs.
+
 A request's text does not depend on who else is decoded: its random numbers are keyed by its own seed and positions.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from domino_spec.config import UserError
 from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.drafter import Drafter, cycle_room
-from domino_spec.decoding.generation import Ending, Generation, Request, TokenLogprob, check_prompt
+from domino_spec.decoding.drafter import Drafter, cycle_room, is_static
+from domino_spec.decoding.generation import Ending, Generation, Request, check_prompt
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.sampling import Sampling
+from domino_spec.decoding.slots import Slot, Stats
 from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.static import Flight, StaticCycles
+from domino_spec.decoding.static_policy import LateChoice
 from domino_spec.decoding.verify import commit, verify
 from domino_spec.target.model import PREFILL_CHUNK, Target
+
+_log = logging.getLogger(__name__)
 
 READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
@@ -33,39 +40,6 @@ MOST_UNREAD = 1024
 """Tokens of a request after which the drafter takes in what was committed without drafts: features take memory."""
 LOOKED_AT = 2
 """Requests that are drafted for while it does not pay, to see whether it would."""
-
-
-@dataclass
-class Stats:
-    """What an engine has done since it was made."""
-
-    cycles: int = 0
-    drafted_cycles: int = 0
-    """Cycles in which some request had drafts."""
-    verify_passes: int = 0
-    """Passes of single requests: R of them in a cycle of R requests."""
-    drafts: int = 0
-    committed_tokens: int = 0
-    """Accepted drafts and bonus tokens, before stop or length cut them."""
-    prompt_tokens: int = 0
-    """Read, not taken over from an earlier text."""
-    read_seconds: float = 0.0
-    """Wall-clock seconds of reading prompts."""
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A request that has been taken up."""
-
-    request: Request
-    generation: Generation
-    ending: Ending
-    taken_up: float
-    first_cycle: float = 0.0
-    prefix: tuple[Prefix, int] | None = None
-    """A text that begins alike, and how many of its rows can be used."""
-    unread: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """What the drafter has not taken in, from cycles without drafts: tokens [1, 1] and features [1, 1, F]."""
 
 
 @dataclass
@@ -89,6 +63,8 @@ class Engine:
             samples its drafts: their number would decide which text a seed gives.
         matching_rule: see `verify`.
         prefixes: keeps texts that ended, for prompts that begin like them; None keeps none.
+        static: run static cycles where the drafter allows, captured as graphs on CUDA. Requests that want
+            log-probabilities have ordinary ones, and so has whoever is decoded beside them.
 
     Raises:
         UserError: fewer slots than one.
@@ -105,6 +81,7 @@ class Engine:
         policy: DraftPolicy | None = None,
         matching_rule: bool = False,
         prefixes: PrefixCache | None = None,
+        static: bool = False,
     ) -> None:
         if slots < 1:
             raise UserError(f"an engine needs at least one slot, got {slots}")
@@ -124,11 +101,20 @@ class Engine:
             Sampling([], device),
         )
         self._own = drafter.allocate(slots, rows)
-        self._waiting: deque[_Slot] = deque()
-        self._reading: list[_Slot] = []
+        self._waiting: deque[Slot] = deque()
+        self._reading: list[Slot] = []
         self._read_from = 0
-        self._running: list[_Slot] = []
+        self._running: list[Slot] = []
         self._batch: _Batch | None = None
+        self._static = self._static_cycles() if static else None
+        self._late: Flight | None = None
+        self._choice = LateChoice(policy, self.num_drafts)
+
+    def _static_cycles(self) -> StaticCycles | None:
+        if not is_static(self.drafter):
+            _log.warning("cycles are ordinary ones, which wait for the host: the drafter works there in part")
+            return None
+        return StaticCycles(self.target, self.drafter, self._state, self._own, self.num_drafts, self.matching_rule)
 
     @property
     def busy(self) -> bool:
@@ -166,7 +152,7 @@ class Engine:
         """
         self.check(request)
         generation = Generation(list(request.prompt_ids)) if generation is None else generation
-        self._waiting.append(_Slot(request, generation, Ending(self.target, request.limits), time.perf_counter()))
+        self._waiting.append(Slot(request, generation, Ending(self.target, request.limits), time.perf_counter()))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -180,8 +166,14 @@ class Engine:
         self._release()
         self._take_up()
         self._read_prompts()
+        late, self._late = self._late, None
         if not self._running:
             return []
+        if self._static is not None and all(slot.request.top_logprobs is None for slot in self._running):
+            self._late = self._launch(self._static, late)
+            return [] if late is None else self._hear(late)
+        if late is not None:
+            return self._hear(late)
         batch = self._batch = self._batch or self._view()
         started = time.perf_counter()
         proposal = self._propose(batch)
@@ -258,6 +250,7 @@ class Engine:
         for place, slot in enumerate(self._reading, self._read_from):
             if place != len(self._running):
                 self._move(place, len(self._running))
+            self._state.active[len(self._running)] = True
             slot.first_cycle = started
             slot.generation.seconds_prefill = started - slot.taken_up
             self._running.append(slot)
@@ -289,13 +282,7 @@ class Engine:
         return Proposal.empty(requests, self.target.device)
 
     def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
-        stats, drafts = self.stats, int(proposal.num_drafts.sum())
-        committed = int(verdict.num_accepted.sum()) + len(self._running)
-        stats.cycles += 1
-        stats.drafted_cycles += drafts > 0
-        stats.verify_passes += len(self._running)
-        stats.drafts += drafts
-        stats.committed_tokens += committed
+        self.stats.count(len(self._running), int(proposal.num_drafts.sum()), int(verdict.num_accepted.sum()))
         if proposal.tokens.shape[1]:
             self.drafter.advance(batch.own, verdict)
             return
@@ -329,16 +316,35 @@ class Engine:
         proposed, sound = proposal.num_drafts.tolist(), verdict.sound.tolist()
         now, grown = time.perf_counter(), []
         for r, slot in enumerate(self._running):
-            generation = slot.generation
-            grown.append(generation)
-            if generation.finish_reason is None and not sound[r]:
-                generation.finish_reason = "error"
-            if generation.finish_reason is not None:
-                continue
-            count, top = accepted[r] + 1, slot.request.top_logprobs
-            logprobs = [] if top is None else _logprobs(verdict, r, tokens[r][:count], top)
-            slot.ending.append(generation, tokens[r][:count], proposed[r], logprobs)
-            generation.seconds_decode = now - slot.first_cycle
+            grown.append(slot.generation)
+            slot.grow(tokens[r][: accepted[r] + 1], proposed[r], sound[r], now, verdict, r)
+        self._release()
+        return grown
+
+    # One static cycle
+
+    def _launch(self, static: StaticCycles, late: Flight | None) -> Flight:
+        """Start a cycle; nobody may have heard of the one before."""
+        self._read_committed(0, len(self._running))
+        samples = self.drafter.samples and any(not slot.request.settings.greedy for slot in self._running)
+        choice = self._choice.choose(len(self._running), asked=not samples)
+        return static.launch(self._running, late, choice.offered, choice.verified, choice.drafted)
+
+    def _hear(self, flight: Flight) -> list[Generation]:
+        """Deliver what a cycle decided to those who are still there."""
+        heard = flight.hear()
+        now, grown = time.perf_counter(), []
+        decoded = [r for r, accepted in enumerate(heard.accepted) if accepted >= 0]
+        if decoded:
+            drafts, accepted = (sum(values[r] for r in decoded) for values in (heard.num_drafts, heard.accepted))
+            self.stats.count(len(decoded), drafts, accepted)
+        self._choice.learn(flight, heard)
+        for r in decoded:
+            slot = flight.slots[r]
+            grown.append(slot.generation)
+            slot.grow(heard.tokens[r][: heard.accepted[r] + 1], heard.num_drafts[r], heard.sound[r], now, None, r)
+        for slot, accepted, ended in zip(flight.slots, heard.accepted, heard.ended, strict=True):
+            assert slot.generation.finish_reason or (accepted >= 0 and not ended), "it would stand still for ever"
         self._release()
         return grown
 
@@ -353,15 +359,28 @@ class Engine:
         for place in ended:
             if self._running[place].generation.finish_reason in ("stop", "length"):
                 self._keep_prefix(place)
-            else:  # nobody has seen whether its rows are finite, or they are not
-                rows = int(self._state.lengths[place]) + self.drafter.max_drafts + 1
-                self._state.cache.wipe(place, rows)
-                self._own.wipe(place, rows)
+            self._vacate(place, self._running[place])
         for place in reversed(ended):
             last = self._running.pop()
             if place < len(self._running):
                 self._move(len(self._running), place)
+                self._vacate(len(self._running), last)
                 self._running[place] = last
+        if self._static is not None:
+            self._static.rest(len(self._running), len(self._running) + len(ended))
+
+    def _vacate(self, place: int, slot: Slot) -> None:
+        """Leave nothing in a place that is not finite: nobody has seen what stands behind a text."""
+        caches, rows = (self._state.cache, self._own), self._state.tokens.shape[1]
+        self._state.tokens[place] = 0  # the next prompt may be padded with what stands here
+        if slot.generation.finish_reason not in (None, "stop", "length"):
+            for cache in caches:
+                cache.wipe(place, rows)
+        elif self._static is not None:  # an ordinary pass reads little beyond texts, and overwrites that before
+            # Cycles may have committed more than was kept, one that nobody has heard of too; they wrote further yet.
+            most = min(slot.length + 3 * (self.drafter.max_drafts + 1), rows)
+            for cache in caches:
+                cache.wipe(place, most, slot.length - 1)
 
     def _keep_prefix(self, place: int) -> None:
         if self.prefixes is not None:
@@ -375,16 +394,3 @@ class Engine:
     def _move(self, source: int, destination: int) -> None:
         self._state.move(source, destination)
         self._own.move(source, destination)
-
-
-def _logprobs(verdict: Verdict, request: int, tokens: list[int], top: int) -> list[TokenLogprob]:
-    """Log-probabilities of a request's committed tokens."""
-    assert verdict.logits is not None
-    rows = torch.arange(len(tokens)) if verdict.path is None else verdict.path[request, : len(tokens)]
-    logprobs = verdict.logits[request, rows].float().log_softmax(-1)  # [n, V]
-    chosen: Tensor = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
-    best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
-    return [
-        TokenLogprob(own, tuple(zip(ids, values, strict=True)))
-        for own, ids, values in zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-    ]

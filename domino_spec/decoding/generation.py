@@ -132,7 +132,7 @@ class Ending:
         if limits.stop and target.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this target has none")
         self._max_new_tokens = limits.max_new_tokens
-        self._stop_token_ids = target.stop_token_ids if limits.stop_token_ids is None else limits.stop_token_ids
+        self.stop_token_ids = target.stop_token_ids if limits.stop_token_ids is None else limits.stop_token_ids
         self._stream = TextStream(target.tokenizer) if target.tokenizer is not None else None
         self._stop = StopStrings(limits.stop)
 
@@ -146,7 +146,7 @@ class Ending:
             generation.token_ids.append(token)
             generation.accepted.append(i < len(tokens) - 1)
             generation.logprobs.extend(logprobs[i : i + 1])
-            stopped = token in self._stop_token_ids
+            stopped = token in self.stop_token_ids
             full = len(generation.token_ids) >= self._max_new_tokens
             if self._stream is not None:
                 generation.text += self._stream.push([] if stopped else [token], final=stopped or full)

@@ -43,12 +43,12 @@ class State:
         """[R], the last committed token of every request: clean token in slot 0 of the next block."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
 
-    def view(self, start: int, stop: int, sampling: Sampling) -> State:
-        """The requests `start .. stop - 1` as a state of their own, in the same memory."""
+    def view(self, start: int, stop: int, sampling: Sampling, extent: int | None = None) -> State:
+        """The requests `start .. stop - 1` as a state of their own, in the same memory; for `extent` see the cache."""
         tokens, lengths, prompt_lengths, active = (
             t[start:stop] for t in (self.tokens, self.lengths, self.prompt_lengths, self.active)
         )
-        return State(tokens, lengths, prompt_lengths, active, self.cache.view(start, stop), sampling)
+        return State(tokens, lengths, prompt_lengths, active, self.cache.view(start, stop, extent), sampling)
 
     def move(self, source: int, destination: int) -> None:
         """Put request `source` in the place of `destination`, which is lost."""

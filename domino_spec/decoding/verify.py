@@ -122,7 +122,8 @@ def commit(state: State, verdict: Verdict) -> None:
     kept = torch.where(fresh, verdict.tokens, state.tokens.gather(1, index))
     state.tokens.scatter_(1, index, kept)
     if verdict.path is not None:
-        state.cache.keep_path(verdict.path[:, : int(verdict.num_accepted.max()) + 1])
+        fixed = state.cache.fixed_extent is not None  # then nobody looks how much of the paths is meant
+        state.cache.keep_path(verdict.path if fixed else verdict.path[:, : int(verdict.num_accepted.max()) + 1])
     advance = (verdict.num_accepted + 1) * state.active
     state.lengths += advance
     state.cache.lengths += advance

@@ -29,10 +29,13 @@ class ContextCache(RequestRows):
     values: Tensor
     lengths: Tensor
     """[R], valid rows: committed tokens without the anchor."""
+    extent: int | None = None
+    """Rows that the backbone reads, whatever the lengths are; None reads as many as the longest request needs, which
+    takes a look at the device."""
 
-    def view(self, start: int, stop: int) -> ContextCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
-        return ContextCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop])
+    def view(self, start: int, stop: int, extent: int | None = None) -> ContextCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `extent`."""
+        return ContextCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop], extent)
 
     def clear(self, request: int) -> None:
         """Forget a request."""
@@ -80,6 +83,11 @@ class BlockDrafter:
         self.feature_layers = draft.config.target_layer_ids
         self.max_drafts = draft.config.max_drafts
 
+    @property
+    def static(self) -> bool:
+        """On a CPU the rollout looks where it can end early."""
+        return self.min_confidence == 0 or self.draft.device.type != "cpu"
+
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
         config = self.draft.config
@@ -103,7 +111,7 @@ class BlockDrafter:
         anchors = state.anchors
         requests = len(anchors)
         slots = torch.arange(config.block_size, device=anchors.device)
-        extent = int(own.lengths.max())
+        extent = int(own.lengths.max()) if own.extent is None else own.extent
         seen = torch.arange(extent, device=anchors.device) < own.lengths[:, None]
         mask = torch.cat((seen, seen.new_ones(requests, config.block_size)), dim=1)  # [R, T + B]
         hidden = draft.backbone(
@@ -152,6 +160,7 @@ class BlockDrafter:
         """Project the features of what was committed."""
         assert verdict.features is not None
         counts = verdict.num_accepted + 1
+        rows = int(counts.max()) if own.extent is None else verdict.features.shape[1]
         # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
-        own.lengths.copy_(verdict.anchor_positions)
-        self.read(own, verdict.tokens, verdict.features[:, : int(counts.max())], counts)
+        own.lengths.copy_(torch.where(counts > 0, verdict.anchor_positions, own.lengths))
+        self.read(own, verdict.tokens, verdict.features[:, :rows], counts)

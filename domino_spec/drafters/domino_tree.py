@@ -54,6 +54,11 @@ class TreeDrafter:
         # The cache makes room for so many rows.
         self.max_drafts = budget if width is None else min(budget, width * block.max_drafts)
 
+    @property
+    def static(self) -> bool:
+        """Prefixes in order of their probability are searched on the host."""
+        return self.builder != "best-first" and self.block.static
+
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """The context caches of the chain's drafter."""
         return self.block.allocate(requests, capacity)

@@ -14,6 +14,7 @@ class PlainDecoding:
     feature_layers: tuple[int, ...] = ()
     max_drafts = 0
     samples = False
+    static = True
 
     def allocate(self, requests: int, capacity: int) -> NoCache:
         """Nothing to cache."""

@@ -39,7 +39,7 @@ class EmbeddingTable:
             scale = getattr(module, "scalar_embed_scale", None)
         if changed or not isinstance(scale, float) or not module.weight.is_contiguous():
             return None
-        in_its_type = float(torch.tensor(scale, dtype=module.weight.dtype))
+        in_its_type = scale if scale == 1 else float(torch.tensor(scale, dtype=module.weight.dtype))
         return EmbeddingTable(module.weight.detach(), token_ids, dtype, in_its_type)
 
     def __call__(self, choices: Tensor) -> Tensor:

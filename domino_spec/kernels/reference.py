@@ -67,7 +67,9 @@ def head_rollout(
         w1_hidden, w1_state = head.input_weight.split([hidden_width, head.config.gru_hidden_dim], dim=1)
         from_hidden = F.linear(hidden, w1_hidden)  # [R, N, L]: the slots' share of W1 in one product
         state = head.step(anchor_embedding, head.initial_state(len(hidden), like=hidden))
-    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(hidden))[:, None]
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((len(hidden),), float(temperature), device=hidden.device)  # no copy from the host
+    temperatures = temperature.to(hidden.device, torch.float32).expand(len(hidden))[:, None]
     choices = torch.empty(len(hidden), num_drafts, dtype=torch.long, device=hidden.device)
     all_ids, all_probs = [], []
     confidence = hidden.new_ones(len(hidden), num_drafts + 1, dtype=torch.float32)

@@ -34,7 +34,7 @@ class Tree:
     """Drafted tokens as indices into the logits, parents first."""
 
     choices: Tensor
-    """[R, N]; N is the largest of `num_drafts` on a CPU, at most the budget elsewhere."""
+    """[R, N]; N is at most the budget; where improbable drafts are left out on a CPU, the largest of `num_drafts`."""
     parents: Tensor
     """[R, N], index of each draft's parent; -1 for a child of the anchor."""
     num_drafts: Tensor
@@ -108,7 +108,7 @@ def head_tree(
         paths = (scores[..., None] + logits.float().log_softmax(-1)).flatten(1)  # [R, W * K]
         # On a CPU, prefixes that nobody would keep are not extended; elsewhere that would take a look at the device.
         scores, index = paths.topk(min(most, paths.shape[1]), dim=1)
-        if hidden.device.type == "cpu":
+        if hidden.device.type == "cpu" and min_confidence > 0:
             worth = int((scores >= threshold).any(0).sum())
             if worth == 0:
                 break
@@ -159,7 +159,7 @@ def _best(choices: Tensor, scores: Tensor, parents: Tensor, ranks: Tensor, budge
     meant = ranked.values[:, :budget] > -math.inf
     num_drafts = meant.sum(1)
     kept = torch.where(meant, kept, total).sort(dim=1).values  # in order of depth; what is not meant, last
-    if choices.device.type == "cpu":
+    if choices.device.type == "cpu" and threshold > -math.inf:
         kept = kept[:, : int(num_drafts.max())]  # rows of the verify pass that no request would use
     places = torch.full((len(choices), total + 1), -1, device=choices.device)
     places.scatter_(1, kept, torch.arange(kept.shape[1], device=choices.device).expand_as(kept))

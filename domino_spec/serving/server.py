@@ -42,6 +42,7 @@ def make_engine(
     candidates: int | None = DEFAULT_CANDIDATES,
     costs_file: Path | None = None,
     prefix_bytes: int = 0,
+    static: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """An engine that is warm and, unless told otherwise, chooses the number of drafts by what passes cost here.
@@ -56,6 +57,7 @@ def make_engine(
         candidates: see `make_drafter`.
         costs_file: costs are read from it, or measured and written to it; None measures them every time.
         prefix_bytes: memory for texts that ended, from which follow-up turns take what they begin with; 0 keeps none.
+        static: see `Engine`.
         report: called with lines on the progress.
 
     Raises:
@@ -77,7 +79,7 @@ def make_engine(
     )
     adapts = num_drafts is None and drafter.max_drafts > 0
     costs = _costs(target, drafter, slots, costs_file, report) if adapts else None
-    engine = Engine(target, drafter, slots=slots, capacity=capacity, num_drafts=num_drafts)
+    engine = Engine(target, drafter, slots=slots, capacity=capacity, num_drafts=num_drafts, static=static)
     report("warming up")
     _warm_up(engine)
     engine.policy = None if costs is None else AdaptivePolicy(costs)

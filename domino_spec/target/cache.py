@@ -36,14 +36,14 @@ class RequestRows:
             own[:, request, :, :rows] = kept[..., :rows, :]
         self.lengths[request] = rows
 
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero a request's first rows.
+    def wipe(self, request: int, rows: int, first: int = 0) -> None:
+        """Zero a request's rows from `first` on, below `rows`.
 
         A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
         must not leave them to the next.
         """
-        self.keys[:, request, :, :rows] = 0
-        self.values[:, request, :, :rows] = 0
+        self.keys[:, request, :, first:rows] = 0
+        self.values[:, request, :, first:rows] = 0
 
 
 class TargetCache(RequestRows, Cache):
@@ -72,6 +72,9 @@ class TargetCache(RequestRows, Cache):
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(requests, dtype=torch.long, device=device)
         """Valid rows of each request, [R]."""
+        self.fixed_extent: int | None = None
+        """Rows that attention reads, whatever the lengths are; None reads as many as the longest request needs, which
+        takes a look at the device."""
         self._requests = torch.arange(requests, device=device)[:, None]
         self._rows = torch.empty(0)
         self._extent = 0
@@ -80,9 +83,15 @@ class TargetCache(RequestRows, Cache):
     def begin_pass(self, num_tokens: int) -> int:
         """Prepare to write `num_tokens` rows per request; returns `extent`, the rows that attention will read.
 
+        With a `fixed_extent` nothing is checked: the caller answers for the rows of whoever still decodes being inside.
+
         Raises:
             ValueError: the rows would not fit; the caller sized the cache wrongly or must stop.
         """
+        if self.fixed_extent is not None:
+            self._extent, self._contiguous = self.fixed_extent, None
+            self._rows = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [R, N]
+            return self._extent
         longest = int(self.lengths.max())
         self._extent = longest + num_tokens
         if self._extent > self.capacity:
@@ -113,22 +122,23 @@ class TargetCache(RequestRows, Cache):
             path: [R, n], increasing rows of the pass; row `path[r, i]` goes to `lengths[r] + i`.
         """
         places = torch.arange(path.shape[1], device=path.device)
-        if bool((path == places).all()):
+        if self.fixed_extent is None and bool((path == places).all()):
             return
         source, destination = self.lengths[:, None] + path, self.lengths[:, None] + places
         for stored in (self.keys, self.values):
             # Advanced indices around a slice put R and n first, on both sides alike; the right side is copied first.
             stored[:, self._requests, :, destination] = stored[:, self._requests, :, source]
 
-    def view(self, start: int, stop: int) -> TargetCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
+    def view(self, start: int, stop: int, extent: int | None = None) -> TargetCache:
+        """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `fixed_extent`."""
         seen = object.__new__(type(self))
         seen.__dict__.update(self.__dict__)
         seen.keys, seen.values = self.keys[:, start:stop], self.values[:, start:stop]
         seen.lengths = self.lengths[start:stop]
         seen._requests = self._requests[: stop - start]
+        seen.fixed_extent = extent
         return seen
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""
-        return int(self.lengths.max())
+        return int(self.lengths.max()) if self.fixed_extent is None else self.fixed_extent

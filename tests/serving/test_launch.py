@@ -94,6 +94,7 @@ def test_what_would_be_ignored_is_refused(target_dir, draft_dir, monkeypatch):
     assert "--cors-origin is for" in fail("serve", "--engine", "vllm", *pair, "--cors-origin", "*")
     assert "unexpected argument --x" in fail("serve", *pair, "--", "--x")
     assert "give --engine" in fail("serve", *pair, "--print")
+    assert "--graphs captures CUDA graphs" in fail("serve", *pair, "--graphs", "--device", "cpu", "--port", 0)
     assert "--json goes with --check" in fail("serve", *pair, "--json")
     assert "two things" in fail("serve", *pair, "--engine", "vllm", "--check", "--print")
     assert "between 1 and the 5" in fail("serve", *pair, "--engine", "vllm", "--print", "--num-drafts", 9)

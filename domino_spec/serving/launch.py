@@ -58,6 +58,8 @@ class Launch:
     """Variables beside those that are set already."""
     secrets: Mapping[str, str] = field(default_factory=dict)
     """More of them, which are not shown."""
+    secret_arguments: tuple[str, ...] = ()
+    """Arguments that are not shown, for an engine that takes a secret in no other way."""
 
     @property
     def line(self) -> str:
@@ -68,7 +70,11 @@ class Launch:
     def run(self) -> NoReturn:
         """Become that process."""
         sys.stdout.flush()
-        os.execvpe(self.arguments[0], list(self.arguments), {**os.environ, **self.environment, **self.secrets})
+        os.execvpe(
+            self.arguments[0],
+            [*self.arguments, *self.secret_arguments],
+            {**os.environ, **self.environment, **self.secrets},
+        )
 
 
 def installed_version(engine: str) -> str:
@@ -169,7 +175,8 @@ def _sglang(target: str, draft: Path | None, num_drafts: int, settings: Settings
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
     if settings.device.startswith("cuda:"):
         environment["CUDA_VISIBLE_DEVICES"] = settings.device[5:]
-    return Launch((*arguments, *settings.extra), environment)
+    key = () if settings.api_key is None else ("--api-key", settings.api_key)
+    return Launch((*arguments, *settings.extra), environment, secret_arguments=key)
 
 
 def on_cpu(settings: Settings) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from domino_spec import __version__
 from domino_spec.config import DraftConfig, UserError
 from domino_spec.decoding.drafter import Drafter, cycle_room
-from domino_spec.draft.describe import check_fit
+from domino_spec.draft.describe import fit_of
 from domino_spec.draft.load import AnyDraft, draft_directory, read_any_draft
 from domino_spec.draft.model import Draft
 from domino_spec.drafters.plain import PlainDecoding
@@ -93,7 +93,8 @@ def preflight(plan: Plan) -> list[Finding]:
         if draft is not None:
             ask("method", lambda: _method(plan, draft))
         if draft is not None and target is not None:
-            findings.append(_pairing(plan, draft))
+            fit = fit_of(draft.config, name, target.target, plan.allow_other_target)
+            findings.append(Finding("pairing", fit.sentence, fit.fits))
     if device is not None and target is not None and all(finding.works for finding in findings):
         findings.append(_memory(plan, device, target, draft))
     return findings
@@ -187,13 +188,6 @@ def _method(plan: Plan, draft: AnyDraft) -> str:
     return (
         f"{method}; the head (GRU {head.gru_hidden_dim}, low rank {head.low_rank}) corrects {width} of all drafts{pure}"
     )
-
-
-def _pairing(plan: Plan, draft: AnyDraft) -> Finding:
-    fit = check_fit(draft.config, str(plan.draft), plan.target)
-    if not fit.fits and plan.allow_other_target and "fingerprint" in fit.sentence:
-        return Finding("pairing", "same shape; trained for other weights, which is allowed")
-    return Finding("pairing", fit.sentence, fit.fits)
 
 
 def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: AnyDraft | None) -> Finding:

@@ -120,3 +120,21 @@ def test_the_process_is_replaced_by_the_engine(target_dir, draft_dir, monkeypatc
     assert started["file"] == sys.executable
     assert shlex.join(started["arguments"]) == line
     assert started["environment"]["VLLM_API_KEY"] == "hush" and "PATH" in started["environment"]
+
+
+@pytest.mark.parametrize("engine", launch.ENGINES)
+def test_a_server_that_others_reach_gets_its_key(engine, target_dir, monkeypatch):
+    started = {}
+
+    def become(file: str, arguments: list[str], environment: dict[str, str]) -> None:
+        started.update(arguments=arguments, environment=environment)
+
+    monkeypatch.setattr(launch.os, "execvpe", become)
+    monkeypatch.setattr(launch, "installed_version", lambda name: "1")
+    pair = ("--target", target_dir, "--draft", "none", "--device", "cpu")
+    out = succeed("serve", "--engine", engine, *pair, "--host", "0.0.0.0", "--api-key", "hush")
+    assert "hush" not in out
+    if engine == "vllm":
+        assert started["environment"]["VLLM_API_KEY"] == "hush"
+    else:
+        assert value(started["arguments"], "--api-key") == "hush"

@@ -128,6 +128,9 @@ class DraftConfig:
     """B, slots of a block, the anchor's included."""
     shift_label: bool = False
     """True: slot k predicts the token one position later, so B slots draft. False: its own position, B - 1 draft."""
+    short_blocks: bool = False
+    """Whether it was trained on shorter blocks, too: where fewer drafts are asked for, the block then ends with the
+    last of them. Otherwise all B slots are run, since attention inside a block is bidirectional."""
     head: HeadConfig | None = None
     """None for a plain DFlash draft."""
     draft_vocab_size: int | None = None

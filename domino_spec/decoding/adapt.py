@@ -3,18 +3,20 @@
 A draft costs a row of the verify pass, for every request of the batch, whether it is accepted or not. With few requests
 a pass waits for the weights and rows are cheap; with many they are not, and at some number no draft pays. The policy
 expects every draft to be accepted as often as drafts of its confidence were, and takes the number of drafts per request
-that gives the most tokens per second (the cost model's seconds); if none does, it stops drafting and looks again now
-and then.
+that gives the most tokens per second; if none does, it stops drafting and looks again now and then. It chooses twice:
+how many to ask the drafter for, by what was expected lately, and how many of those to verify, by how sure they are.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.decoding.costs import CostModel
+from domino_spec.decoding.costs import CostModel, sizes_up_to
 from domino_spec.decoding.state import Proposal, Verdict
 
 BINS = 16
@@ -23,14 +25,23 @@ PRIOR = 8.0
 """Drafts' worth of trust in the draft's own confidence before any was seen."""
 MEMORY = 2000.0
 """Drafts of a class after which old ones fade."""
-FADE, FADE_LOOKED = 0.05, 0.5
-"""Share of the newest cycle in what is expected of the next; the same of one that was only looked at, which is rare."""
+DRIFT = 0.005
+"""What a cycle adds to the variance of what is expected, in variances of what one request is expected to accept."""
 FIRST_PAUSE, LONGEST_PAUSE = 8, 64
 """Cycles without drafts before it looks again; the pause doubles while drafts do not pay."""
 RECHECKED = 128
 """Cycles that draft after which one is plain, so that it stays known what that takes."""
-TRUST = 0.1
-"""Share of the newest cycle in how far its kind's seconds are from the cost model's."""
+PACE = 0.3
+"""Share of the newest cycle in how fast the machine is."""
+MOST_WEIGHT, OFFSET_PRIOR = 40.0, 20.0
+"""Cycles over which it is averaged how far a kind's seconds are off the cost model's; and the weight, in cycles, of
+how far kinds like it are off."""
+FARTHEST_OFF = math.log(4)
+"""A machine may also stand still for a while."""
+MARGIN = 1.05
+"""By how much drafting must promise to beat plain decoding before it is taken up; it is given up where it loses."""
+SLACK = 0.99
+"""A larger number is asked for where it promises this share of the best number's rate: some cycles are surer."""
 
 
 class DraftPolicy(Protocol):
@@ -57,7 +68,7 @@ class DraftPolicy(Protocol):
         Args:
             proposal: what was verified.
             verdict: its tokens and features are not asked for.
-            seconds: of the cycle.
+            seconds: of the cycle, without those of looking.
             drafted: whether drafting was a part of it; None where it is the cycle that was `wanted` last, since only
                 a cycle that is heard of late says it (`decoding.static`).
         """
@@ -73,32 +84,33 @@ class AdaptivePolicy:
 
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
-        centres = ((torch.arange(BINS) + 0.5) / BINS) ** 2
-        self._seen = torch.full((BINS,), PRIOR, dtype=torch.double)
-        self._accepted = PRIOR * centres.double()
-        self._by_place: dict[int, list[float]] = {}
-        self._expected: Tensor | None = None
-        """[N + 1], accepted drafts of a request that has its n best drafts, lately."""
+        self.curious = False
+        self._requests = 0
+        """Of the newest cycle."""
+        self._asked = 0
+        """Drafts that were `wanted` last, where any were."""
+        self._drafting = False
         self._idle, self._pause = 0, FIRST_PAUSE
-        self.curious = self._drafted = False
-        self._factors: dict[tuple[int, int, bool], float] = {}
-        """Seconds of cycles over the cost model's, by number of requests, drafts per request, whether it drafted."""
+        self._acceptance = _Acceptance()
+        self._expected = _Expected()
+        self._clock = _Clock()
         self._since_plain: dict[int, int] = {}
         """Cycles that drafted since the last plain one, by number of requests; absent where there was none yet."""
 
     def wanted(self, requests: int, most: int) -> int:
-        """All of them, to be cut, or none where even the best number would lose."""
-        self._drafted, self.curious = False, False
-        if self._since_plain.get(requests, RECHECKED) >= RECHECKED:
+        """The number that pays best lately, to be cut, or none where even that would lose."""
+        self._expected.age()
+        self._requests = requests
+        was_drafting, self._drafting = self._drafting, False
+        self.curious = self._expected.gains is None or self._since_plain.get(requests, 0) >= RECHECKED
+        if self.curious or requests not in self._since_plain:
             return 0
-        self._drafted = True
-        if self._expected is None:
-            return most
-        plain = requests / self._seconds(requests, 0, drafted=False)
-        if float(self._rates(self._expected, requests).max()) > plain:
+        rate, number = self._best_number(requests, most)
+        if rate > self._plain(requests) * (1.0 if was_drafting else MARGIN):
             self._idle, self._pause = 0, FIRST_PAUSE
-            return most
-        self._drafted, self._idle = False, self._idle + 1
+            self._drafting, self._asked = True, number
+            return number
+        self._idle += 1
         if self._idle > self._pause:
             self._idle, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
             self.curious = True
@@ -107,43 +119,100 @@ class AdaptivePolicy:
     def cut(self, proposal: Proposal) -> Proposal:
         """The best n drafts of every request, for the n that pays most; n may be 0."""
         requests, num_drafts = proposal.tokens.shape
+        asked = max(self._asked, num_drafts)
         if num_drafts == 0:
+            self._expected.see(torch.zeros(1, dtype=torch.double), requests, asked)
             return proposal
         order, gains = self._best_first(proposal)
-        self._expect(gains)
-        best = int(self._rates(gains, requests).argmax())
+        self._expected.see(gains, requests, asked)
+        best = int(self._rates(gains, requests, asked).argmax())
         return proposal if best == num_drafts else keep_drafts(proposal, order[:, :best])
 
     def look(self, proposal: Proposal) -> None:
-        """What few requests would be drafted says what all of them would."""
-        if proposal.tokens.shape[1]:
-            self._expect(self._best_first(proposal)[1], FADE_LOOKED)
-
-    def _best_first(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        """Drafts of each request from the best on [R, N], and expected accepted ones of the n best [N + 1]."""
-        meant = torch.arange(proposal.tokens.shape[1], device=proposal.tokens.device) < proposal.num_drafts[:, None]
-        chances = self._chances(proposal) * meant
-        order = best_first(proposal)
-        gains = chances.gather(1, order).cumsum(1).mean(0)  # of the n best drafts of a request
-        return order, torch.cat((gains.new_zeros(1), gains)).cpu()
+        """What few requests would be drafted says what all of them would; if it is good, it looks again soon."""
+        number = proposal.tokens.shape[1]
+        if number == 0:
+            return
+        gains = self._best_first(proposal)[1]
+        self._expected.see(gains, len(proposal.tokens), number)
+        if self._requests and float(self._rates(gains, self._requests, number).max()) > self._plain(self._requests):
+            self._pause = FIRST_PAUSE
 
     def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:
         """Count how often drafts of each confidence were accepted, and keep the cost model true."""
         requests, num_drafts = proposal.tokens.shape
-        if drafted is not None or not self.curious:  # looking is not a part of any kind of cycle
-            drafted = self._drafted if drafted is None else drafted
-            key = (requests, num_drafts, drafted)
-            off = min(max(seconds / self._modelled(*key), 1 / 4), 4.0)  # a machine may also stand still for a while
-            self._factors[key] = (1 - TRUST) * self._factors.get(key, off) + TRUST * off
-            self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if drafted else 0
-        if num_drafts == 0:
-            return
+        drafted = self._drafting if drafted is None else drafted
+        asked = max(self._asked, num_drafts) if drafted else 0
+        self._clock.observe(requests, num_drafts, drafted, self._modelled(requests, num_drafts, asked), seconds)
+        self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if drafted else 0
+        if num_drafts:
+            self._acceptance.count(proposal, verdict)
+
+    def _best_number(self, requests: int, most: int) -> tuple[float, int]:
+        """Tokens per second that can be expected, and the number of drafts to ask for."""
+        gains = self._expected.gains
+        assert gains is not None
+        found = []
+        for number in sizes_up_to(most):
+            found.append((float(self._rates(gains[: number + 1], requests, number).max()), number))
+        best = max(rate for rate, _ in found)
+        return best, max(number for rate, number in found if rate >= SLACK * best)
+
+    def _best_first(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """Drafts of each request from the best on [R, N], and expected accepted ones of the n best [N + 1]."""
+        meant = torch.arange(proposal.tokens.shape[1], device=proposal.tokens.device) < proposal.num_drafts[:, None]
+        chances = self._acceptance.chances(proposal) * meant
+        order = best_first(proposal)
+        gains = chances.gather(1, order).cumsum(1).mean(0)  # of the n best drafts of a request
+        return order, torch.cat((gains.new_zeros(1), gains)).cpu()
+
+    def _rates(self, gains: Tensor, requests: int, asked: int) -> Tensor:
+        """Tokens per second of cycles with 0, 1, .. drafts per request of those asked for, which are paid for."""
+        seconds = [self._seconds(requests, n, asked) for n in range(len(gains))]
+        return requests * (1 + gains) / torch.tensor(seconds, dtype=torch.double)
+
+    def _plain(self, requests: int) -> float:
+        """Tokens per second without drafts."""
+        return requests / self._seconds(requests, 0, 0)
+
+    def _modelled(self, requests: int, num_drafts: int, asked: int) -> float:
+        drafting = self.costs.draft(requests, asked) if asked else 0.0
+        return self.costs.verify(requests, num_drafts + 1) + drafting
+
+    def _seconds(self, requests: int, num_drafts: int, asked: int) -> float:
+        modelled = self._modelled(requests, num_drafts, asked)
+        return self._clock.seconds(requests, num_drafts, asked > 0, modelled)
+
+
+class _Acceptance:
+    """How often drafts like a given one were accepted: by their confidence, or by their place where they have none."""
+
+    def __init__(self) -> None:
+        centres = ((torch.arange(BINS) + 0.5) / BINS) ** 2
+        self._seen = torch.full((BINS,), PRIOR, dtype=torch.double)
+        self._accepted = PRIOR * centres.double()
+        self._by_place: dict[int, list[float]] = {}
+
+    def chances(self, proposal: Proposal) -> Tensor:
+        """Of each draft, [R, N]."""
+        if proposal.confidence is None:
+            known = [
+                self._by_place.get(place, [PRIOR, PRIOR / (place + 2)]) for place in range(proposal.tokens.shape[1])
+            ]
+            rates = torch.tensor([hits / seen for seen, hits in known], dtype=torch.double)
+            return rates.to(proposal.tokens.device).expand(proposal.tokens.shape)
+        rates = (self._accepted / self._seen).to(proposal.confidence.device)
+        return rates[_bins(proposal.confidence)]
+
+    def count(self, proposal: Proposal, verdict: Verdict) -> None:
+        """Take in one cycle."""
+        requests, num_drafts = proposal.tokens.shape
         places = torch.arange(num_drafts, device=proposal.tokens.device)
         meant = places < proposal.num_drafts[:, None]
         if verdict.path is None:
             accepted = places < verdict.num_accepted[:, None]
         else:
-            on_path = torch.arange(num_drafts, device=places.device) < verdict.num_accepted[:, None]
+            on_path = places < verdict.num_accepted[:, None]
             rows = torch.where(on_path, verdict.path[:, 1:], 0)  # row 0 is the anchor's
             accepted = torch.zeros(requests, num_drafts + 1, dtype=torch.bool, device=places.device)
             accepted = accepted.scatter(1, rows, True)[:, 1:]
@@ -162,46 +231,82 @@ class AdaptivePolicy:
         self._seen = self._seen * fade + bins.bincount(minlength=BINS)
         self._accepted = self._accepted * fade + bins[accepted[meant].cpu()].bincount(minlength=BINS)
 
-    def _chances(self, proposal: Proposal) -> Tensor:
-        """How often drafts like each of these were accepted, [R, N]."""
-        if proposal.confidence is None:
-            known = [
-                self._by_place.get(place, [PRIOR, PRIOR / (place + 2)]) for place in range(proposal.tokens.shape[1])
-            ]
-            rates = torch.tensor([hits / seen for seen, hits in known], dtype=torch.double)
-            return rates.to(proposal.tokens.device).expand(proposal.tokens.shape)
-        rates = (self._accepted / self._seen).to(proposal.confidence.device)
-        return rates[_bins(proposal.confidence)]
 
-    def _expect(self, gains: Tensor, share: float = FADE) -> None:
-        if self._expected is None or len(self._expected) != len(gains):
-            if self._expected is not None:  # a drafter that leaves out what it doubts proposes fewer at times
-                longest = max(len(gains), len(self._expected))
-                gains, old = (torch.cat((g, g[-1:].expand(longest - len(g)))) for g in (gains, self._expected))
-                self._expected = old
-            else:
-                self._expected = gains
-                return
-        self._expected = (1 - share) * self._expected + share * gains
+class _Expected:
+    """How many of a request's n best drafts will be accepted: a Kalman filter of what the n-th one adds.
 
-    def _rates(self, gains: Tensor, requests: int) -> Tensor:
-        """Tokens per second of cycles with 0, 1, .. drafts per request, drafting paid for in all of them."""
-        seconds = [self._seconds(requests, n, drafted=True) for n in range(len(gains))]
-        return requests * (1 + gains) / torch.tensor(seconds, dtype=torch.double)
+    What few requests promise says less than what many do, and what was seen long ago less than what was seen just now.
+    """
 
-    def _modelled(self, requests: int, num_drafts: int, drafted: bool) -> float:
-        drafting = self.costs.draft(requests) if drafted else 0.0
-        return self.costs.verify(requests, num_drafts + 1) + drafting
+    def __init__(self) -> None:
+        self.gains: Tensor | None = None
+        """[N + 1], for n = 0, 1, ..; None before anything was seen."""
+        self._added = torch.zeros(0, dtype=torch.double)
+        """[N]."""
+        self._variance = torch.zeros(0, dtype=torch.double)
+        """[N], in variances of what one request promises."""
 
-    def _seconds(self, requests: int, num_drafts: int, drafted: bool) -> float:
-        """Of a cycle: the cost model's, times how far it was off lately, for this kind of cycle or those like it."""
-        modelled = self._modelled(requests, num_drafts, drafted)
-        known = self._factors.get((requests, num_drafts, drafted))
-        if known is None:
-            alike = [f for (r, _, d), f in self._factors.items() if (r, d) == (requests, drafted)]
-            alike = alike or [f for (r, _, _), f in self._factors.items() if r == requests]
-            known = sum(alike) / len(alike) if alike else 1.0
-        return modelled * known
+    def age(self) -> None:
+        """A cycle goes by."""
+        self._variance += DRIFT
+
+    def see(self, gains: Tensor, requests: int, asked: int) -> None:
+        """Take in what was promised to so many requests, of whom each was to have as many drafts as `asked`."""
+        added = gains.double().diff()
+        added = F.pad(added, (0, max(0, asked - len(added))))  # a drafter may leave out what it doubts
+        new = len(added) - len(self._added)
+        if new > 0:
+            self._added = F.pad(self._added, (0, new))
+            self._variance = F.pad(self._variance, (0, new), value=math.inf)
+        variance, noise = self._variance[: len(added)], 1 / requests
+        share = 1 / (1 + noise / variance)
+        self._added[: len(added)] += share * (added - self._added[: len(added)])
+        self._variance[: len(added)] = share * noise
+        self.gains = F.pad(self._added.cumsum(0), (1, 0))
+
+
+class _Clock:
+    """What kinds of cycles take, by the cost model and by how far each kind was off lately.
+
+    How fast the machine is changes for all kinds alike, and is told apart from what is wrong with the model: else
+    drafting would look cheap whenever a machine slows down while nothing is drafted.
+    """
+
+    def __init__(self) -> None:
+        self._pace: float | None = None
+        """Natural logarithm of seconds over the cost model's, lately."""
+        self._offsets: dict[tuple[int, bool], dict[int, tuple[float, float]]] = {}
+        """By requests and whether it drafted, then drafts verified per request: the same beyond the pace, and the
+        weight of what was seen."""
+
+    def observe(self, requests: int, num_drafts: int, drafted: bool, modelled: float, seconds: float) -> None:
+        """A cycle took so long."""
+        off = math.log(seconds / modelled)
+        if self._pace is None:
+            self._pace = off
+        expected = self._offset(requests, num_drafts, drafted)
+        surprise = min(max(off - self._pace - expected, -FARTHEST_OFF), FARTHEST_OFF)
+        kinds = self._offsets.setdefault((requests, drafted), {})
+        offset, weight = kinds.get(num_drafts, (0.0, 0.0))
+        weight = min(weight + 1, MOST_WEIGHT)
+        kinds[num_drafts] = offset + (expected + surprise - offset) / weight, weight
+        self._pace += (
+            PACE * (weight - 1) / (weight + OFFSET_PRIOR) * surprise
+        )  # what surprises in a new kind is its own
+
+    def seconds(self, requests: int, num_drafts: int, drafted: bool, modelled: float) -> float:
+        """That a cycle will take."""
+        return modelled * math.exp((self._pace or 0.0) + self._offset(requests, num_drafts, drafted))
+
+    def _offset(self, requests: int, num_drafts: int, drafted: bool) -> float:
+        """Of a kind; as long as little was seen of it, mostly what those like it have in common."""
+        kinds = self._offsets.get((requests, drafted), {})
+        alike = kinds or self._offsets.get((requests, not drafted), {})
+        if not alike:
+            return 0.0
+        common = sum(offset * weight for offset, weight in alike.values()) / sum(w for _, w in alike.values())
+        offset, weight = kinds.get(num_drafts, (0.0, 0.0))
+        return (offset * weight + common * OFFSET_PRIOR) / (weight + OFFSET_PRIOR)
 
 
 def _bins(confidence: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from domino_spec.target.model import Target
 CONTEXT = 256
 """Committed tokens of each request at which costs are measured."""
 REPEATS = 5
+_COMMITTED = 2
+"""Tokens that a synthetic cycle commits: one draft and the bonus token."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,31 @@ class CostModel:
     """n, rows of each request in a verify pass, ascending."""
     verify_seconds: tuple[tuple[float, ...], ...]
     """For every R and n."""
-    draft_seconds: tuple[float, ...]
-    """Of drafting, for every R: the proposal, and taking in what was committed."""
+    drafts: tuple[int, ...]
+    """n, drafts asked for, ascending; none where the drafter makes none."""
+    draft_seconds: tuple[tuple[float, ...], ...]
+    """Of drafting, for every R and n: the proposal, and taking in what was committed."""
 
     def __post_init__(self) -> None:
-        for name, sizes in (("requests", self.requests), ("rows", self.rows)):
-            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        for name, sizes in (("requests", self.requests), ("rows", self.rows), ("drafts", self.drafts)):
+            if (not sizes and name != "drafts") or list(sizes) != sorted(set(sizes)) or min(sizes, default=1) < 1:
                 raise UserError(f"costs: {name} must be ascending numbers from 1 on, got {list(sizes)}")
-        shape = [len(row) for row in self.verify_seconds]
-        if shape != [len(self.rows)] * len(self.requests) or len(self.draft_seconds) != len(self.requests):
-            raise UserError("costs: there must be seconds for every number of requests and of rows")
-        if not all(s > 0 for row in self.verify_seconds for s in row) or not all(s >= 0 for s in self.draft_seconds):
-            raise UserError("costs: seconds must be positive numbers (those of drafting may be 0); measure them again")
+        for seconds, sizes in ((self.verify_seconds, self.rows), (self.draft_seconds, self.drafts)):
+            if [len(row) for row in seconds] != [len(sizes)] * len(self.requests):
+                raise UserError("costs: there must be seconds for every number of requests, of rows and of drafts")
+            if not all(s > 0 or (s == 0 and sizes is self.drafts) for row in seconds for s in row):
+                raise UserError("costs: seconds must be positive numbers (of drafting also 0); measure them again")
 
     def verify(self, requests: int, rows: int) -> float:
         """Seconds of one verify pass over `rows` rows of each of so many requests."""
-        return _interpolate(self.requests, [_interpolate(self.rows, s, rows) for s in self.verify_seconds], requests)
+        return self._at(requests, self.rows, self.verify_seconds, rows)
 
-    def draft(self, requests: int) -> float:
-        """Seconds of drafting for so many requests."""
-        return _interpolate(self.requests, self.draft_seconds, requests)
+    def draft(self, requests: int, num_drafts: int) -> float:
+        """Seconds of drafting so many drafts for each of so many requests."""
+        return self._at(requests, self.drafts, self.draft_seconds, num_drafts) if self.drafts else 0.0
+
+    def _at(self, requests: int, sizes: Sequence[int], seconds: Sequence[Sequence[float]], size: int) -> float:
+        return _interpolate(self.requests, [_interpolate(sizes, row, size) for row in seconds], requests)
 
     def save(self, path: Path) -> None:
         """Write a JSON file, atomically."""
@@ -112,48 +119,47 @@ def measure_costs(
         report: called with a line for each number of requests.
     """
     widths = sizes_up_to(drafter.max_drafts + 1)
-    context = max(2, min(context, target.max_length - cycle_room(drafter)))
-    whole = _synthetic_state(target, drafter, slots, context)
+    numbers = sizes_up_to(drafter.max_drafts) if drafter.max_drafts else ()
+    growth = _COMMITTED * len(numbers) * (repeats + 1)
+    context = max(2, min(context, target.max_length - cycle_room(drafter) - growth))
+    whole = _synthetic_state(target, slots, context, context + growth + cycle_room(drafter))
     own = drafter.allocate(slots, whole.tokens.shape[1])
     rows = context - 1
     width = len(drafter.feature_layers) * target.hidden_size
     features = torch.randn(slots, rows, width, device=target.device, dtype=target.dtype) if width else None
-    drafter.read(own, whole.tokens[:, 1:context], features, torch.full_like(whole.lengths, rows))
 
     verify_seconds, draft_seconds = [], []
     for requests in sizes_up_to(slots):
         state = whole.view(0, requests, Sampling.alike(SamplingSettings(), requests, target.device))
         view = own.view(0, requests)
-
+        own_features = None if features is None else features[:requests]
         verify_seconds.append(tuple(_seconds(partial(_pass, target, drafter, state, n), repeats) for n in widths))
-        spent = []
-        for _ in range(repeats + 1):
-            for request in range(requests):
-                own.clear(request)
-            drafter.read(view, state.tokens[:, 1:context], _first(features, requests), state.lengths - 1)
-            accepted = _one_accepted(state, None if features is None else features[:requests, :2])
-            spent.append(_seconds(partial(_draft, drafter, state, view, accepted), 0))
-        draft_seconds.append(min(spent[1:]) if drafter.max_drafts else 0.0)
+        for request in range(requests):
+            own.clear(request)
+        state.lengths.fill_(context)
+        drafter.read(view, state.tokens[:, 1:context], own_features, state.lengths - 1)
+        spent: list[list[float]] = [[] for _ in numbers]
+        for _ in range(repeats + 1):  # all numbers in turn: a bad moment of the machine is not one number's
+            for number, seconds in zip(numbers, spent, strict=True):
+                verdict = _one_accepted(state, own_features)
+                seconds.append(_seconds(partial(_draft, drafter, state, view, verdict, number), 0))
+                state.lengths += _COMMITTED
+        draft_seconds.append(tuple(min(seconds[1:]) for seconds in spent))
         report(f"costs of {requests} request{'s' * (requests > 1)} measured")
-    return CostModel(sizes_up_to(slots), widths, _rising(verify_seconds), tuple(draft_seconds))
+    return CostModel(sizes_up_to(slots), widths, _rising(verify_seconds), numbers, _rising(draft_seconds))
 
 
 def _pass(target: Target, drafter: Drafter, state: State, rows: int) -> None:
     target.lm_head(target.forward(state.tokens[:, :rows], state.cache, drafter.feature_layers).hidden)
 
 
-def _draft(drafter: Drafter, state: State, own: Any, verdict: Verdict) -> None:
-    drafter.propose(state, own, drafter.max_drafts)
+def _draft(drafter: Drafter, state: State, own: Any, verdict: Verdict, num_drafts: int) -> None:
+    drafter.propose(state, own, num_drafts)
     drafter.advance(own, verdict)
 
 
-def _first(features: torch.Tensor | None, requests: int) -> torch.Tensor | None:
-    return None if features is None else features[:requests]
-
-
-def _synthetic_state(target: Target, drafter: Drafter, slots: int, context: int) -> State:
+def _synthetic_state(target: Target, slots: int, context: int, capacity: int) -> State:
     """Requests of random tokens, as if prefilled."""
-    capacity = context + cycle_room(drafter)
     device = target.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, target.vocab_size, (slots, capacity), generator=generator).to(device)
@@ -169,7 +175,8 @@ def _synthetic_state(target: Target, drafter: Drafter, slots: int, context: int)
 def _one_accepted(state: State, features: torch.Tensor | None) -> Verdict:
     """A verdict that kept one draft of each request."""
     ones = torch.ones_like(state.lengths)
-    return Verdict(state.tokens[:, :2], ones, features, state.lengths - 1, ones.bool())
+    tokens = state.tokens[:, :_COMMITTED]
+    return Verdict(tokens, ones, None if features is None else features[:, :_COMMITTED], state.lengths - 1, ones.bool())
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

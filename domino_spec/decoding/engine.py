@@ -38,7 +38,7 @@ READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
 MOST_UNREAD = 1024
 """Tokens of a request after which the drafter takes in what was committed without drafts: features take memory."""
-LOOKED_AT = 2
+LOOKED_AT = 4
 """Requests that are drafted for while it does not pay, to see whether it would."""
 
 
@@ -175,8 +175,9 @@ class Engine:
         if late is not None:
             return self._hear(late)
         batch = self._batch = self._batch or self._view()
+        wanted = self._wanted(batch)
         started = time.perf_counter()
-        proposal = self._propose(batch)
+        proposal = self._propose(batch, wanted)
         verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
         commit(batch.state, verdict)
         self._advance(batch, proposal, verdict)
@@ -266,20 +267,28 @@ class Engine:
     def _sampling(self, requests: int) -> Sampling:
         return Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
 
-    def _propose(self, batch: _Batch) -> Proposal:
-        requests = len(self._running)
-        policy = self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
+    def _asked(self, batch: _Batch) -> DraftPolicy | None:
+        """The policy, where it has a say."""
+        return self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
+
+    def _wanted(self, batch: _Batch) -> int:
+        """Drafts of this cycle, before they are cut; the drafter has then taken in what it needs for them."""
+        requests, policy = len(self._running), self._asked(batch)
         wanted = self.num_drafts if policy is None else policy.wanted(requests, self.num_drafts)
         if wanted > 0:
             self._read_committed(0, requests)
-            proposal = self.drafter.propose(batch.state, batch.own, wanted)
-            return proposal if policy is None else policy.cut(proposal)
-        if policy is not None and policy.curious:
+        elif policy is not None and policy.curious:
             few = min(requests, LOOKED_AT)
             self._read_committed(0, few)
             state = batch.state.view(0, few, self._sampling(few))
             policy.look(self.drafter.propose(state, batch.own.view(0, few), self.num_drafts))
-        return Proposal.empty(requests, self.target.device)
+        return wanted
+
+    def _propose(self, batch: _Batch, wanted: int) -> Proposal:
+        if wanted == 0:
+            return Proposal.empty(len(self._running), self.target.device)
+        policy, proposal = self._asked(batch), self.drafter.propose(batch.state, batch.own, wanted)
+        return proposal if policy is None else policy.cut(proposal)
 
     def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
         self.stats.count(len(self._running), int(proposal.num_drafts.sum()), int(verdict.num_accepted.sum()))

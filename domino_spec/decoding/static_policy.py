@@ -1,8 +1,8 @@
 """How many drafts a static cycle verifies: chosen on the host, from the last cycle that it has heard of.
 
-An ordinary cycle is cut between drafting and verification, which takes a look at what was drafted. A static one drafts
-as many as ever, verifies the best few of them, as many as would have paid one cycle earlier, and tells the host how
-confident the draft was of them all. Numbers come from a small set, since each has a graph of its own.
+An ordinary cycle is cut between drafting and verification, which takes a look at what was drafted. A static one
+verifies the best few of its drafts, as many as would have paid one cycle earlier, and tells the host how confident the
+draft was of them all. Numbers come from a small set, since each has a graph of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class LateChoice:
         wanted = self._policy.wanted(requests, self._most)
         if wanted == 0:
             return Choice(self._most if self._policy.curious else 0, 0, False)
-        return Choice(self._most, min(self._best, self._size(wanted)), True)
+        offered = self._size(wanted)
+        return Choice(offered, min(self._best, offered), True)
 
     def learn(self, flight: Flight, heard: Heard) -> None:
         """Take in what a cycle offered, what of it was accepted, and how long it took."""

@@ -86,6 +86,7 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
             mask_token_id=need(nested, "mask_token_id"),
             block_size=need(published, "block_size"),
             shift_label=bool(nested.get("shift_label", False)),
+            short_blocks=bool(nested.get("short_blocks", False)),
             head=head,
             draft_vocab_size=nested.get("draft_vocab_size"),
             rms_norm_eps=published.get("rms_norm_eps", 1e-6),
@@ -122,6 +123,8 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         "target_layer_ids": list(config.target_layer_ids),
         "shift_label": config.shift_label,
     }
+    if config.short_blocks:
+        nested["short_blocks"] = True
     if config.head is not None:
         nested |= {
             "projector_type": "domino",

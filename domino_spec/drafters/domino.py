@@ -102,32 +102,32 @@ class BlockDrafter:
         self.draft.backbone.append_context(features, own.keys, own.values, own.lengths)
         own.lengths += counts
 
-    def slots(self, state: State, own: ContextCache) -> Tensor:
-        """Hidden states of the slots that predict drafts, [R, config.max_drafts, H].
+    def slots(self, state: State, own: ContextCache, num_drafts: int) -> Tensor:
+        """Hidden states of the slots that predict the first `num_drafts` drafts, [R, num_drafts, H].
 
-        The backbone always runs `block_size` slots, as trained.
+        The backbone runs all slots, as trained, or ends the block with them where it was trained on shorter ones, too.
         """
         draft, config = self.draft, self.draft.config
-        anchors = state.anchors
-        requests = len(anchors)
-        slots = torch.arange(config.block_size, device=anchors.device)
+        anchors, first = state.anchors, config.first_draft_slot
+        requests, block_size = len(anchors), first + num_drafts if config.short_blocks else config.block_size
+        slots = torch.arange(block_size, device=anchors.device)
         extent = int(own.lengths.max()) if own.extent is None else own.extent
         seen = torch.arange(extent, device=anchors.device) < own.lengths[:, None]
-        mask = torch.cat((seen, seen.new_ones(requests, config.block_size)), dim=1)  # [R, T + B]
+        mask = torch.cat((seen, seen.new_ones(requests, block_size)), dim=1)  # [R, T + B]
         hidden = draft.backbone(
-            draft.block_embeddings(anchors),
+            draft.block_embeddings(anchors, block_size),
             (state.lengths - 1)[:, None] + slots,
             ContextKV(own.keys[:, :, :, :extent], own.values[:, :, :, :extent]),
-            mask[:, None, None].expand(-1, -1, config.block_size, -1),
+            mask[:, None, None].expand(-1, -1, block_size, -1),
         )
-        return hidden[:, config.first_draft_slot :]
+        return hidden[:, first : first + num_drafts]
 
     def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
         """A chain for every request."""
         if num_drafts == 0:
             return Proposal.empty(len(state.lengths), state.lengths.device)
         draft, anchors = self.draft, state.anchors
-        hidden = self.slots(state, own)[:, :num_drafts]  # [R, N, H]
+        hidden = self.slots(state, own, num_drafts)
         uniform = None
         if self.samples and not state.sampling.greedy:
             positions = state.lengths[:, None] + torch.arange(num_drafts, device=anchors.device)

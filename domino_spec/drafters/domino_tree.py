@@ -72,12 +72,13 @@ class TreeDrafter:
         block, draft, anchors = self.block, self.block.draft, state.anchors
         if num_drafts == 0:
             return Proposal.empty(len(anchors), anchors.device)
-        hidden = block.slots(state, own)
+        hidden = block.slots(state, own, min(num_drafts, block.max_drafts))  # no path is longer
         given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.embed_choices)
         if self.builder == "best-first":
             tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
         else:
-            tree = head_tree(*given, block.candidates, num_drafts, self.width, block.min_confidence)
+            width = None if self.width is None else min(self.width, num_drafts)
+            tree = head_tree(*given, block.candidates, num_drafts, width, block.min_confidence)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 

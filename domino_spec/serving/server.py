@@ -101,7 +101,10 @@ def slot_capacity(longest: int, capacity: int | None) -> int:
 
 def _costs(target: Target, drafter: Drafter, slots: int, file: Path | None, report: Callable[[str], None]) -> CostModel:
     if file is not None and file.exists():
-        return CostModel.load(file)
+        try:
+            return CostModel.load(file)
+        except UserError as error:
+            raise UserError(f"{error}; delete the file, and what passes cost is measured again") from None
     report(f"measuring what passes cost, up to {slots} requests")
     costs = measure_costs(target, drafter, slots, report=report)
     if file is not None:

@@ -21,7 +21,7 @@ def costs(per_row: float, fixed: float = 1.0, draft: float = 0.1) -> CostModel:
     """A pass costs `fixed` and `per_row` for each of its rows; drafting costs the same for any number of requests."""
     requests, rows = (1, 2, 32), (1, 2, 16)
     verify = tuple(tuple(fixed + per_row * r * n for n in rows) for r in requests)
-    return CostModel(requests, rows, verify, (draft,) * 3)
+    return CostModel(requests, rows, verify, (1, 16), ((draft, draft),) * 3)
 
 
 def proposal_of(confidence: list[list[float]], parents: list[list[int]] | None = None) -> Proposal:
@@ -42,8 +42,10 @@ def test_costs_are_those_measured_and_linear_between_and_beyond():
     for requests in (1, 2, 7, 32, 40):
         for rows in (1, 2, 5, 16, 20):
             assert model.verify(requests, rows) == pytest.approx(1 + 0.5 * requests * rows)
-    single = CostModel((1,), (1, 2), ((1.0, 1.5),), (0.2,))
-    assert single.verify(4, 1) == 4.0 and single.verify(1, 2) == 1.5 and single.draft(2) == pytest.approx(0.4)
+    single = CostModel((1,), (1, 2), ((1.0, 1.5),), (2, 4), ((0.2, 0.3),))
+    assert single.verify(4, 1) == 4.0 and single.verify(1, 2) == 1.5
+    assert single.draft(1, 3) == pytest.approx(0.25) and single.draft(2, 4) == pytest.approx(0.6)
+    assert CostModel((1,), (1,), ((1.0,),), (), ((),)).draft(1, 4) == 0.0, "a drafter that drafts nothing"
 
 
 def test_costs_survive_a_file_and_a_broken_one_is_refused(tmp_path):
@@ -53,10 +55,11 @@ def test_costs_survive_a_file_and_a_broken_one_is_refused(tmp_path):
     good = json.loads(path.read_text())
     for broken, message in (
         ({**good, "rows": [2, 1, 3]}, "ascending"),
-        ({**good, "draft_seconds": [1.0]}, "seconds for every number"),
+        ({**good, "draft_seconds": [[1.0]]}, "seconds for every number"),
+        ({**good, "drafts": [2, 1]}, "drafts must be ascending"),
         ({**good, "more": 1}, "more"),
         ({**good, "verify_seconds": [[0.0] * 3] * 3}, "positive"),
-        ({**good, "draft_seconds": [0.1, -0.1, 0.1]}, "positive"),
+        ({**good, "draft_seconds": [[0.1, 0.1], [-0.1, 0.1], [0.1, 0.1]]}, "positive"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(UserError, match=message):
@@ -77,7 +80,9 @@ def test_costs_of_every_method_are_measured(method):
     assert model.rows == sizes_up_to(drafter.max_drafts + 1)
     assert all(s > 0 for row in model.verify_seconds for s in row)
     assert all(row == tuple(sorted(row)) for row in model.verify_seconds), "more rows never cost less"
-    assert all(s > 0 for s in model.draft_seconds) == (method != "none")
+    assert model.drafts == (sizes_up_to(drafter.max_drafts) if method != "none" else ())
+    assert all(s > 0 for row in model.draft_seconds for s in row)
+    assert all(row == tuple(sorted(row)) for row in (*model.draft_seconds, *zip(*model.draft_seconds, strict=True)))
 
 
 def test_where_rows_cost_nothing_all_drafts_are_kept_and_where_they_cost_all_none():
@@ -109,24 +114,24 @@ def test_the_best_of_every_request_are_kept_with_their_parents():
 
 
 def drive(
-    policy: AdaptivePolicy, cycles: int, requests: int, sure: float, accepted: bool, slower: float = 1.0
+    policy: AdaptivePolicy, cycles: int, requests: int, sure: float, accepted: bool, slower: float = 1.0, pace=1.0
 ) -> list[int]:
     """Cycles of two drafts of one confidence each, all or none of them accepted; returns the drafts of each cycle.
 
-    They take what the cost model says, times `slower` where something is drafted.
+    They take what the cost model says, times `pace`, and times `slower` where something is drafted.
     """
     drafts = []
     for _ in range(cycles):
         proposal, spent = Proposal.empty(requests, torch.device("cpu")), policy.costs.verify(requests, 1)
-        if policy.wanted(requests, 2):
-            proposal = policy.cut(proposal_of([[sure, sure]] * requests))
-            spent = policy.costs.verify(requests, proposal.tokens.shape[1] + 1) + policy.costs.draft(requests)
+        if asked := policy.wanted(requests, 2):
+            proposal = policy.cut(proposal_of([[sure] * asked] * requests))
+            spent = policy.costs.verify(requests, proposal.tokens.shape[1] + 1) + policy.costs.draft(requests, asked)
             spent *= slower
         elif policy.curious:
             policy.look(proposal_of([[sure, sure]]))
         kept = proposal.tokens.shape[1]
         drafts.append(kept)
-        policy.observe(proposal, verdict_of([kept * accepted] * requests, kept), spent)
+        policy.observe(proposal, verdict_of([kept * accepted] * requests, kept), pace * spent)
     return drafts
 
 
@@ -149,12 +154,53 @@ def test_a_draft_that_boasts_is_found_out_and_one_that_proves_right_is_taken_up_
     assert sum(n == 2 for n in proving[-100:]) >= 99
 
 
+def test_what_a_cycle_takes_is_told_apart_from_how_fast_the_machine_is():
+    """Nothing was drafted since the machine became three times slower: drafting would take three times as long, too."""
+    policy = AdaptivePolicy(costs(per_row=0.4, fixed=0.6, draft=0.3))
+    drive(policy, 100, 1, sure=0.6, accepted=False)
+    for pace in (1.0, 3.0, 1.0, 0.4):
+        assert sum(drive(policy, 50, 1, sure=0.3, accepted=False, pace=pace)) == 0
+    wrong = policy.costs.verify(1, 1) * 3
+    policy.observe(Proposal.empty(1, torch.device("cpu")), verdict_of([0], 0), wrong)
+    drawn = policy._seconds(1, 2, 2) / policy._seconds(1, 0, 0)
+    assert drawn == pytest.approx(policy._modelled(1, 2, 2) / policy._modelled(1, 0, 0), rel=0.3)
+
+
+def test_no_more_are_asked_for_than_pay():
+    """Where every further draft costs drafting time and few are accepted, one is asked for; where they cost none, all.
+
+    The second draft is accepted too seldom to pay for its row, but some cycle may be surer than most.
+    """
+    for seconds, expected in (((0.05, 0.6), {1}), ((0.05, 0.05), {2})):
+        model = CostModel((1,), (1, 2, 3), ((1.0, 1.1, 1.2),), (1, 2), (seconds,))
+        policy = AdaptivePolicy(model)
+        asked = set()
+        for _ in range(60):
+            number = policy.wanted(1, 2)
+            asked.add(number)
+            if policy.curious:
+                policy.look(proposal_of([[0.8, 0.1]]))
+            drafted = proposal_of([[0.8, 0.1][:number]]) if number else Proposal.empty(1, torch.device("cpu"))
+            kept = policy.cut(drafted) if number else drafted
+            spent = model.verify(1, kept.tokens.shape[1] + 1) + (model.draft(1, number) if number else 0.0)
+            policy.observe(kept, verdict_of([min(1, kept.tokens.shape[1])], kept.tokens.shape[1]), spent)
+        assert asked - {0} == expected
+
+
+def test_what_many_requests_promise_weighs_more_than_what_few_do():
+    few, many = (AdaptivePolicy(costs(0.3)) for _ in range(2))
+    for policy, requests in ((few, 1), (many, 16)):
+        policy.look(proposal_of([[0.9, 0.8]]))
+        policy.cut(proposal_of([[0.1, 0.05]] * requests))
+    assert float(many._expected.gains[2]) < 0.4 < float(few._expected.gains[2])
+
+
 def test_the_more_requests_the_fewer_drafts():
     """A pass is free up to about sixteen rows here, then every row costs; half of the drafts are accepted."""
     rows = (1, 2, 3)
     sizes = (1, 4, 8, 32)
     verify = tuple(tuple(max(1.0, r * n / 16) for n in rows) for r in sizes)
-    model = CostModel(sizes, rows, verify, (0.05, 0.05, 0.05, 0.05))
+    model = CostModel(sizes, rows, verify, (1, 2), ((0.05, 0.05),) * 4)
     kept = []
     for requests in sizes:
         policy = AdaptivePolicy(model)
@@ -185,7 +231,7 @@ def test_a_trees_accepted_path_is_what_is_counted():
     for _ in range(100):
         policy.observe(proposal, verdict, policy.costs.verify(1, 3))
     kept = policy.cut(proposal_of([[0.6, 0.3]], parents=[[-1, -1]]))
-    chances = policy._chances(proposal_of([[0.6, 0.3]], parents=[[-1, -1]]))[0]
+    chances = policy._acceptance.chances(proposal_of([[0.6, 0.3]], parents=[[-1, -1]]))[0]
     assert chances[0] < 0.1 and chances[1] > 0.9
     assert kept.tokens.shape[1] == 2, "the better one comes second in the draft's own order"
 

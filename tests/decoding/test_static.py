@@ -251,9 +251,9 @@ def test_the_adaptive_policy_drops_drafts_that_are_never_accepted(target):
     from domino_spec.decoding.adapt import AdaptivePolicy
     from domino_spec.decoding.costs import CostModel
 
-    costs = CostModel((1, 4), (1, 8), ((1.0, 8.0), (4.0, 32.0)), (1.0, 4.0))
+    costs = CostModel((1, 4), (1, 8), ((1.0, 1.2), (1.0, 1.2)), (8,), ((0.05,), (0.05,)))
     policy = AdaptivePolicy(costs)
-    policy._seconds = lambda requests, n, drafted: policy._modelled(requests, n, drafted)  # not this machine's
+    policy._seconds = policy._modelled  # not this machine's
     engine = engine_of(target, drafter_of(target, "domino"), policy=policy)
     generations = decoded(engine, requests_of(PROMPTS[:3], [60] * 3))
     assert max(generations[1].num_drafts) > 0 and generations[1].num_drafts[-10:] == [0] * 10

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.decoding.drafter import start
+from domino_spec.decoding.generate import prefill
 from domino_spec.decoding.generation import Limits
 from domino_spec.drafters.domino import BlockDrafter
 from tests.tiny import VOCAB, Beside, Oracle, assert_close, plain_greedy, random_prompts, run, tiny_draft, whose
@@ -86,6 +90,25 @@ def test_fewer_drafts_come_from_the_same_full_block(target):
         run(target, wrapped, prompts, 1, num_drafts=n)
         seen[n] = first[0].tokens[0].tolist()
     assert len(seen[2]) == 2 and seen[2] == seen[5][:2]
+
+
+@pytest.mark.parametrize("shift_label", [True, False])
+@torch.inference_mode()
+def test_a_draft_trained_on_short_blocks_runs_no_slot_behind_the_last_draft(target, shift_label):
+    """It drafts what one of the same weights whose blocks are that short would."""
+    draft = tiny_draft(target, shift_label=shift_label)
+    whole = draft.config
+    state = prefill(target, random_prompts([6, 3]), BlockDrafter(draft), 4)
+    slots: list[int] = []
+    draft.backbone.norm.register_forward_hook(lambda module, inputs, out: slots.append(out.shape[1]))
+    for n in range(2 if shift_label else 1, whole.max_drafts + 1):
+        drafted = []
+        for short in (replace(whole, short_blocks=True), replace(whole, block_size=whole.first_draft_slot + n)):
+            draft.config = short
+            drafter = BlockDrafter(draft)
+            drafted.append(drafter.propose(state, start(drafter, state), n).tokens)
+        assert drafted[0].shape == (2, n) and torch.equal(*drafted)
+        assert slots[-2:] == [whole.first_draft_slot + n] * 2
 
 
 def test_zero_drafts_is_plain_decoding(model, target):

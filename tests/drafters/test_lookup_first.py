@@ -19,9 +19,9 @@ class Counting(BlockDrafter):
 
     calls = 0
 
-    def slots(self, state, own):
+    def slots(self, state, own, num_drafts):
         self.calls += 1
-        return super().slots(state, own)
+        return super().slots(state, own, num_drafts)
 
 
 REPEATING = [5, 6, 7, 8, 9, 10, 11] * 2 + [5, 6, 7]

@@ -226,7 +226,7 @@ def test_proposals_are_the_best_of_the_subset(target, use_head):
     class Checking(BlockDrafter):
         def propose(self, state, own, num_drafts):
             proposal = super().propose(state, own, num_drafts)
-            hidden = self.slots(state, own)
+            hidden = self.slots(state, own, num_drafts)
             outside = torch.ones(VOCAB, dtype=torch.bool)
             outside[SUBSET] = False
             gru = draft.head.step(draft.embed(state.anchors), draft.head.initial_state(len(hidden), like=hidden))

@@ -29,7 +29,7 @@ class Noted(BlockDrafter):
 
     def propose(self, state, own, num_drafts):
         proposal = super().propose(state, own, num_drafts)
-        self.cycles.append((self.slots(state, own)[:, :num_drafts], state.anchors.clone(), proposal))
+        self.cycles.append((self.slots(state, own, num_drafts), state.anchors.clone(), proposal))
         return proposal
 
 

@@ -25,7 +25,7 @@ from tests.cli_fixtures import fail, make_draft_dir, make_target_dir  # noqa: F4
 from tests.serving.running import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
-COSTS = CostModel((1, 2), (1, 2, 8), ((0.01, 0.011, 0.012), (0.011, 0.012, 0.016)), (0.001, 0.002))
+COSTS = CostModel((1, 2), (1, 2, 8), ((0.01, 0.011, 0.012), (0.011, 0.012, 0.016)), (8,), ((0.001,), (0.002,)))
 
 
 @contextlib.contextmanager

@@ -93,6 +93,11 @@ def test_the_trained_draft_is_bfloat16_whole_and_fits_its_target(setup, finished
     assert torch.equal(saved.draft_vocab_ids, master["draft_vocab_ids"])
 
 
+def test_a_draft_trained_on_shorter_blocks_says_so(setup, finished, tmp_path):
+    run_training(changed(setup.recipe(steps=2), training=dict(block_schedule=(2,))), tmp_path, device="cpu")
+    assert read_draft(tmp_path / "draft").config.short_blocks and not read_draft(finished / "draft").config.short_blocks
+
+
 def test_the_loss_falls(setup, tmp_path):
     run_training(setup.recipe(steps=40), tmp_path, device="cpu")
     losses = [r["base_loss"] for r in metrics(tmp_path) if "base_loss" in r]

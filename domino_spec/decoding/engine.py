@@ -25,7 +25,7 @@ from domino_spec.decoding.drafter import Drafter, cycle_room, is_static
 from domino_spec.decoding.generation import Ending, Generation, Request, check_prompt
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.sampling import Sampling
-from domino_spec.decoding.slots import Slot, Stats
+from domino_spec.decoding.slots import Slot, Stats, take_unread
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.static import Flight, StaticCycles
 from domino_spec.decoding.static_policy import LateChoice
@@ -217,10 +217,10 @@ class Engine:
         """Prefill one chunk of the prompts being read; all but their last token, which the first cycle verifies."""
         while self._reading:
             first, last = self._read_from, self._read_from + len(self._reading)
-            unread = self._state.lengths[first:last] - 1 - self._state.cache.lengths[first:last]
-            requests = int((unread > 0).sum())
-            if requests:
-                self._read_chunk(requests, int(unread[0]))
+            unread = (self._state.lengths[first:last] - 1 - self._state.cache.lengths[first:last]).tolist()
+            left = [0 if s.generation.finish_reason else n for s, n in zip(self._reading, unread, strict=True)]
+            if any(left):
+                self._read_chunk(max(i for i, n in enumerate(left, 1) if n), max(left))
                 if self._running:  # they wait for one chunk at a time
                     return
             else:
@@ -304,21 +304,11 @@ class Engine:
     def _read_committed(self, first: int, last: int) -> None:
         """Let the drafter take in what was committed without drafts, all cycles in one go: of some requests."""
         slots = self._running[first:last]
-        counts = [len(slot.unread) for slot in slots]
-        if not any(counts):
+        if not any(slot.unread for slot in slots):
             return
-        device, longest = self.target.device, max(counts)
         width = len(self.drafter.feature_layers) * self.target.hidden_size
-        tokens = torch.zeros(len(slots), longest, dtype=torch.long, device=device)
-        features = torch.zeros(len(slots), longest, width, dtype=self.target.dtype, device=device) if width else None
-        for place, slot in enumerate(slots):
-            if slot.unread:
-                tokens[place, : len(slot.unread)] = torch.cat([t for t, _ in slot.unread], dim=1)[0]
-                if features is not None:
-                    known = [f for _, f in slot.unread if f is not None]
-                    features[place, : len(known)] = torch.cat(known, dim=1)[0]
-                slot.unread.clear()
-        self.drafter.read(self._own.view(first, last), tokens, features, torch.tensor(counts, device=device))
+        tokens, features, counts = take_unread(slots, width, self.target)
+        self.drafter.read(self._own.view(first, last), tokens, features, counts)
 
     def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
         tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from domino_spec.decoding.generation import Ending, Generation, Request, TokenLogprob
 from domino_spec.decoding.prefixes import Prefix
 from domino_spec.decoding.state import Verdict
+from domino_spec.target.model import Target
 
 
 @dataclass
@@ -79,6 +81,26 @@ class Slot:
         logprobs = [] if top is None or verdict is None else _logprobs(verdict, row, tokens, top)
         self.ending.append(generation, tokens, num_drafts, logprobs)
         generation.seconds_decode = now - self.first_cycle
+
+
+def take_unread(slots: Sequence[Slot], width: int, target: Target) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What drafters have not taken in of several requests, which now count as taken in.
+
+    Returns:
+        Arguments of `Drafter.read`: tokens [R, n], features [R, n, width] (None for a width of 0), and counts [R].
+    """
+    counts = [len(slot.unread) for slot in slots]
+    shape, device = (len(slots), max(counts)), target.device
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    features = torch.zeros(*shape, width, dtype=target.dtype, device=device) if width else None
+    for place, slot in enumerate(slots):
+        if slot.unread:
+            tokens[place, : len(slot.unread)] = torch.cat([t for t, _ in slot.unread], dim=1)[0]
+            if features is not None:
+                known = [f for _, f in slot.unread if f is not None]
+                features[place, : len(known)] = torch.cat(known, dim=1)[0]
+            slot.unread.clear()
+    return tokens, features, torch.tensor(counts, device=device)
 
 
 def _logprobs(verdict: Verdict, request: int, tokens: list[int], top: int) -> list[TokenLogprob]:

@@ -155,6 +155,22 @@ def test_a_cancelled_request_leaves_at_once_and_disturbs_nobody(model, target):
     assert last.finish_reason == "length", "what has ended stays as it ended"
 
 
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end():
+    model = tiny_model(max_position_embeddings=2048)
+    engine = Engine(as_target(model), drafter_of(as_target(model), "domino-tree"), slots=4, capacity=1300)
+    short, longest, other = random_prompts([5, 1200, 400])
+    going = engine.submit(request(short, 60))
+    engine.step()
+    cancelled, kept = engine.submit(request(longest, 5)), engine.submit(request(other, 5))
+    engine.step()
+    engine.cancel(cancelled)
+    finish(engine)
+    assert cancelled.finish_reason == "cancelled" and not cancelled.token_ids
+    assert engine.stats.prompt_tokens < 1000, "400 of each, at most one chunk more"
+    for generation, prompt, count in ((going, short, 60), (kept, other, 5)):
+        assert generation.token_ids == plain_greedy(model, prompt, count)
+
+
 @pytest.mark.parametrize("method", ["none", "domino", "domino-tree", "eagle3", "dart"])
 def test_a_request_with_values_that_are_not_finite_fails_alone(method):
     """A poisoned token in a prompt: its request ends with an error; its slot and its neighbours stay sound."""

@@ -29,8 +29,11 @@ DRIFT = 0.005
 """What a cycle adds to the variance of what is expected, in variances of what one request is expected to accept."""
 FIRST_PAUSE, LONGEST_PAUSE = 8, 64
 """Cycles without drafts before it looks again; the pause doubles while drafts do not pay."""
-RECHECKED = 128
-"""Cycles that draft after which one is plain, so that it stays known what that takes."""
+RECHECKED, RECHECKED_SOON = 128, 16
+"""Cycles that draft after which one is plain, so that it stays known what that takes; and the same where drafting
+hardly pays: there a plain cycle loses as little, and says what has to be known."""
+HARDLY = 1.2
+"""Tokens per second over those of plain decoding below which drafting hardly pays."""
 PACE = 0.3
 """Share of the newest cycle in how fast the machine is."""
 MOST_WEIGHT, OFFSET_PRIOR = 40.0, 20.0
@@ -102,11 +105,15 @@ class AdaptivePolicy:
         self._expected.age()
         self._requests = requests
         was_drafting, self._drafting = self._drafting, False
-        self.curious = self._expected.gains is None or self._since_plain.get(requests, 0) >= RECHECKED
-        if self.curious or requests not in self._since_plain:
+        since_plain = self._since_plain.get(requests)
+        self.curious = self._expected.gains is None or (since_plain or 0) >= RECHECKED
+        if self.curious or since_plain is None:
             return 0
         rate, number = self._best_number(requests, most)
-        if rate > self._plain(requests) * (1.0 if was_drafting else MARGIN):
+        plain = self._plain(requests)
+        if rate < HARDLY * plain and since_plain >= RECHECKED_SOON:
+            return 0
+        if rate > plain * (1.0 if was_drafting else MARGIN):
             self._idle, self._pause = 0, FIRST_PAUSE
             self._drafting, self._asked = True, number
             return number
@@ -300,12 +307,14 @@ class _Clock:
 
     def _offset(self, requests: int, num_drafts: int, drafted: bool) -> float:
         """Of a kind; as long as little was seen of it, mostly what those like it have in common."""
-        kinds = self._offsets.get((requests, drafted), {})
-        alike = kinds or self._offsets.get((requests, not drafted), {})
-        if not alike:
+        near = min(
+            (r for r, d in self._offsets if d == drafted), key=lambda r: abs(math.log(r / requests)), default=None
+        )
+        if near is None:
             return 0.0
-        common = sum(offset * weight for offset, weight in alike.values()) / sum(w for _, w in alike.values())
-        offset, weight = kinds.get(num_drafts, (0.0, 0.0))
+        kinds = self._offsets[near, drafted]
+        common = sum(offset * weight for offset, weight in kinds.values()) / sum(w for _, w in kinds.values())
+        offset, weight = kinds.get(num_drafts, (0.0, 0.0)) if near == requests else (0.0, 0.0)
         return (offset * weight + common * OFFSET_PRIOR) / (weight + OFFSET_PRIOR)
 
 

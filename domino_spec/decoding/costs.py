@@ -21,7 +21,8 @@ import torch
 from domino_spec.config import UserError, parse_settings
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
-from domino_spec.decoding.state import State, Verdict
+from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.verify import commit, verify
 from domino_spec.files import atomic_path, read_json
 from domino_spec.target.model import Target
 
@@ -133,10 +134,9 @@ def measure_costs(
         state = whole.view(0, requests, Sampling.alike(SamplingSettings(), requests, target.device))
         view = own.view(0, requests)
         own_features = None if features is None else features[:requests]
-        verify_seconds.append(tuple(_seconds(partial(_pass, target, drafter, state, n), repeats) for n in widths))
+        verify_seconds.append(tuple(_seconds(partial(_verify, target, drafter, state, n), repeats) for n in widths))
         for request in range(requests):
             own.clear(request)
-        state.lengths.fill_(context)
         drafter.read(view, state.tokens[:, 1:context], own_features, state.lengths - 1)
         spent: list[list[float]] = [[] for _ in numbers]
         for _ in range(repeats + 1):  # all numbers in turn: a bad moment of the machine is not one number's
@@ -144,13 +144,19 @@ def measure_costs(
                 verdict = _one_accepted(state, own_features)
                 seconds.append(_seconds(partial(_draft, drafter, state, view, verdict, number), 0))
                 state.lengths += _COMMITTED
+        state.lengths.fill_(context)
         draft_seconds.append(tuple(min(seconds[1:]) for seconds in spent))
         report(f"costs of {requests} request{'s' * (requests > 1)} measured")
     return CostModel(sizes_up_to(slots), widths, _rising(verify_seconds), numbers, _rising(draft_seconds))
 
 
-def _pass(target: Target, drafter: Drafter, state: State, rows: int) -> None:
-    target.lm_head(target.forward(state.tokens[:, :rows], state.cache, drafter.feature_layers).hidden)
+def _verify(target: Target, drafter: Drafter, state: State, rows: int) -> None:
+    """A pass and what is decided and committed by it; the state stays as it was."""
+    drafts = Proposal(state.tokens[:, 1:rows], torch.full_like(state.lengths, rows - 1))
+    lengths, cached = state.lengths.clone(), state.cache.lengths.clone()
+    commit(state, verify(target, state, drafts, drafter.feature_layers))
+    state.lengths.copy_(lengths)
+    state.cache.lengths.copy_(cached)
 
 
 def _draft(drafter: Drafter, state: State, own: Any, verdict: Verdict, num_drafts: int) -> None:

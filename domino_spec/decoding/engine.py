@@ -304,11 +304,11 @@ class Engine:
     def _read_committed(self, first: int, last: int) -> None:
         """Let the drafter take in what was committed without drafts, all cycles in one go: of some requests."""
         slots = self._running[first:last]
-        if not any(slot.unread for slot in slots):
-            return
         width = len(self.drafter.feature_layers) * self.target.hidden_size
-        tokens, features, counts = take_unread(slots, width, self.target)
-        self.drafter.read(self._own.view(first, last), tokens, features, counts)
+        # Those with less to read are padded to those with the most, and must have room for it.
+        most = self._state.tokens.shape[1] - max(slot.length for slot in slots)
+        while any(slot.unread for slot in slots):
+            self.drafter.read(self._own.view(first, last), *take_unread(slots, most, width, self.target))
 
     def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
         tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()

@@ -83,23 +83,24 @@ class Slot:
         generation.seconds_decode = now - self.first_cycle
 
 
-def take_unread(slots: Sequence[Slot], width: int, target: Target) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What drafters have not taken in of several requests, which now count as taken in.
+def take_unread(slots: Sequence[Slot], most: int, width: int, target: Target) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What drafters have not taken in of several requests, `most` tokens of each at a time; it then counts as taken in.
 
     Returns:
         Arguments of `Drafter.read`: tokens [R, n], features [R, n, width] (None for a width of 0), and counts [R].
     """
-    counts = [len(slot.unread) for slot in slots]
+    taken = [slot.unread[:most] for slot in slots]
+    counts = [len(part) for part in taken]
     shape, device = (len(slots), max(counts)), target.device
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
     features = torch.zeros(*shape, width, dtype=target.dtype, device=device) if width else None
-    for place, slot in enumerate(slots):
-        if slot.unread:
-            tokens[place, : len(slot.unread)] = torch.cat([t for t, _ in slot.unread], dim=1)[0]
+    for place, (slot, part) in enumerate(zip(slots, taken, strict=True)):
+        if part:
+            tokens[place, : len(part)] = torch.cat([t for t, _ in part], dim=1)[0]
             if features is not None:
-                known = [f for _, f in slot.unread if f is not None]
+                known = [f for _, f in part if f is not None]
                 features[place, : len(known)] = torch.cat(known, dim=1)[0]
-            slot.unread.clear()
+            del slot.unread[:most]
     return tokens, features, torch.tensor(counts, device=device)
 
 

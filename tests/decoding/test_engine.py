@@ -289,6 +289,35 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
     assert 0 < engine.stats.drafted_cycles < engine.stats.cycles and len(policy.seen) > 2
 
 
+@pytest.mark.parametrize("method", ["domino-tree", "domino", "eagle3", "dart"])
+def test_requests_that_were_looked_at_and_those_that_were_not_catch_up_together(model, target, method):
+    """Nearly at the end of their slots, a few have nothing left to read, and the others all that was written."""
+
+    class Late:
+        cycles, curious = 0, False
+
+        def wanted(self, requests: int, most: int) -> int:
+            self.cycles += 1
+            self.curious = self.cycles == 35
+            return most if self.cycles > 35 else 0
+
+        def look(self, proposal) -> None:
+            assert len(proposal.tokens) < 6
+
+        def cut(self, proposal):
+            return proposal
+
+        def observe(self, proposal, verdict, seconds) -> None:
+            pass
+
+    prompts = random_prompts([6] * 6)
+    engine = engine_of(target, drafter_of(target, method), slots=6, capacity=46, policy=Late())
+    generations = [engine.submit(request(p, 40)) for p in prompts]
+    finish(engine)
+    assert engine.stats.drafted_cycles > 0
+    assert [g.token_ids for g in generations] == [plain_greedy(model, p, 40) for p in prompts]
+
+
 def test_the_number_of_sampled_drafts_is_not_left_to_a_policy(target):
     """It would decide which text a seed gives; greedy requests beside them are cut again once they are gone."""
 

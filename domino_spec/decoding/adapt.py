@@ -41,8 +41,11 @@ MOST_WEIGHT, OFFSET_PRIOR = 40.0, 20.0
 how far kinds like it are off."""
 FARTHEST_OFF = math.log(4)
 """A machine may also stand still for a while."""
-MARGIN = 1.05
-"""By how much drafting must promise to beat plain decoding before it is taken up; it is given up where it loses."""
+TAKEN_UP, GIVEN_UP = 1.05, 1.03
+"""Tokens per second over those of plain decoding that drafting must promise to be taken up, and to go on: what is
+expected is the best of several guesses, and so a little too much."""
+FREE = 0.01
+"""Drafting that takes less of a plain cycle than this is always asked for, and cut: a look-up costs nothing."""
 SLACK = 0.99
 """A larger number is asked for where it promises this share of the best number's rate: some cycles are surer."""
 
@@ -93,6 +96,9 @@ class AdaptivePolicy:
         self._asked = 0
         """Drafts that were `wanted` last, where any were."""
         self._drafting = False
+        """Whether the newest cycle drafts."""
+        self._pays = False
+        """Whether drafting was found to pay; a plain cycle between does not change that."""
         self._idle, self._pause = 0, FIRST_PAUSE
         self._acceptance = _Acceptance()
         self._expected = _Expected()
@@ -104,32 +110,39 @@ class AdaptivePolicy:
         """The number that pays best lately, to be cut, or none where even that would lose."""
         self._expected.age()
         self._requests = requests
-        was_drafting, self._drafting = self._drafting, False
-        since_plain = self._since_plain.get(requests)
-        self.curious = self._expected.gains is None or (since_plain or 0) >= RECHECKED
-        if self.curious or since_plain is None:
+        self._drafting, self.curious = False, False
+        since_plain, known = self._since_plain.get(requests), self._expected.gains is not None
+        if since_plain is None or since_plain >= RECHECKED:
+            self.curious = since_plain is not None or not known
+            return 0
+        if self.costs.draft(requests, most) < FREE * self.costs.verify(requests, 1):
+            return self._draft(most)
+        if not known:
+            self.curious = True
             return 0
         rate, number = self._best_number(requests, most)
         plain = self._plain(requests)
         if rate < HARDLY * plain and since_plain >= RECHECKED_SOON:
             return 0
-        if rate > plain * (1.0 if was_drafting else MARGIN):
+        if rate > plain * (GIVEN_UP if self._pays else TAKEN_UP):
+            self._pays = True
             self._idle, self._pause = 0, FIRST_PAUSE
-            self._drafting, self._asked = True, number
-            return number
+            return self._draft(number)
+        self._pays = False
         self._idle += 1
         if self._idle > self._pause:
             self._idle, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
             self.curious = True
         return 0
 
+    def _draft(self, number: int) -> int:
+        self._drafting, self._asked = True, number
+        return number
+
     def cut(self, proposal: Proposal) -> Proposal:
         """The best n drafts of every request, for the n that pays most; n may be 0."""
         requests, num_drafts = proposal.tokens.shape
         asked = max(self._asked, num_drafts)
-        if num_drafts == 0:
-            self._expected.see(torch.zeros(1, dtype=torch.double), requests, asked)
-            return proposal
         order, gains = self._best_first(proposal)
         self._expected.see(gains, requests, asked)
         best = int(self._rates(gains, requests, asked).argmax())
@@ -137,12 +150,10 @@ class AdaptivePolicy:
 
     def look(self, proposal: Proposal) -> None:
         """What few requests would be drafted says what all of them would; if it is good, it looks again soon."""
-        number = proposal.tokens.shape[1]
-        if number == 0:
-            return
+        requests, number = proposal.tokens.shape
         gains = self._best_first(proposal)[1]
-        self._expected.see(gains, len(proposal.tokens), number)
-        if self._requests and float(self._rates(gains, self._requests, number).max()) > self._plain(self._requests):
+        self._expected.see(gains, requests, number)
+        if float(self._rates(gains, self._requests, number).max()) > self._plain(self._requests):
             self._pause = FIRST_PAUSE
 
     def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:

@@ -187,6 +187,19 @@ def test_no_more_are_asked_for_than_pay():
         assert asked - {0} == expected
 
 
+def test_drafting_that_costs_nothing_is_always_asked_for():
+    """A look-up that finds nothing for a long while is still asked, and what it then finds is taken."""
+    policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.001))
+    nothing = Proposal.empty(1, torch.device("cpu"))
+    asked = []
+    for _ in range(100):
+        asked.append(policy.wanted(1, 2))
+        kept = policy.cut(nothing) if asked[-1] else nothing
+        policy.observe(kept, verdict_of([0], 0), 1.0)
+    assert asked.count(2) >= 98
+    assert policy.wanted(1, 2) == 2 and policy.cut(proposal_of([[0.9, 0.8]])).tokens.shape[1] == 2
+
+
 def test_what_many_requests_promise_weighs_more_than_what_few_do():
     few, many = (AdaptivePolicy(costs(0.3)) for _ in range(2))
     for policy, requests in ((few, 1), (many, 16)):

@@ -4,9 +4,10 @@
         --batch 1,2,4,8,16,32 --fixed 2,4,8 --groups 4 --max-new-tokens 64 --out sweep.json
 
 Prompts are dealt into groups, taken from the files in turn. A group is twice as many requests as fit into the engine
-(four at least), so that slots are used again; it is decoded by every method, in an order that rotates from group to
-group. Throughput is generated tokens per second of decoding; the seconds of reading prompts, which all methods spend
-alike, are kept beside it. A ratio is of all groups together; its 95% interval resamples groups.
+(four at least), so that slots are used again. Every method has an engine of its own, and the one that has generated
+least goes on: all get through a group side by side, cycle by cycle, and what disturbs the machine disturbs all alike.
+Throughput is generated tokens per second of decoding; the seconds of reading prompts, which all methods spend alike,
+are kept beside it. A ratio is of all groups together; its 95% interval resamples groups.
 
 `adaptive` has the cost model that is measured at the start, shared by all its runs, as a server has. Texts are compared
 with those of plain decoding, request by request.
@@ -29,8 +30,8 @@ from domino_spec.bench.intervals import Draws, Samples
 from domino_spec.config import UserError
 from domino_spec.decoding.adapt import AdaptivePolicy
 from domino_spec.decoding.costs import measure_costs
-from domino_spec.decoding.engine import Engine, Stats
-from domino_spec.decoding.generation import Limits, Request
+from domino_spec.decoding.engine import Engine
+from domino_spec.decoding.generation import Generation, Limits, Request
 from domino_spec.files import read_jsonl, write_json
 from domino_spec.methods import TREE_BUDGET, default_method, make_drafter
 from domino_spec.target.load import load_target
@@ -61,6 +62,27 @@ class Run:
     """Texts that equal those of plain decoding."""
 
 
+@dataclass
+class Lane:
+    """One method on its way through a group."""
+
+    engine: Engine
+    generations: Sequence[Generation]
+    seconds: float = 0.0
+    """Of its own steps."""
+
+    @property
+    def tokens(self) -> int:
+        """Generated so far."""
+        return sum(generation.num_tokens for generation in self.generations)
+
+    def step(self) -> None:
+        """One step of its engine."""
+        started = time.perf_counter()
+        self.engine.step()
+        self.seconds += time.perf_counter() - started
+
+
 class Sweep:
     """What is shared by all runs."""
 
@@ -82,42 +104,39 @@ class Sweep:
             num_drafts=budget or None,
         )
 
-    def run(self, method: str, batch: int, prompts: Sequence[list[int]]) -> tuple[Stats, list[list[int]], float]:
-        """Decode a group; returns what the engine counted, the texts, and the seconds it took."""
+    def lane(self, method: str, batch: int, prompts: Sequence[list[int]]) -> Lane:
+        """A group to be decoded by one method."""
         policy = self.policies.setdefault(batch, AdaptivePolicy(self.costs)) if method == ADAPTIVE else None
         capacity = max(map(len, prompts)) + self.max_new_tokens
         engine = Engine(self.target, self._drafter(method), slots=batch, capacity=capacity, policy=policy)
-        started = time.perf_counter()
-        generations = [engine.submit(Request(p, limits=Limits(self.max_new_tokens))) for p in prompts]
-        while engine.busy:
-            engine.step()
-        return engine.stats, [g.token_ids for g in generations], time.perf_counter() - started
+        return Lane(engine, [engine.submit(Request(p, limits=Limits(self.max_new_tokens))) for p in prompts])
 
     def group(self, batch: int, group: int, prompts: Sequence[list[int]]) -> list[Run]:
-        """Decode a group by every method."""
-        turn = group % len(self.methods)
-        found: dict[str, tuple[Stats, list[list[int]], float]] = {}
-        for method in [*self.methods[turn:], *self.methods[:turn]]:
-            found[method] = self.run(method, batch, prompts)
-        plain = found[PLAIN][1]
+        """Decode a group by every method, side by side."""
+        turn = group % len(self.methods)  # who goes first where several are as far
+        lanes = {m: self.lane(m, batch, prompts) for m in [*self.methods[turn:], *self.methods[:turn]]}
+        while busy := [lane for lane in lanes.values() if lane.engine.busy]:
+            min(busy, key=lambda lane: lane.tokens).step()
+        plain = [g.token_ids for g in lanes[PLAIN].generations]
         return [
             Run(
                 batch,
                 group,
                 method,
-                len(texts),
-                sum(map(len, texts)),
-                seconds - stats.read_seconds,
+                len(prompts),
+                lane.tokens,
+                lane.seconds - stats.read_seconds,
                 stats.read_seconds,
                 stats.verify_passes,
                 stats.committed_tokens,
                 stats.drafts,
                 stats.cycles,
                 stats.drafted_cycles,
-                sum(text == expected for text, expected in zip(texts, plain, strict=True)),
+                sum(g.token_ids == text for g, text in zip(lane.generations, plain, strict=True)),
             )
             for method in self.methods
-            for stats, texts, seconds in [found[method]]
+            for lane in [lanes[method]]
+            for stats in [lane.engine.stats]
         ]
 
 
@@ -201,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     in_turn = [text for text in chain.from_iterable(zip_longest(*texts)) if text is not None]
     prompts = [prompt_ids(target, text) for text in in_turn]
     sweep = Sweep(target, draft, options.fixed, options.max_new_tokens, max(options.batch))
-    for method in sweep.methods:  # warm-up
-        sweep.run(method, 1, [prompts[0][:16]])
+    sweep.group(1, 0, [prompts[0][:16]])  # warm-up
     runs: list[Run] = []
     for group in range(options.groups):  # all sizes in turn, so that drift hits them alike
         for batch in options.batch:

@@ -1,6 +1,7 @@
 """All that this machine can say about a cycle's speed, by one command: what drafts cost, by number and by context.
 
     python benchmarks/speed.py --out runs/speed --prompts gsm8k.jsonl --prompts alpaca.jsonl
+    python benchmarks/speed.py --out runs/qwen3-8b --shape qwen3-8b
 
 - `drafts`: the cost ratio c (cycle / plain step) of chains of 2, 4, .. drafts and of the default tree, and the share of
   a cycle that drafting takes;
@@ -8,6 +9,8 @@
 - `batches`: c by number of requests;
 - `rollout.py` (at the shape of Qwen3-8B where there is a GPU, else interpreted at a tiny one, as a check only), and
   `batch_sweep.py` where prompts are given: throughput with adaptive and fixed numbers of drafts.
+
+With `--shape` the pair has random weights and knows contexts as long as are asked for; no texts are decoded.
 
 Each is a ratio measured in one run, all parts in turn. A part whose file is there already is not measured again.
 """
@@ -18,7 +21,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ from batch_sweep import numbers  # beside this program
 
 from domino_spec.api import load_draft
 from domino_spec.bench.profile import MethodProfile, Profile, profile_cycles
+from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
 from domino_spec.config import UserError
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import write_json
@@ -37,6 +41,8 @@ DRAFTING = ("context", "backbone", "lm_head", "rollout")
 """Stages of a cycle that are not the target's and not bookkeeping."""
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32)
+ROOM = 64
+"""Tokens that a profile may add to a context."""
 
 
 def drafting_share(method: MethodProfile) -> float:
@@ -91,6 +97,15 @@ class Part:
         print(f"\n{self.name}\n\n{render(rows)}\n")
 
 
+def made_pair(name: str, longest: int) -> tuple[Target, AnyDraft]:
+    """A pair of a shape that knows a context of `longest` tokens: time does not depend on what the weights say."""
+    shape = find_shape(name)
+    known = max(int(shape.target.get("max_position_embeddings", 0)), longest + ROOM + 1)
+    plan = plan_pair(replace(shape, target={**shape.target, "max_position_embeddings": known}))
+    check_memory(plan.weights, plan.device, f"the weights of {name}")
+    return make_pair(plan)
+
+
 def run_program(name: str, *arguments: str) -> None:
     """Another of these programs, in a process of its own."""
     subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *arguments], check=True)
@@ -101,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", default="smollm2-135m-domino")
+    parser.add_argument("--shape", metavar="NAME|FILE", help="random weights of that shape, in place of the pair")
     parser.add_argument("--drafts", type=numbers, default=[2, 4, 8])
     parser.add_argument("--contexts", type=numbers, default=[*CONTEXTS])
     parser.add_argument("--batches", type=numbers, default=[*BATCHES])
@@ -114,12 +130,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    target = load_target(options.target)
-    draft = load_draft(options.draft, target)
+    if options.shape is not None and options.prompts:
+        parser.error("--prompts are decoded, which random weights cannot: leave out --shape or --prompts")
+    if options.shape is None:
+        target = load_target(options.target)
+        draft: AnyDraft = load_draft(options.draft, target)
+    else:
+        target, draft = made_pair(options.shape, max(options.contexts))
     chain, tree = kind_of(draft), default_method(draft)
     both = [(chain, None), (tree, None)] if tree != chain else [(chain, None)]
     counts = [*((chain, n) for n in options.drafts), (tree, None)]
-    contexts = [c for c in options.contexts if c + 64 < target.max_length]
+    contexts = [c for c in options.contexts if c + ROOM < target.max_length]
     Part(options.out, "drafts", options.repeats).measure(target, draft, [(counts, 256, 1)])
     Part(options.out, "contexts", options.repeats).measure(target, draft, [(both, c, 1) for c in contexts])
     Part(options.out, "batches", options.repeats).measure(target, draft, [(both, 256, b) for b in options.batches])

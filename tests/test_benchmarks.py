@@ -67,6 +67,19 @@ def test_one_command_runs_what_the_machine_can_and_goes_on_where_it_was(tmp_path
     assert "is there already" in run("speed.py", *options).stderr
 
 
+def test_a_shape_knows_contexts_as_long_as_are_asked_for(tmp_path):
+    out = tmp_path / "speed"
+    done = run(
+        "speed.py", "--shape", "tiny", "--drafts", "2", "--contexts", "64,3000", "--batches", "1", "--repeats", "1",
+        "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    profiles = json.loads((out / "contexts.json").read_text())["profiles"]
+    assert [profile["context"] for profile in profiles] == [64, 3000], "beyond what its configuration says"
+    refused = run("speed.py", "--shape", "tiny", "--prompts", "x.jsonl", "--out", out)
+    assert refused.returncode == 2 and "leave out --shape or --prompts" in refused.stderr
+
+
 @pytest.mark.parametrize("program, option", [("batch_sweep.py", "--batch"), ("speed.py", "--contexts")])
 def test_nonsense_says_what_was_expected(tmp_path, prompts, program, option):
     done = run(program, "--prompts", prompts, option, "2,x", "--out", tmp_path / "x")

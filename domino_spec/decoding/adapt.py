@@ -10,12 +10,15 @@ how many to ask the drafter for, by what was expected lately, and how many of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domino_spec.decoding.clock import Clock
 from domino_spec.decoding.costs import CostModel, sizes_up_to
 from domino_spec.decoding.state import Proposal, Verdict
 
@@ -25,23 +28,20 @@ PRIOR = 8.0
 """Drafts' worth of trust in the draft's own confidence before any was seen."""
 MEMORY = 2000.0
 """Drafts of a class after which old ones fade."""
-DRIFT = 0.005
-"""What a cycle adds to the variance of what is expected, in variances of what one request is expected to accept."""
-FIRST_PAUSE, LONGEST_PAUSE = 8, 64
-"""Cycles without drafts before it looks again; the pause doubles while drafts do not pay."""
+DRIFT = 0.01
+"""What a cycle of one request adds to the variance of what is expected, in variances of what one request is expected to
+accept; a cycle of R adds the square root of R times less: some of what changes is each one's own."""
+LOOKING_SOON, LOOKING = 0.03, 0.005
+"""Share of the seconds of plain cycles that is spent on looking whether drafts would pay: after some that drafted, and
+the least; it halves with every look."""
+SEEN_ENOUGH = 4
+"""Requests that must have been looked at to say anything."""
 RECHECKED, RECHECKED_SOON = 128, 16
 """Cycles that draft after which one is plain, so that it stays known what that takes; and the same where drafting
 hardly pays: there a plain cycle loses as little, and says what has to be known."""
 HARDLY = 1.2
 """Tokens per second over those of plain decoding below which drafting hardly pays."""
-PACE = 0.3
-"""Share of the newest cycle in how fast the machine is."""
-MOST_WEIGHT, OFFSET_PRIOR = 40.0, 20.0
-"""Cycles over which it is averaged how far a kind's seconds are off the cost model's; and the weight, in cycles, of
-how far kinds like it are off."""
-FARTHEST_OFF = math.log(4)
-"""A machine may also stand still for a while."""
-TAKEN_UP, GIVEN_UP = 1.05, 1.03
+TAKEN_UP, GIVEN_UP = 1.10, 1.00
 """Tokens per second over those of plain decoding that drafting must promise to be taken up, and to go on: what is
 expected is the best of several guesses, and so a little too much."""
 FREE = 0.01
@@ -64,8 +64,13 @@ class DraftPolicy(Protocol):
         """The proposal with the drafts that pay."""
         ...
 
-    def look(self, proposal: Proposal) -> None:
-        """See what would be drafted; it is not proposed."""
+    def look(self, proposal: Proposal, seconds: float | None = None) -> None:
+        """See what would be drafted; it is not proposed.
+
+        Args:
+            proposal: for the first of the requests.
+            seconds: that it took; None where nobody knows.
+        """
         ...
 
     def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:
@@ -99,44 +104,55 @@ class AdaptivePolicy:
         """Whether the newest cycle drafts."""
         self._pays = False
         """Whether drafting was found to pay; a plain cycle between does not change that."""
-        self._idle, self._pause = 0, FIRST_PAUSE
+        self._settled: tuple[int, int] | None = None
+        """Requests and most drafts for which it was found that none pay, as long as it saw nothing new."""
+        self._looking: dict[int, float] = {}
+        """The share that looking has, by number of requests."""
+        self._idle_seconds, self._look_seconds = 0.0, 0.0
+        """Of plain cycles since it looked last; and of a look."""
         self._acceptance = _Acceptance()
         self._expected = _Expected()
-        self._clock = _Clock()
+        self._clock = Clock()
         self._since_plain: dict[int, int] = {}
         """Cycles that drafted since the last plain one, by number of requests; absent where there was none yet."""
+        # Asked for dozens of times a cycle.
+        self._verify_seconds, self._draft_seconds = lru_cache(4096)(costs.verify), lru_cache(4096)(costs.draft)
 
     def wanted(self, requests: int, most: int) -> int:
         """The number that pays best lately, to be cut, or none where even that would lose."""
-        self._expected.age()
+        self._expected.age(requests)
         self._requests = requests
         self._drafting, self.curious = False, False
-        since_plain, known = self._since_plain.get(requests), self._expected.gains is not None
+        since_plain, known = self._since_plain.get(requests), self._expected.seen >= SEEN_ENOUGH
         if since_plain is None or since_plain >= RECHECKED:
             self.curious = since_plain is not None or not known
             return 0
-        if self.costs.draft(requests, most) < FREE * self.costs.verify(requests, 1):
+        if self._draft_seconds(requests, most) < FREE * self._verify_seconds(requests, 1):
             return self._draft(most)
         if not known:
             self.curious = True
             return 0
+        if self._settled == (requests, most):
+            return self._idle()
         rate, number = self._best_number(requests, most)
         plain = self._plain(requests)
         if rate < HARDLY * plain and since_plain >= RECHECKED_SOON:
             return 0
         if rate > plain * (GIVEN_UP if self._pays else TAKEN_UP):
             self._pays = True
-            self._idle, self._pause = 0, FIRST_PAUSE
             return self._draft(number)
         self._pays = False
-        self._idle += 1
-        if self._idle > self._pause:
-            self._idle, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
-            self.curious = True
+        self._settled = requests, most
+        return self._idle()
+
+    def _idle(self) -> int:
+        share = self._looking.get(self._requests, LOOKING_SOON)
+        self.curious = share * self._idle_seconds >= self._look_seconds
         return 0
 
     def _draft(self, number: int) -> int:
-        self._drafting, self._asked = True, number
+        self._drafting, self._asked, self._settled = True, number, None
+        self._looking[self._requests] = LOOKING_SOON
         return number
 
     def cut(self, proposal: Proposal) -> Proposal:
@@ -145,16 +161,20 @@ class AdaptivePolicy:
         asked = max(self._asked, num_drafts)
         order, gains = self._best_first(proposal)
         self._expected.see(gains, requests, asked)
-        best = int(self._rates(gains, requests, asked).argmax())
+        rates = self._rates(gains.tolist(), requests, asked)
+        best = rates.index(max(rates))
         return proposal if best == num_drafts else keep_drafts(proposal, order[:, :best])
 
-    def look(self, proposal: Proposal) -> None:
-        """What few requests would be drafted says what all of them would; if it is good, it looks again soon."""
+    def look(self, proposal: Proposal, seconds: float | None = None) -> None:
+        """What few requests would be drafted says what all of them would; the longer it takes, the rarer it is."""
         requests, number = proposal.tokens.shape
-        gains = self._best_first(proposal)[1]
-        self._expected.see(gains, requests, number)
-        if float(self._rates(gains, self._requests, number).max()) > self._plain(self._requests):
-            self._pause = FIRST_PAUSE
+        self._expected.see(self._best_first(proposal)[1], requests, number)
+        if seconds is None:
+            seconds = self._draft_seconds(requests, number)
+        # One look that took very long was a bad moment.
+        self._look_seconds = min(seconds, 2 * self._look_seconds) if self._look_seconds else seconds
+        self._looking[self._requests] = max(self._looking.get(self._requests, LOOKING_SOON) / 2, LOOKING)
+        self._idle_seconds, self._settled = 0.0, None
 
     def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:
         """Count how often drafts of each confidence were accepted, and keep the cost model true."""
@@ -163,6 +183,7 @@ class AdaptivePolicy:
         asked = max(self._asked, num_drafts) if drafted else 0
         self._clock.observe(requests, num_drafts, drafted, self._modelled(requests, num_drafts, asked), seconds)
         self._since_plain[requests] = self._since_plain.get(requests, 0) + 1 if drafted else 0
+        self._idle_seconds += 0.0 if drafted else seconds
         if num_drafts:
             self._acceptance.count(proposal, verdict)
 
@@ -170,11 +191,9 @@ class AdaptivePolicy:
         """Tokens per second that can be expected, and the number of drafts to ask for."""
         gains = self._expected.gains
         assert gains is not None
-        found = []
-        for number in sizes_up_to(most):
-            found.append((float(self._rates(gains[: number + 1], requests, number).max()), number))
-        best = max(rate for rate, _ in found)
-        return best, max(number for rate, number in found if rate >= SLACK * best)
+        rates = {n: max(self._rates(gains[: n + 1], requests, n)) for n in sizes_up_to(most)}
+        best = max(rates.values())
+        return best, max(number for number, rate in rates.items() if rate >= SLACK * best)
 
     def _best_first(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """Drafts of each request from the best on [R, N], and expected accepted ones of the n best [N + 1]."""
@@ -184,22 +203,19 @@ class AdaptivePolicy:
         gains = chances.gather(1, order).cumsum(1).mean(0)  # of the n best drafts of a request
         return order, torch.cat((gains.new_zeros(1), gains)).cpu()
 
-    def _rates(self, gains: Tensor, requests: int, asked: int) -> Tensor:
+    def _rates(self, gains: Sequence[float], requests: int, asked: int) -> list[float]:
         """Tokens per second of cycles with 0, 1, .. drafts per request of those asked for, which are paid for."""
-        seconds = [self._seconds(requests, n, asked) for n in range(len(gains))]
-        return requests * (1 + gains) / torch.tensor(seconds, dtype=torch.double)
+        modelled = [self._modelled(requests, n, asked) for n in range(len(gains))]
+        seconds = self._clock.seconds(requests, asked > 0, modelled)
+        return [requests * (1 + gained) / spent for gained, spent in zip(gains, seconds, strict=True)]
 
     def _plain(self, requests: int) -> float:
         """Tokens per second without drafts."""
-        return requests / self._seconds(requests, 0, 0)
+        return self._rates([0.0], requests, 0)[0]
 
     def _modelled(self, requests: int, num_drafts: int, asked: int) -> float:
-        drafting = self.costs.draft(requests, asked) if asked else 0.0
-        return self.costs.verify(requests, num_drafts + 1) + drafting
-
-    def _seconds(self, requests: int, num_drafts: int, asked: int) -> float:
-        modelled = self._modelled(requests, num_drafts, asked)
-        return self._clock.seconds(requests, num_drafts, asked > 0, modelled)
+        drafting = self._draft_seconds(requests, asked) if asked else 0.0
+        return self._verify_seconds(requests, num_drafts + 1) + drafting
 
 
 class _Acceptance:
@@ -257,19 +273,22 @@ class _Expected:
     """
 
     def __init__(self) -> None:
-        self.gains: Tensor | None = None
-        """[N + 1], for n = 0, 1, ..; None before anything was seen."""
+        self.seen = 0
+        """Requests."""
+        self.gains: list[float] | None = None
+        """N + 1 of them, for n = 0, 1, ..; None before anything was seen."""
         self._added = torch.zeros(0, dtype=torch.double)
         """[N]."""
         self._variance = torch.zeros(0, dtype=torch.double)
         """[N], in variances of what one request promises."""
 
-    def age(self) -> None:
+    def age(self, requests: int) -> None:
         """A cycle goes by."""
-        self._variance += DRIFT
+        self._variance += DRIFT / math.sqrt(requests)
 
     def see(self, gains: Tensor, requests: int, asked: int) -> None:
         """Take in what was promised to so many requests, of whom each was to have as many drafts as `asked`."""
+        self.seen += requests
         added = gains.double().diff()
         added = F.pad(added, (0, max(0, asked - len(added))))  # a drafter may leave out what it doubts
         new = len(added) - len(self._added)
@@ -280,53 +299,7 @@ class _Expected:
         share = 1 / (1 + noise / variance)
         self._added[: len(added)] += share * (added - self._added[: len(added)])
         self._variance[: len(added)] = share * noise
-        self.gains = F.pad(self._added.cumsum(0), (1, 0))
-
-
-class _Clock:
-    """What kinds of cycles take, by the cost model and by how far each kind was off lately.
-
-    How fast the machine is changes for all kinds alike, and is told apart from what is wrong with the model: else
-    drafting would look cheap whenever a machine slows down while nothing is drafted.
-    """
-
-    def __init__(self) -> None:
-        self._pace: float | None = None
-        """Natural logarithm of seconds over the cost model's, lately."""
-        self._offsets: dict[tuple[int, bool], dict[int, tuple[float, float]]] = {}
-        """By requests and whether it drafted, then drafts verified per request: the same beyond the pace, and the
-        weight of what was seen."""
-
-    def observe(self, requests: int, num_drafts: int, drafted: bool, modelled: float, seconds: float) -> None:
-        """A cycle took so long."""
-        off = math.log(seconds / modelled)
-        if self._pace is None:
-            self._pace = off
-        expected = self._offset(requests, num_drafts, drafted)
-        surprise = min(max(off - self._pace - expected, -FARTHEST_OFF), FARTHEST_OFF)
-        kinds = self._offsets.setdefault((requests, drafted), {})
-        offset, weight = kinds.get(num_drafts, (0.0, 0.0))
-        weight = min(weight + 1, MOST_WEIGHT)
-        kinds[num_drafts] = offset + (expected + surprise - offset) / weight, weight
-        self._pace += (
-            PACE * (weight - 1) / (weight + OFFSET_PRIOR) * surprise
-        )  # what surprises in a new kind is its own
-
-    def seconds(self, requests: int, num_drafts: int, drafted: bool, modelled: float) -> float:
-        """That a cycle will take."""
-        return modelled * math.exp((self._pace or 0.0) + self._offset(requests, num_drafts, drafted))
-
-    def _offset(self, requests: int, num_drafts: int, drafted: bool) -> float:
-        """Of a kind; as long as little was seen of it, mostly what those like it have in common."""
-        near = min(
-            (r for r, d in self._offsets if d == drafted), key=lambda r: abs(math.log(r / requests)), default=None
-        )
-        if near is None:
-            return 0.0
-        kinds = self._offsets[near, drafted]
-        common = sum(offset * weight for offset, weight in kinds.values()) / sum(w for _, w in kinds.values())
-        offset, weight = kinds.get(num_drafts, (0.0, 0.0)) if near == requests else (0.0, 0.0)
-        return (offset * weight + common * OFFSET_PRIOR) / (weight + OFFSET_PRIOR)
+        self.gains = [0.0, *self._added.cumsum(0).tolist()]
 
 
 def _bins(confidence: Tensor) -> Tensor:

@@ -278,10 +278,11 @@ class Engine:
         if wanted > 0:
             self._read_committed(0, requests)
         elif policy is not None and policy.curious:
-            few = min(requests, LOOKED_AT)
+            few, started = min(requests, LOOKED_AT), time.perf_counter()
             self._read_committed(0, few)
             state = batch.state.view(0, few, self._sampling(few))
-            policy.look(self.drafter.propose(state, batch.own.view(0, few), self.num_drafts))
+            proposal = self.drafter.propose(state, batch.own.view(0, few), self.num_drafts)
+            policy.look(proposal, time.perf_counter() - started)
         return wanted
 
     def _propose(self, batch: _Batch, wanted: int) -> Proposal:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.decoding.adapt import AdaptivePolicy, keep_drafts
+from domino_spec.decoding.adapt import LOOKING, SEEN_ENOUGH, AdaptivePolicy, keep_drafts
+from domino_spec.decoding.clock import Clock
 from domino_spec.decoding.costs import CostModel, measure_costs, sizes_up_to
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Limits, Request
@@ -138,18 +139,18 @@ def drive(
 def test_a_cost_model_that_is_wrong_is_put_right_by_the_clock():
     """Two drafts that are always accepted pay by the cost model; but cycles that draft take four times as long."""
     policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
-    assert drive(policy, 50, 1, sure=0.9, accepted=True)[1:] == [2] * 49
+    assert drive(policy, 50, 1, sure=0.9, accepted=True)[SEEN_ENOUGH:] == [2] * (50 - SEEN_ENOUGH)
     policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
     slow = drive(policy, 200, 1, sure=0.9, accepted=True, slower=4.0)
-    assert slow[1] == 2 and sum(slow[-100:]) == 0
+    assert slow[SEEN_ENOUGH] == 2 and sum(slow[-100:]) == 0
 
 
 def test_a_draft_that_boasts_is_found_out_and_one_that_proves_right_is_taken_up_again():
     policy = AdaptivePolicy(costs(per_row=0.1, fixed=0.9, draft=0.2))
     boasting = drive(policy, 300, 1, sure=0.95, accepted=False)
-    assert boasting[:2] == [0, 2], "a plain cycle comes first, to know what it takes"
+    assert boasting[: SEEN_ENOUGH + 1] == [0] * SEEN_ENOUGH + [2], "it looks first, and learns what a plain cycle takes"
     assert sum(n > 0 for n in boasting[-100:]) <= 4
-    proving = drive(policy, 400, 1, sure=0.3, accepted=True)
+    proving = drive(policy, 400, 1, sure=0.4, accepted=True)
     assert sum(n > 0 for n in proving[:100]) >= 1, "it looks again now and then"
     assert sum(n == 2 for n in proving[-100:]) >= 99
 
@@ -162,8 +163,45 @@ def test_what_a_cycle_takes_is_told_apart_from_how_fast_the_machine_is():
         assert sum(drive(policy, 50, 1, sure=0.3, accepted=False, pace=pace)) == 0
     wrong = policy.costs.verify(1, 1) * 3
     policy.observe(Proposal.empty(1, torch.device("cpu")), verdict_of([0], 0), wrong)
-    drawn = policy._seconds(1, 2, 2) / policy._seconds(1, 0, 0)
-    assert drawn == pytest.approx(policy._modelled(1, 2, 2) / policy._modelled(1, 0, 0), rel=0.3)
+    rates = [policy._rates([0.0] * 3, 1, 2)[2], policy._plain(1)]
+    assert rates[1] / rates[0] == pytest.approx(policy._modelled(1, 2, 2) / policy._modelled(1, 0, 0), rel=0.3)
+
+
+def test_one_plain_cycle_says_what_part_of_many_that_drafted_is_the_machines():
+    """Drafting takes 1.3 times what the model says, and the machine slows down by as much meanwhile."""
+    clock = Clock()
+    for _ in range(10):
+        clock.observe(4, 0, False, 1.0, 1.0)
+    for cycle in range(40):
+        clock.observe(4, 2, True, 1.0, 1.3 * 1.3 ** (cycle / 39))
+    for _ in range(2):
+        clock.observe(4, 0, False, 1.0, 1.3)
+    drafted, plain = (clock.seconds(4, drafts, [1.0] * 3)[2 * drafts] for drafts in (True, False))
+    assert drafted / plain == pytest.approx(1.3, rel=0.06)
+    assert clock.seconds(8, True, [1.0])[0] / clock.seconds(8, False, [1.0])[0] > 1.1, "others draft no faster"
+
+
+def test_a_moment_that_the_machine_stood_still_says_little():
+    steady, disturbed = Clock(), Clock()
+    for cycle in range(60):
+        for clock in (steady, disturbed):
+            drafted = cycle % 4 == 0
+            stalled = 20.0 if clock is disturbed and cycle == 30 else 1.0
+            clock.observe(1, 2 * drafted, drafted, 1.0, stalled)
+    ratios = [c.seconds(1, True, [1.0] * 3)[2] / c.seconds(1, False, [1.0])[0] for c in (steady, disturbed)]
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.05)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5])
+def test_looking_takes_its_share_of_plain_cycles_and_no_more(seconds):
+    policy, cycles, spent = AdaptivePolicy(costs(per_row=1.0)), 2000, []
+    for _ in range(cycles):
+        assert policy.wanted(4, 2) == 0
+        if policy.curious:
+            policy.look(proposal_of([[0.1, 0.05]] * 4), seconds)
+            spent.append(seconds)
+        policy.observe(Proposal.empty(4, torch.device("cpu")), verdict_of([0] * 4, 0), 1.0)
+    assert 0.5 * LOOKING * cycles < sum(spent) < LOOKING * cycles + 2 * seconds
 
 
 def test_no_more_are_asked_for_than_pay():
@@ -293,6 +331,7 @@ def test_an_engine_drafts_less_where_it_does_not_pay_and_more_where_it_does():
     for name, drafter in (("wrong", Wrong()), ("right", Right(texts, 4))):
         for per_row in (0.05, 2.0):
             policy = AdaptivePolicy(costs(per_row, fixed=1.0, draft=0.05))
+            policy._clock.observe = lambda *cycle: None  # what cycles take is not this machine's
             engine = Engine(target, drafter, slots=2, capacity=140, policy=policy)
             for prompt in prompts:
                 engine.submit(Request(prompt, limits=Limits(120, stop_token_ids=frozenset())))

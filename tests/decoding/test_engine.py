@@ -264,7 +264,7 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
             self.curious = self.random.random() < 0.3
             return self.random.choice([0, 0, 0, most, 2])
 
-        def look(self, proposal) -> None:
+        def look(self, proposal, seconds) -> None:
             self.seen.add(proposal.tokens.shape)
 
         def cut(self, proposal):
@@ -301,7 +301,7 @@ def test_requests_that_were_looked_at_and_those_that_were_not_catch_up_together(
             self.curious = self.cycles == 35
             return most if self.cycles > 35 else 0
 
-        def look(self, proposal) -> None:
+        def look(self, proposal, seconds) -> None:
             assert len(proposal.tokens) < 6
 
         def cut(self, proposal):

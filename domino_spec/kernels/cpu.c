@@ -6,6 +6,7 @@
  *
  * Built and called by cpu.py, which says what the arguments are; nothing here checks them.
  */
+#include <omp.h>
 #include <stdlib.h>
 
 #include "vectors.h"
@@ -21,7 +22,9 @@
 #define AHEAD 32         /* steps that weights are fetched in advance; processors do not look as far on their own */
 #define QUERY_ROWS 4     /* of attention, at once in registers */
 #define VALUE_VECTORS 4  /* of a value, at once in registers */
-#define TOKENS 32        /* of one head, whose keys stay in the nearest cache */
+#define SHARED_ROWS 32   /* of attention, that take turns at keys and values while those are in the nearest cache */
+#define VALUE_BLOCK 64   /* values that do so */
+#define FEW_ROWS 8       /* of attention; fewer are not worth reading keys and values for once more */
 
 int64_t panel_width(void) { return PANEL; }
 int64_t lanes(void) { return LANES; }
@@ -171,51 +174,75 @@ ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end)
   return 1.0f / sum_lanes(total);
 }
 
-/* out[rows] = weights[rows, end] times `vectors` vectors of values[end, width], scaled. */
+/* Rows of queries that look at the same keys: tokens of one head, or of several that share a key head. */
+struct rows {
+  const float *query[SHARED_ROWS];
+  const uint8_t *seen[SHARED_ROWS];
+  float *out[SHARED_ROWS];
+};
+
+/* out[rows] += weights[rows, from..to] times `vectors` vectors of values[end, width]; at the start from 0. */
 ALWAYS_INLINE void mix_rows(const int rows, const int vectors, const float *weights, int64_t stride,
-                            const float *inverse, const float *values, int64_t width, int64_t end, float *out,
-                            int64_t out_stride) {
+                            const float *values, int64_t width, int64_t from, int64_t to, float *const *out,
+                            int64_t place) {
   vec sums[QUERY_ROWS][VALUE_VECTORS];
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < vectors; i++) sums[r][i] = splat(0.0f);
-  for (int64_t t = 0; t < end; t++)
+    for (int i = 0; i < vectors; i++) sums[r][i] = from ? load(out[r] + place + i * LANES) : splat(0.0f);
+  for (int64_t t = from; t < to; t++)
     for (int r = 0; r < rows; r++)
       for (int i = 0; i < vectors; i++)
-        sums[r][i] = fma_lanes(load(values + t * width + i * LANES), splat(weights[r * stride + t]), sums[r][i]);
+        sums[r][i] = fma_lanes(load(values + t * width + place + i * LANES), splat(weights[r * stride + t]), sums[r][i]);
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < vectors; i++) store(out + r * out_stride + i * LANES, sums[r][i] * inverse[r]);
+    for (int i = 0; i < vectors; i++) store(out[r] + place + i * LANES, sums[r][i]);
 }
 
-/* Attention of up to TOKENS tokens for one query head; `scores` is [TOKENS, stride]. */
-static void attend_head(const float *query, int64_t query_stride, const float *keys, const float *values,
-                        const uint8_t *seen, int64_t tokens, int64_t extent, int64_t width, float scale,
-                        float *scores, int64_t stride, float *out, int64_t out_stride) {
-  int64_t end = 1; /* keys that any of these tokens sees */
-  for (int64_t n = 0; n < tokens; n++)
+/* Attention of `count` rows; `scores` is [count, stride]. Keys and values are read once for all of them. */
+static void attend_rows(const struct rows *of, int64_t count, const float *keys, const float *values, int64_t extent,
+                        int64_t width, float scale, float *scores, int64_t stride) {
+  int64_t end = 1; /* keys that any of these rows sees */
+  for (int64_t n = 0; n < count; n++)
     for (int64_t t = extent; t > end; t--)
-      if (seen[n * extent + t - 1]) end = t;
+      if (of->seen[n][t - 1]) end = t;
   for (int64_t t = 0; t < end; t += LANES)
-    for (int64_t n = 0; n < tokens; n++) {
-      const float *row = query + n * query_stride, *some = keys + t * width;
+    for (int64_t n = 0; n < count; n++) {
+      const float *row = of->query[n], *some = keys + t * width;
       vec dots = t + LANES <= end ? score_keys(row, some, width, LANES) : score_keys(row, some, width, end - t);
       store(scores + n * stride + t, dots * scale);
     }
-  float inverse[TOKENS];
-  for (int64_t n = 0; n < tokens; n++) inverse[n] = softmax_row(scores + n * stride, seen + n * extent, end);
-  for (int64_t i = 0, rows; i < width / LANES; i += VALUE_VECTORS)
-    for (int64_t n = 0; n < tokens; n += rows) {
-      const float *weights = scores + n * stride, *part = values + i * LANES;
-      float *to = out + n * out_stride + i * LANES;
-      int whole = width / LANES - i >= VALUE_VECTORS, vectors = whole ? VALUE_VECTORS : (int)(width / LANES - i);
-      rows = whole && tokens - n >= QUERY_ROWS ? QUERY_ROWS : 1;
-      /* numbers known to the compiler keep the sums in registers */
-      if (rows == QUERY_ROWS)
-        mix_rows(QUERY_ROWS, VALUE_VECTORS, weights, stride, inverse + n, part, width, end, to, out_stride);
-      else if (whole)
-        mix_rows(1, VALUE_VECTORS, weights, stride, inverse + n, part, width, end, to, out_stride);
-      else
-        mix_rows(1, vectors, weights, stride, inverse + n, part, width, end, to, out_stride);
-    }
+  float inverse[SHARED_ROWS];
+  for (int64_t n = 0; n < count; n++) inverse[n] = softmax_row(scores + n * stride, of->seen[n], end);
+  for (int64_t from = 0; from < end; from += VALUE_BLOCK) {
+    int64_t to = from + VALUE_BLOCK < end ? from + VALUE_BLOCK : end;
+    for (int64_t n = 0, rows; n < count; n += rows)
+      for (int64_t place = 0, vectors; place < width; place += vectors * LANES) {
+        const float *weights = scores + n * stride;
+        float *const *out = of->out + n;
+        rows = count - n < QUERY_ROWS ? count - n : QUERY_ROWS;
+        vectors = (width - place) / LANES < VALUE_VECTORS ? (width - place) / LANES : VALUE_VECTORS;
+        /* numbers known to the compiler keep the sums in registers */
+        switch (vectors == VALUE_VECTORS ? rows : 0) {
+#define MIX(rows, vectors) mix_rows(rows, vectors, weights, stride, values, width, from, to, out, place)
+          case QUERY_ROWS: MIX(QUERY_ROWS, VALUE_VECTORS); break;
+          case 3: MIX(3, VALUE_VECTORS); break;
+          case 2: MIX(2, VALUE_VECTORS); break;
+          case 1: MIX(1, VALUE_VECTORS); break;
+          default: MIX(rows, vectors);
+#undef MIX
+        }
+      }
+  }
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t i = 0; i < width; i += LANES) store(of->out[n] + i, load(of->out[n] + i) * inverse[n]);
+}
+
+/* Parts that the rows of a key head are divided into: as few as keep all threads busy. */
+static int64_t parts_of(int64_t rows, int64_t key_heads, int64_t threads) {
+  int64_t parts = (rows + SHARED_ROWS - 1) / SHARED_ROWS;
+  for (; parts < rows; parts++) {
+    int64_t units = key_heads * parts, uneven = units < 4 * threads && units % threads;
+    if (units >= threads && !(uneven && rows / (parts + 1) >= FEW_ROWS)) break;
+  }
+  return parts;
 }
 
 /* query rows lie every `query_stride` values, `heads` heads side by side; keys and values of a request every
@@ -224,19 +251,25 @@ static void attend_head(const float *query, int64_t query_stride, const float *k
 void attend(const float *query, int64_t query_stride, const float *keys, const float *values, int64_t request_stride,
             int64_t head_stride, const uint8_t *seen, int64_t requests, int64_t tokens, int64_t heads,
             int64_t kv_heads, int64_t extent, int64_t width, float scale, float *y) {
-  int64_t stride = (extent + LANES - 1) / LANES * LANES, parts = (tokens + TOKENS - 1) / TOKENS;
+  int64_t stride = (extent + LANES - 1) / LANES * LANES, rows = heads / kv_heads * tokens;
+  int64_t parts = parts_of(rows, requests * kv_heads, omp_get_max_threads()), most = (rows + parts - 1) / parts;
 #pragma omp parallel
   {
-    float *scores = malloc((tokens < TOKENS ? tokens : TOKENS) * stride * sizeof(float));
+    float *scores = malloc(most * stride * sizeof(float));
 #pragma omp for schedule(static) collapse(3)
     for (int64_t r = 0; r < requests; r++)
-      for (int64_t h = 0; h < heads; h++)
+      for (int64_t h = 0; h < kv_heads; h++)
         for (int64_t part = 0; part < parts; part++) {
-          int64_t first = part * TOKENS, count = tokens - first < TOKENS ? tokens - first : TOKENS;
-          int64_t row = r * tokens + first, place = r * request_stride + h / (heads / kv_heads) * head_stride;
-          attend_head(query + row * query_stride + h * width, query_stride, keys + place, values + place,
-                      seen + row * extent, count, extent, width, scale, scores, stride,
-                      y + (row * heads + h) * width, heads * width);
+          int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
+          int64_t place = r * request_stride + h * head_stride;
+          struct rows of;
+          for (int64_t n = 0; n < count; n++) {
+            int64_t token = r * tokens + (first + n) % tokens, head = h * (heads / kv_heads) + (first + n) / tokens;
+            of.query[n] = query + token * query_stride + head * width;
+            of.seen[n] = seen + token * extent;
+            of.out[n] = y + (token * heads + head) * width;
+          }
+          attend_rows(&of, count, keys + place, values + place, extent, width, scale, scores, stride);
         }
     free(scores);
   }

@@ -31,9 +31,10 @@ MEMORY = 2000.0
 DRIFT = 0.01
 """What a cycle of one request adds to the variance of what is expected, in variances of what one request is expected to
 accept; a cycle of R adds the square root of R times less: some of what changes is each one's own."""
-LOOKING_SOON, LOOKING = 0.03, 0.005
-"""Share of the seconds of plain cycles that is spent on looking whether drafts would pay: after some that drafted, and
-the least; it halves with every look."""
+LOOKING_SOON, LOOKING = 0.04, 0.005
+"""Share of the seconds of plain cycles that is spent on looking whether drafts would pay: of one request, after cycles
+that drafted, and the least. It halves with every look. For R requests it begins with the square root of R times less:
+the more they are, the less is new, and the more looks, the more of them promise too much."""
 SEEN_ENOUGH = 4
 """Requests that must have been looked at to say anything."""
 RECHECKED, RECHECKED_SOON = 128, 16
@@ -96,7 +97,7 @@ class AdaptivePolicy:
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
         self.curious = False
-        self._requests = 0
+        self._requests = 1
         """Of the newest cycle."""
         self._asked = 0
         """Drafts that were `wanted` last, where any were."""
@@ -146,13 +147,15 @@ class AdaptivePolicy:
         return self._idle()
 
     def _idle(self) -> int:
-        share = self._looking.get(self._requests, LOOKING_SOON)
-        self.curious = share * self._idle_seconds >= self._look_seconds
+        self.curious = self._share() * self._idle_seconds >= self._look_seconds
         return 0
+
+    def _share(self) -> float:
+        return self._looking.get(self._requests, LOOKING_SOON / math.sqrt(self._requests))
 
     def _draft(self, number: int) -> int:
         self._drafting, self._asked, self._settled = True, number, None
-        self._looking[self._requests] = LOOKING_SOON
+        self._looking.pop(self._requests, None)
         return number
 
     def cut(self, proposal: Proposal) -> Proposal:
@@ -173,7 +176,7 @@ class AdaptivePolicy:
             seconds = self._draft_seconds(requests, number)
         # One look that took very long was a bad moment.
         self._look_seconds = min(seconds, 2 * self._look_seconds) if self._look_seconds else seconds
-        self._looking[self._requests] = max(self._looking.get(self._requests, LOOKING_SOON) / 2, LOOKING)
+        self._looking[self._requests] = max(self._share() / 2, LOOKING)
         self._idle_seconds, self._settled = 0.0, None
 
     def observe(self, proposal: Proposal, verdict: Verdict, seconds: float, drafted: bool | None = None) -> None:

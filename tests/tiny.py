@@ -108,6 +108,7 @@ def tiny_draft(
     taps: tuple[int, ...] = (0, 3),
     seed: int = 1,
     std: float = 0.3,
+    head_sizes: tuple[int, int] = (12, 6),
 ) -> Draft:
     """A random draft bound to `target`, every weight of it (W2 included) far from its neutral start."""
     config = DraftConfig(
@@ -123,7 +124,7 @@ def tiny_draft(
         mask_token_id=min(MASK, target.vocab_size - 1),
         block_size=block_size,
         shift_label=shift_label,
-        head=HeadConfig(gru_hidden_dim=12, low_rank=6, pure_draft_prefix_len=prefix) if head else None,
+        head=HeadConfig(*head_sizes, pure_draft_prefix_len=prefix) if head else None,
         draft_vocab_size=None if draft_vocab_ids is None else len(draft_vocab_ids),
         target_fingerprint=target.fingerprint,
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.drafters.domino import BlockDrafter, ContextCache
-from domino_spec.kernels.trees import best_first_tree, head_tree
+from domino_spec.kernels.rollout import head_tree
+from domino_spec.kernels.trees import best_first_tree
 
 BUILDERS = ("depth", "best-first", "quota")
 """Orders in which trees grow."""
@@ -73,7 +74,7 @@ class TreeDrafter:
         if num_drafts == 0:
             return Proposal.empty(len(anchors), anchors.device)
         hidden = block.slots(state, own, min(num_drafts, block.max_drafts))  # no path is longer
-        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.embed_choices)
+        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.choice_embedding)
         if self.builder == "best-first":
             tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
         else:

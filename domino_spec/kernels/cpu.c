@@ -132,14 +132,6 @@ void silu_mul(const float *x, int64_t rows, int64_t width, float *y) {
   }
 }
 
-/* Lanes without `bit` hold sums of pairs of a, those with it sums of pairs of b. */
-ALWAYS_INLINE vec fold(vec a, vec b, const int bit) {
-  const ivec lane = lane_numbers();
-  ivec of_b = (lane & bit) != 0;
-  ivec own = lane + (of_b & LANES), other = lane + bit + (of_b & (LANES - 2 * bit));
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
-}
-
 /* Products of a query with LANES neighbouring keys, of which only `present` exist. */
 ALWAYS_INLINE vec score_keys(const float *query, const float *keys, int64_t width, int64_t present) {
   vec sums[LANES];
@@ -149,12 +141,7 @@ ALWAYS_INLINE vec score_keys(const float *query, const float *keys, int64_t widt
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++) sums[k] = fma_lanes(part, load(keys + (k < present ? k : 0) * width + i), sums[k]);
   }
-#if LANES == 16
-  for (int k = 0; k < 8; k++) sums[k] = fold(sums[k], sums[k + 8], 8);
-#endif
-  for (int k = 0; k < 4; k++) sums[k] = fold(sums[k], sums[k + 4], 4);
-  for (int k = 0; k < 2; k++) sums[k] = fold(sums[k], sums[k + 2], 2);
-  return fold(sums[0], sums[1], 1);
+  return sum_each(sums);
 }
 
 /* Scores of one row become weights, exactly 0 where the mask hides; returns one over their sum. */

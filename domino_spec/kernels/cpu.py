@@ -2,8 +2,8 @@
 
 They do what the PyTorch functions named in their docstrings do, with two properties that decoding wants: a pass over
 a dozen rows costs hardly more than over one, and every row of a result has the same bits whatever the number of rows.
-Where there is no compiler, callers keep PyTorch's own functions. The same library holds the loop that training spends
-its time in besides products; `blended_cpu` calls it.
+Where there is no compiler, callers keep PyTorch's own functions. The same library holds the rollout of the head, which
+`rollout_cpu` calls, and the loop that training spends its time in besides products, which `blended_cpu` calls.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 from domino_spec.config import UserError
 from domino_spec.files import atomic_path, cache_directory
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "blended.c"))
-_HEADER = Path(__file__).with_name("vectors.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "rollout.c", "blended.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "selection.h"))
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
 
 def _build(compiler: str) -> Path:
     """The shared object for these sources, compiler and processor, compiled unless it is there already."""
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER)))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
     key.update(" ".join((compiler, *_FLAGS, platform.machine(), _processor())).encode())
     built = cache_directory() / f"kernels-{key.hexdigest()[:16]}.so"
     if not built.exists():
@@ -84,6 +84,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "rotate": [pointer, *[integer] * 5, pointer, pointer],
         "silu_mul": [pointer, integer, integer, pointer],
         "attend": [pointer, integer, pointer, pointer, *[integer] * 2, pointer, *[integer] * 6, real, pointer],
+        "head_rollout": [pointer],
         "blended_rows": [
             integer,
             pointer,

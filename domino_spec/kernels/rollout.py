@@ -1,4 +1,4 @@
-"""The head rollout by the fastest twin: Triton on CUDA, else the plain PyTorch of `reference`."""
+"""Drafting with the head by the fastest twin: Triton for chains on CUDA, C on a CPU, else plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from domino_spec.kernels.embedding import EmbeddingTable
 from domino_spec.kernels.reference import Rollout, draft_distribution, draw
 from domino_spec.kernels.reference import head_rollout as reference_rollout
+from domino_spec.kernels.rollout_cpu import head_rollout_cpu, head_tree_cpu, takes
+from domino_spec.kernels.trees import Tree
+from domino_spec.kernels.trees import head_tree as reference_tree
 
 if TYPE_CHECKING:
     from domino_spec.draft.head import DominoHead
@@ -39,7 +42,8 @@ def head_rollout(
     """
     given = (head, hidden, base_logits, anchor_embedding, embed_choice, candidates, temperature, uniform)
     if not hidden.is_cuda:
-        return reference_rollout(*given, min_confidence)
+        twin = head_rollout_cpu if takes(head, hidden, base_logits, embed_choice) else reference_rollout
+        return twin(*given, min_confidence)
     if head is None:
         return headless_rollout(base_logits, candidates, temperature, uniform, min_confidence)
     reason = _why_not(head, hidden, base_logits, embed_choice, candidates)
@@ -52,6 +56,22 @@ def head_rollout(
     return head_rollout_triton(
         head, hidden, base_logits, anchor_embedding, embed_choice, candidates, temperature, uniform, min_confidence
     )
+
+
+def head_tree(
+    head: DominoHead | None,
+    hidden: Tensor,
+    base_logits: Tensor,
+    anchor_embedding: Tensor,
+    embed_choice: Callable[[Tensor], Tensor],
+    candidates: int | None,
+    budget: int,
+    width: int | None,
+    min_confidence: float = 0.0,
+) -> Tree:
+    """`trees.head_tree`, with the same arguments."""
+    twin = head_tree_cpu if takes(head, hidden, base_logits, embed_choice) else reference_tree
+    return twin(head, hidden, base_logits, anchor_embedding, embed_choice, candidates, budget, width, min_confidence)
 
 
 def headless_rollout(

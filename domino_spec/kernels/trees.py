@@ -95,7 +95,7 @@ def head_tree(
     scores = hidden.new_zeros(requests, 1, dtype=torch.float32)  # log probability of every prefix of the last depth
     first = -1  # index of that depth's first prefix
     all_choices, all_scores, all_parents = [], [], []
-    widths = _widths(depths, min(candidates or math.inf, base_logits.shape[-1]), budget, width)
+    widths = depth_widths(depths, min(candidates or math.inf, base_logits.shape[-1]), budget, width)
     for depth, most in enumerate(widths):
         logits, ids = _candidates(base_logits[:, depth], candidates)  # [R, K]
         logits = logits[:, None].expand(-1, scores.shape[1], -1)  # [R, W, K]
@@ -139,7 +139,7 @@ def _candidates(logits: Tensor, candidates: int | None) -> tuple[Tensor, Tensor 
     return best.values, best.indices
 
 
-def _widths(depths: int, children: float, budget: int, width: int | None) -> list[int]:
+def depth_widths(depths: int, children: float, budget: int, width: int | None) -> list[int]:
     """Prefixes that are kept at each depth, where every prefix has so many children."""
     widths, before, left = [], 1.0, budget
     for depth in range(depths):

@@ -64,6 +64,24 @@ ALWAYS_INLINE float sum_lanes(vec v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+/* Lanes without `bit` hold sums of pairs of a, those with it sums of pairs of b. */
+ALWAYS_INLINE vec fold(vec a, vec b, const int bit) {
+  const ivec lane = lane_numbers();
+  ivec of_b = (lane & bit) != 0;
+  ivec own = lane + (of_b & LANES), other = lane + bit + (of_b & (LANES - 2 * bit));
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+/* The sum of each of LANES vectors, which are overwritten. */
+ALWAYS_INLINE vec sum_each(vec *sums) {
+#if LANES == 16
+  for (int k = 0; k < 8; k++) sums[k] = fold(sums[k], sums[k + 8], 8);
+#endif
+  for (int k = 0; k < 4; k++) sums[k] = fold(sums[k], sums[k + 4], 4);
+  for (int k = 0; k < 2; k++) sums[k] = fold(sums[k], sums[k + 2], 2);
+  return fold(sums[0], sums[1], 1);
+}
+
 /* a where the mask is all ones, b where it is 0. */
 ALWAYS_INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
@@ -85,6 +103,19 @@ ALWAYS_INLINE vec smaller(vec a, vec b) {
   return (vec)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return choose(a < b, a, b);
+#endif
+}
+
+/* One bit for each lane that is at least `bound`. */
+ALWAYS_INLINE uint32_t lanes_from(vec v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif defined(__FMA__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_GE_OQ));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (uint32_t)(v[i] >= bound) << i;
+  return bits;
 #endif
 }
 

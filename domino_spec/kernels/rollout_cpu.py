@@ -1,0 +1,191 @@
+"""The C twin of `reference.head_rollout` and `trees.head_tree`, over the loops in rollout.c: one call for a block.
+
+Most of a block's drafting on CPU was not arithmetic: a dozen small PyTorch functions for each draft, one after another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from domino_spec.kernels import cpu
+from domino_spec.kernels.embedding import EmbeddingTable
+from domino_spec.kernels.reference import Rollout
+from domino_spec.kernels.trees import Tree, depth_widths
+
+if TYPE_CHECKING:
+    from domino_spec.draft.head import DominoHead
+
+_INTEGER, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class _Arguments(ctypes.Structure):
+    """`struct rollout`, whose members rollout.c explains."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("requests", "depths", "hidden", "state", "low_rank", "vocabulary")),
+        *((name, _INTEGER) for name in ("candidates", "pure_prefix")),
+        *((name, _POINTER) for name in ("input_gates", "state_gates", "to_low_rank", "correction")),
+        *((name, _POINTER) for name in ("slots", "logits", "anchors", "embeddings", "token_ids")),
+        *((name, _REAL) for name in ("scale", "threshold")),
+        *((name, _POINTER) for name in ("widths", "temperatures", "uniform", "kept")),
+        ("room", _INTEGER),
+        *((name, _POINTER) for name in ("choices", "parents", "scores")),
+        ("budget", _INTEGER),
+        *((name, _POINTER) for name in ("num_drafts", "ids", "probs")),
+    )
+
+
+def takes(
+    head: DominoHead | None, hidden: Tensor, base_logits: Tensor, embed_choice: Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether the functions below can draft this block: float32 on CPU, widths that fit, and no gradient asked for."""
+    given = (hidden, base_logits)
+    if not all(x.dtype == torch.float32 and cpu.is_available(x.device, x.dtype) for x in given):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return False
+    if head is None:
+        return True
+    if not isinstance(embed_choice, EmbeddingTable):
+        return False
+    table = embed_choice.weight
+    weights = (*_weights(head), table)
+    floats = all(x.dtype == torch.float32 and x.device == hidden.device and x.is_contiguous() for x in weights)
+    widths = (hidden.shape[-1], head.config.gru_hidden_dim, head.config.low_rank)
+    return floats and embed_choice.dtype == torch.float32 and all(map(cpu.fits, widths))
+
+
+def head_rollout_cpu(
+    head: DominoHead | None,
+    hidden: Tensor,
+    base_logits: Tensor,
+    anchor_embedding: Tensor,
+    embed_choice: Callable[[Tensor], Tensor],
+    candidates: int | None = None,
+    temperature: float | Tensor = 0.0,
+    uniform: Tensor | None = None,
+    min_confidence: float = 0.0,
+) -> Rollout:
+    """`reference.head_rollout`, with the same arguments, where `takes` says yes."""
+    requests, depths, width = base_logits.shape
+    temperatures = None
+    if uniform is not None:
+        if not isinstance(temperature, Tensor):
+            temperature = torch.full((requests,), float(temperature))
+        temperatures = temperature.float().expand(requests)
+    grown = _grow(
+        head, hidden, base_logits, anchor_embedding, embed_choice, candidates, [1] * depths, min_confidence,
+        temperatures, uniform,
+    )  # fmt: skip
+    number = grown.choices.shape[1]
+    confidence = grown.scores.exp() if min_confidence > 0 else None
+    if grown.probs is None or number == 0:
+        return Rollout(grown.choices, None, None, confidence)
+    ids = torch.arange(width).expand(requests, depths, width) if grown.ids is None else grown.ids
+    return Rollout(grown.choices, ids[:, :number], grown.probs[:, :number], confidence)
+
+
+def head_tree_cpu(
+    head: DominoHead | None,
+    hidden: Tensor,
+    base_logits: Tensor,
+    anchor_embedding: Tensor,
+    embed_choice: Callable[[Tensor], Tensor],
+    candidates: int | None,
+    budget: int,
+    width: int | None,
+    min_confidence: float = 0.0,
+) -> Tree:
+    """`trees.head_tree`, with the same arguments, where `takes` says yes."""
+    depths, vocabulary = base_logits.shape[1:]
+    widths = depth_widths(depths, min(candidates or math.inf, vocabulary), budget, width)
+    grown = _grow(
+        head, hidden[:, : len(widths)], base_logits[:, : len(widths)], anchor_embedding, embed_choice, candidates,
+        widths, min_confidence, budget=budget,
+    )  # fmt: skip
+    longest = grown.choices.shape[1] if min_confidence == 0 else int(grown.num_drafts.max())
+    number = min(budget, longest)
+    return Tree(grown.choices[:, :number], grown.parents[:, :number], grown.num_drafts, grown.scores[:, :number])
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """Prefixes of all depths, and what sampled chains were drawn from."""
+
+    choices: Tensor
+    """[R, M], indices into the logits, depth by depth."""
+    parents: Tensor
+    """[R, M], as in `Tree`."""
+    scores: Tensor
+    """[R, M], log probabilities; those of the most probable tokens where chains are sampled."""
+    num_drafts: Tensor
+    """[R], how many are left of the M where there is a budget."""
+    ids: Tensor | None
+    """[R, depths, K], candidates; None where all are."""
+    probs: Tensor | None
+    """[R, depths, K]; None where nothing is sampled."""
+
+
+def _grow(
+    head: DominoHead | None,
+    hidden: Tensor,
+    base_logits: Tensor,
+    anchor_embedding: Tensor,
+    embed_choice: Callable[[Tensor], Tensor],
+    candidates: int | None,
+    widths: list[int],
+    min_confidence: float,
+    temperatures: Tensor | None = None,
+    uniform: Tensor | None = None,
+    budget: int = 0,
+) -> _Grown:
+    requests, depths, vocabulary = base_logits.shape
+    given = [x.contiguous() for x in (hidden, base_logits, anchor_embedding)]
+    number = vocabulary if candidates is None else min(candidates, vocabulary)
+    room = sum(widths)
+    choices, parents = torch.empty(2, requests, room, dtype=torch.long).unbind()
+    scores, num_drafts = torch.empty(requests, room), torch.zeros(requests, dtype=torch.long)
+    ids = torch.empty(requests, depths, number, dtype=torch.long) if number < vocabulary else None
+    probs = None if uniform is None else torch.empty(requests, depths, number)
+    sampled = [None if x is None else x.contiguous() for x in (temperatures, uniform)]
+    assert uniform is None or uniform.dtype == torch.float64
+    in_c, kept = (_INTEGER * depths)(*widths), (_INTEGER * depths)()
+    arguments = _Arguments(
+        requests=requests, depths=depths, vocabulary=vocabulary, candidates=number, pure_prefix=depths,
+        logits=given[1].data_ptr(), widths=ctypes.addressof(in_c), kept=ctypes.addressof(kept), room=room,
+        threshold=math.log(min_confidence) if min_confidence > 0 else -math.inf,
+        temperatures=_address(sampled[0]), uniform=_address(sampled[1]), choices=choices.data_ptr(),
+        parents=parents.data_ptr(), scores=scores.data_ptr(), ids=_address(ids), probs=_address(probs),
+        budget=budget, num_drafts=num_drafts.data_ptr(),
+    )  # fmt: skip
+    if head is not None:
+        assert isinstance(embed_choice, EmbeddingTable)
+        arguments.pure_prefix = head.config.pure_draft_prefix_len
+        arguments.hidden, arguments.state = hidden.shape[-1], head.config.gru_hidden_dim
+        arguments.low_rank, arguments.scale = head.config.low_rank, embed_choice.scale
+        names = ("input_gates", "state_gates", "to_low_rank", "correction")
+        for name, weight in zip(names, _weights(head), strict=True):
+            setattr(arguments, name, weight.data_ptr())
+        arguments.slots, arguments.anchors = given[0].data_ptr(), given[2].data_ptr()
+        arguments.embeddings, arguments.token_ids = embed_choice.weight.data_ptr(), _address(embed_choice.token_ids)
+    loaded = cpu.library()
+    assert loaded is not None, "ask takes first"
+    loaded.head_rollout(ctypes.byref(arguments))
+    total = sum(kept)
+    return _Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
+
+
+def _weights(head: DominoHead) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gru = head.prefix_gru
+    return gru.weight_ih_l0, gru.weight_hh_l0, head.input_weight, head.correction_weight
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -9,6 +9,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "cpu.h"
 #include "vectors.h"
 
 #if LANES == 16
@@ -19,6 +20,7 @@
 #define PANEL (2 * LANES)
 #define SUM_BLOCK 64 /* products summed up before they join the total: long sums would lose low bits */
 
+#define TURNED 64        /* inputs that a thread lays side by side at a time */
 #define AHEAD 32         /* steps that weights are fetched in advance; processors do not look as far on their own */
 #define QUERY_ROWS 4     /* of attention, at once in registers */
 #define VALUE_VECTORS 4  /* of a value, at once in registers */
@@ -56,36 +58,63 @@ ALWAYS_INLINE void tile(const int rows, const float *restrict x, int64_t inputs,
   for (int r = 0; r < rows; r++) memcpy(y + r * y_stride, totals[r], columns * sizeof(float));
 }
 
+/* x[rows, inputs] side by side, so that one pointer walks all rows: the part from..to of turned[inputs, rows]. */
+ALWAYS_INLINE void turn(const int rows, const float *restrict x, int64_t inputs, int64_t from, int64_t to,
+                        float *restrict turned) {
+  for (int64_t k = from; k < to; k++)
+    for (int r = 0; r < rows; r++) turned[k * rows + r] = x[r * inputs + k];
+}
+
+/* A number of rows known to the compiler keeps a tile's sums in registers. */
+#if MAX_TILE == 12
+#define FOR_ROWS(count, call) \
+  switch (count) { \
+    case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break; \
+    case 5: call(5); break; case 6: call(6); break; case 7: call(7); break; case 8: call(8); break; \
+    case 9: call(9); break; case 10: call(10); break; case 11: call(11); break; case 12: call(12); break; \
+  }
+#else
+#define FOR_ROWS(count, call) \
+  switch (count) { \
+    case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; \
+    case 4: call(4); break; case 5: call(5); break; case 6: call(6); break; \
+  }
+#endif
+
+static void any_turn(int64_t rows, const float *x, int64_t inputs, int64_t from, int64_t to, float *turned) {
+#define TURN(n) turn(n, x, inputs, from, to, turned)
+  FOR_ROWS(rows, TURN)
+#undef TURN
+}
+
 static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
                      int64_t y_stride, int64_t columns) {
-  switch (rows) { /* a number known to the compiler keeps the sums in registers */
-#define ROWS_CASE(n) \
-  case n: \
-    tile(n, x, inputs, panel, bias, y, y_stride, columns); \
-    break;
-    ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
-#if MAX_TILE == 12
-    ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
-#endif
-  }
+#define TILE(n) tile(n, x, inputs, panel, bias, y, y_stride, columns)
+  FOR_ROWS(rows, TILE)
+#undef TILE
 }
 
 /* `turned` is room for rows * inputs values. */
 void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
             float *turned, float *y) {
   int64_t num_panels = (outputs + PANEL - 1) / PANEL, num_tiles = (rows + MAX_TILE - 1) / MAX_TILE;
-  for (int64_t t = 0; t < num_tiles; t++) { /* every tile's rows side by side, so that one pointer walks them all */
-    int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
-    for (int64_t k = 0; k < inputs; k++)
-      for (int64_t r = 0; r < count; r++) turned[first * inputs + k * count + r] = x[(first + r) * inputs + k];
-  }
-#pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < num_panels; p++) {
-    int64_t columns = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
-    for (int64_t t = 0; t < num_tiles; t++) {
-      int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
-      any_tile(count, turned + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
-               y + first * outputs + p * PANEL, outputs, columns);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t t = 0; t < num_tiles; t++)
+      for (int64_t from = 0; from < inputs; from += TURNED) {
+        int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
+        int64_t to = from + TURNED < inputs ? from + TURNED : inputs;
+        any_turn(count, x + first * inputs, inputs, from, to, turned + first * inputs);
+      }
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < num_panels; p++) {
+      int64_t columns = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
+      for (int64_t t = 0; t < num_tiles; t++) {
+        int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
+        any_tile(count, turned + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
+                 y + first * outputs + p * PANEL, outputs, columns);
+      }
     }
   }
 }

@@ -2,8 +2,9 @@
 
 They do what the PyTorch functions named in their docstrings do, with two properties that decoding wants: a pass over
 a dozen rows costs hardly more than over one, and every row of a result has the same bits whatever the number of rows.
-Where there is no compiler, callers keep PyTorch's own functions. The same library holds the rollout of the head, which
-`rollout_cpu` calls, and the loop that training spends its time in besides products, which `blended_cpu` calls.
+Where there is no compiler, callers keep PyTorch's own functions. The same library holds all layers of a decoder in one
+call, for `layers_cpu`, the rollout of the head (`rollout_cpu`), and the loop that training spends its time in besides
+products (`blended_cpu`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch import Tensor
 from domino_spec.config import UserError
 from domino_spec.files import atomic_path, cache_directory
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "rollout.c", "blended.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "selection.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "layers.c", "rollout.c", "blended.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "cpu.h", "selection.h"))
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "rotate": [pointer, *[integer] * 5, pointer, pointer],
         "silu_mul": [pointer, integer, integer, pointer],
         "attend": [pointer, integer, pointer, pointer, *[integer] * 2, pointer, *[integer] * 6, real, pointer],
+        "decoder_layers": [pointer, integer, pointer],
         "head_rollout": [pointer],
         "blended_rows": [
             integer,

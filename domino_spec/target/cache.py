@@ -115,6 +115,11 @@ class TargetCache(RequestRows, Cache):
             values[self._requests, :, self._rows] = value_states.transpose(1, 2)
         return keys[:, :, : self._extent], values[:, :, : self._extent]
 
+    @property
+    def rows(self) -> Tensor:
+        """[R, N], where the pass that was begun writes."""
+        return self._rows
+
     def keep_path(self, path: Tensor) -> None:
         """Move rows of the last pass to the places of a chain.
 

@@ -3,17 +3,20 @@
 Half of a small model's pass on CPU goes into the dozens of small PyTorch calls of every layer, not into its products.
 Families of models differ in details (a scale here, a norm there), so nothing is assumed about a module that only looks
 familiar: it is replaced where the replacement gives the same output on random input, and stays where it does not.
+Where all layers of a model consist of such modules, `fused_layers` runs them in one step.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from domino_spec.kernels import cpu
+from domino_spec.kernels.layers_cpu import DecoderLayers, Layer, Norm, Product
 from domino_spec.target.attention import folded_attention
 from domino_spec.target.packing import PackedLinear
 
@@ -145,6 +148,22 @@ def fuse(model: nn.Module) -> int:
     return replaced
 
 
+def fused_layers(layers: Sequence[nn.Module], kinds: Sequence[str]) -> DecoderLayers | None:
+    """All layers of a decoder as one step; None where one has a part that is not fused, or parts of other names.
+
+    That nothing else happens in them (a scaled sum, say) is for the caller to try.
+
+    Args:
+        layers: after `fuse`.
+        kinds: each layer's mask.
+    """
+    try:
+        return DecoderLayers([_described(layer, kind) for layer, kind in zip(layers, kinds, strict=True)])
+    except (NotFusible, AttributeError) as error:
+        _log.debug("layers run one after another: %r", error)
+        return None
+
+
 def fused_norm(norm: Any) -> FusedNorm | None:
     """The fused form of an RMS norm whose gain is its weight (Llama) or one plus its weight (Gemma); else None."""
     weight = getattr(norm, "weight", None)
@@ -178,12 +197,53 @@ def _agree(module: nn.Module, fused: nn.Module, x: Tensor, **arguments) -> bool:
         expected, got = module(x, **arguments), fused(x, **arguments)
     if isinstance(expected, tuple):
         expected, got = expected[0], got[0]
+    return near(expected, got)
+
+
+def near(expected: Tensor, got: Tensor) -> bool:
+    """Whether two results differ by no more than float32 products in another order do."""
     return bool((expected - got).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _has_linears(module: nn.Module, *names: str) -> bool:
     linears = [getattr(module, name, None) for name in names]
     return all(type(linear) is nn.Linear for linear in linears)
+
+
+def _described(layer: Any, kind: str) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
+        raise NotFusible
+    project = attention.project
+    of_heads = {first: _norm(norm) for first, _, norm in project.head_norms}
+    return Layer(
+        input_norm=_norm(layer.input_layernorm),
+        joined=_product(project.joined),
+        query_norm=of_heads.get(0),
+        key_norm=of_heads.get(project.heads),
+        output=_product(attention.output),
+        post_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_product(mlp.gate_up),
+        down=_product(mlp.down),
+        heads=project.heads,
+        kv_heads=project.kv_heads,
+        head_dim=project.head_dim,
+        inner=mlp.down.in_features,
+        scale=attention.scaling,
+        kind=kind,
+    )
+
+
+def _norm(norm: Any) -> Norm:
+    if not isinstance(norm, FusedNorm):
+        raise NotFusible
+    return Norm(norm.weight, norm.eps)
+
+
+def _product(linear: PackedLinear) -> Product:
+    if linear.panels is None:
+        raise NotFusible
+    return Product(linear.panels, linear.bias)
 
 
 def _joined(*linears: nn.Linear) -> PackedLinear:

@@ -6,6 +6,7 @@ Everything above this file sees tokens, hidden states, logits and features; ever
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
 from domino_spec.kernels import cpu
+from domino_spec.kernels.layers_cpu import DecoderLayers
 from domino_spec.target.attention import pass_mask
 from domino_spec.target.cache import TargetCache
-from domino_spec.target.fusing import FusedAttention, fuse
+from domino_spec.target.fusing import FusedAttention, fuse, fused_layers, near
 from domino_spec.target.packing import pack_linears
+
+_log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 512
 """Tokens per request in one prefill pass: bounds the memory of activations and masks on long prompts."""
@@ -98,6 +102,7 @@ class Target:
         """[V, H], the frozen output projection."""
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
         self._taps = FeatureTaps(layers)
+        self._in_one_step: DecoderLayers | None = None
         self._windows = _attention_windows(self.config)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
 
@@ -150,7 +155,36 @@ class Target:
         pack_linears(self.model)
         self._lm_head = self.model.get_output_embeddings()
         self.packed = True
+        if cpu.is_available(self.device, self.dtype):
+            self._join_layers()
         return self
+
+    @torch.inference_mode()
+    def _join_layers(self) -> None:
+        """Run all layers in one native step, where that gives what the model's own forward gives."""
+        kinds = getattr(self.config, "layer_types", None) if len(self._windows) > 1 else None
+        joined = fused_layers(self.layers, kinds or [next(iter(self._windows))] * self.num_layers)
+        if joined is None:
+            return
+        expected, got = self._sample_passes(), []
+        self._in_one_step = joined
+        try:
+            got = self._sample_passes()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            _log.debug("layers run one after another: %r", error)
+        if not got or not all(map(near, expected, got)):
+            self._in_one_step = None
+
+    def _sample_passes(self) -> list[Tensor]:
+        """Results of two passes over random tokens: from the start, and after texts of unequal length."""
+        tokens = torch.randint(self.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
+        cache, results = self.new_cache(2, 7), []
+        for some, lengths in ((tokens[:, :4], (0, 0)), (tokens[:, 4:], (4, 2))):
+            cache.lengths.copy_(torch.tensor(lengths))
+            found = self.forward(some, cache, range(self.num_layers))
+            assert found.features is not None
+            results += [found.hidden, *found.features.split(self.hidden_size, dim=-1)]
+        return results
 
     def check_exact(self) -> None:
         """Refuse if a token's logits may depend on how many tokens a pass holds (DESIGN section 5).
@@ -218,6 +252,13 @@ class Target:
         masks = {
             kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in self._windows.items()
         }
+        if self._in_one_step is not None:
+            x = self.embedding(tokens)
+            cos, sin = self.decoder.rotary_emb(x, lengths[:, None] + depth)
+            hidden, features = self._in_one_step(
+                x, cos, sin, cache.keys, cache.values, cache.rows, masks, feature_layers
+            )
+            return TargetPass(self.decoder.norm(hidden), features)
         self._taps.arm(feature_layers)
         output = self.decoder(
             input_ids=tokens,

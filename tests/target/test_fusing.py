@@ -88,7 +88,7 @@ def test_what_only_looks_familiar_stays():
 
 
 def test_narrow_modules_stay():
-    model = tiny_model("llama", hidden_size=24, intermediate_size=20, num_attention_heads=4)
+    model = tiny_model("llama", hidden_size=12, intermediate_size=20, num_attention_heads=2)
     assert fuse(model) == 0
 
 
@@ -105,3 +105,56 @@ def test_attention_without_a_cache_or_with_an_additive_mask_still_works():
     for mask in (seen, additive, None):
         got = fused(x, position_embeddings=rotary, attention_mask=mask)[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "gemma3"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_layers_in_one_step_give_the_bits_of_layers_one_after_another(kind, tree):
+    target = as_target(wide_model(kind)).pack()
+    one_step, lengths = target._in_one_step, torch.tensor([30, 17, 1])
+    assert one_step is not None, "an ordinary decoder"
+    prompts, drafts = torch.randint(0, VOCAB, (3, 30)), torch.randint(0, VOCAB, (3, 4))
+    ancestors = torch.eye(4, dtype=torch.bool).expand(3, 4, 4).clone()
+    ancestors[:, :, 0] = ancestors[0, 3, 1] = True  # all follow the first, and the last of a request its second
+    passes, caches = [], []
+    for step in (one_step, None):
+        target._in_one_step = step
+        cache = target.new_cache(3, 40)
+        target.prefill(prompts, lengths, cache)
+        passes.append(target.forward(drafts, cache, (2, 0, 3), ancestors if tree else None))
+        caches.append(cache)
+    assert torch.equal(passes[0].hidden, passes[1].hidden)
+    assert torch.equal(passes[0].features, passes[1].features)
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
+@torch.inference_mode()
+def test_a_request_that_has_ended_writes_nothing_beyond_its_cache():
+    """A static cycle goes on with requests that have ended, whose rows may lie past the last."""
+    target = as_target(wide_model("llama")).pack()
+    drafts = torch.randint(0, VOCAB, (2, 4))
+    caches = [target.new_cache(2, 16) for _ in range(2)]
+    for cache, ended in zip(caches, (8, 14), strict=True):
+        cache.lengths.copy_(torch.tensor([8, ended]))
+    expected = target.forward(drafts, caches[0]).hidden[0]
+    caches[1].fixed_extent = 16
+    assert torch.equal(target.forward(drafts, caches[1]).hidden[0], expected)
+    assert torch.equal(caches[1].keys[:, 0], caches[0].keys[:, 0])
+    written = (caches[1].keys[:, 1] != 0).any(-1).any(1).all(0)  # rows of request 1
+    assert written.tolist() == [False] * 14 + [True] * 2
+
+
+@torch.inference_mode()
+def test_layers_that_do_more_than_they_seem_to_run_one_after_another():
+    model = wide_model("llama")
+    target = as_target(model)
+    layer = target.layers[2]
+    ordinary = layer.forward
+    layer.forward = lambda *arguments, **options: 2 * ordinary(*arguments, **options)
+    tokens = torch.randint(0, VOCAB, (1, 6))
+    expected = target.forward(tokens, target.new_cache(1, 8)).hidden
+    target.pack()
+    assert isinstance(layer.self_attn, FusedAttention) and target._in_one_step is None
+    torch.testing.assert_close(target.forward(tokens, target.new_cache(1, 8)).hidden, expected, rtol=1e-4, atol=1e-4)
+    assert as_target(wide_model("gemma3")).pack()._in_one_step is None

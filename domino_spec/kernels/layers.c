@@ -1,0 +1,109 @@
+/* All layers of a decoder in one call: norm, attention over a cache, norm, SwiGLU, and the two sums beside them.
+ *
+ * The steps are those of cpu.c, in the order and with the bits that single calls have; what is saved is the way back to
+ * Python between them, which took a third of a small model's pass.
+ *
+ * Built by cpu.py and called by layers_cpu.py, which says what the arguments are; nothing here checks them.
+ */
+#include <stdlib.h>
+
+#include "cpu.h"
+#include "vectors.h"
+
+#define KEPT_FLOATS (2 << 20) /* scratch that a thread keeps from call to call; a long prompt's is given back */
+
+struct layer {
+  int64_t hidden, heads, kv_heads, head_dim, inner;
+  const float *input_norm, *joined, *joined_bias, *query_norm, *key_norm, *output, *output_bias; /* NULL: has none */
+  const float *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+  float input_eps, query_eps, key_eps, post_eps, scale;
+  int64_t kind; /* of attention: which mask */
+};
+
+struct pass {
+  int64_t requests, tokens, extent, capacity, rotary;
+  int64_t layer_stride, request_stride, head_stride; /* of keys and values */
+  const float *cos, *sin;                            /* [requests, tokens, rotary] */
+  const int64_t *rows;                               /* [requests, tokens], where keys and values go */
+  const uint8_t *const *seen;                        /* of each kind, [requests, tokens, extent] */
+  float *keys, *values;                              /* [layers, requests, kv_heads, capacity, head_dim] */
+  float *x;                                          /* [requests, tokens, hidden], becomes the last layer's output */
+  int64_t taps;
+  const int64_t *tapped;                             /* [taps], layers */
+  float *features;                                   /* [requests, tokens, taps * hidden], their outputs side by side */
+};
+
+static float *scratch(int64_t floats, int *kept) {
+  static _Thread_local float *own;
+  *kept = floats <= KEPT_FLOATS;
+  if (!*kept) return malloc(floats * sizeof(float));
+  if (!own) own = malloc(KEPT_FLOATS * sizeof(float));
+  return own;
+}
+
+/* Keys and values of a joined projection [requests, tokens, row] to their rows of the cache. */
+static void write_rows(const struct layer *l, const struct pass *p, const float *joined, int64_t row, float *keys,
+                       float *values) {
+  int64_t width = l->head_dim;
+  for (int64_t t = 0; t < p->requests * p->tokens; t++) {
+    if (p->rows[t] >= p->capacity) continue; /* of a request that has ended */
+    const float *key = joined + t * row + l->heads * width, *value = key + l->kv_heads * width;
+    for (int64_t h = 0; h < l->kv_heads; h++) {
+      int64_t place = t / p->tokens * p->request_stride + h * p->head_stride + p->rows[t] * width;
+      memcpy(keys + place, key + h * width, width * sizeof(float));
+      memcpy(values + place, value + h * width, width * sizeof(float));
+    }
+  }
+}
+
+static void add(float *sum, const float *other, int64_t count) {
+  for (int64_t i = 0; i < count; i++) sum[i] += other[i];
+}
+
+/* Floats of scratch for a token: each step's results have a place of their own. */
+static int64_t room_of(const struct layer *l) {
+  int64_t own = l->heads * l->head_dim, widest = l->hidden > own ? l->hidden : own;
+  if (l->inner > widest) widest = l->inner;
+  return widest + 2 * l->hidden + 2 * own + 2 * l->kv_heads * l->head_dim + 3 * l->inner;
+}
+
+static void run_layer(const struct layer *l, const struct pass *p, int64_t number, float *room) {
+  int64_t count = p->requests * p->tokens, hidden = l->hidden, width = l->head_dim, inner = l->inner;
+  int64_t own = l->heads * width, row = own + 2 * l->kv_heads * width;
+  float *keys = p->keys + number * p->layer_stride, *values = p->values + number * p->layer_stride, *x = p->x;
+  float *normed = room, *out = normed + count * hidden, *joined = out + count * hidden, *mixed = joined + count * row;
+  float *gate_up = mixed + count * own, *product = gate_up + 2 * count * inner, *turned = product + count * inner;
+
+  rms_norm(x, count, hidden, 1, hidden, l->input_norm, l->input_eps, normed);
+  linear(normed, count, hidden, l->joined, l->joined_bias, row, turned, joined);
+  if (l->query_norm) rms_norm(joined, count, row, l->heads, width, l->query_norm, l->query_eps, joined);
+  if (l->key_norm) rms_norm(joined + own, count, row, l->kv_heads, width, l->key_norm, l->key_eps, joined + own);
+  rotate(joined, count, row, l->heads + l->kv_heads, width, p->rotary, p->cos, p->sin);
+  write_rows(l, p, joined, row, keys, values);
+  attend(joined, row, keys, values, p->request_stride, p->head_stride, p->seen[l->kind], p->requests, p->tokens,
+         l->heads, l->kv_heads, p->extent, width, l->scale, mixed);
+  linear(mixed, count, own, l->output, l->output_bias, hidden, turned, out);
+  add(x, out, count * hidden);
+
+  rms_norm(x, count, hidden, 1, hidden, l->post_norm, l->post_eps, normed);
+  linear(normed, count, hidden, l->gate_up, l->gate_up_bias, 2 * inner, turned, gate_up);
+  silu_mul(gate_up, count, inner, product);
+  linear(product, count, inner, l->down, l->down_bias, hidden, turned, out);
+  add(x, out, count * hidden);
+}
+
+void decoder_layers(const struct layer *layers, int64_t number, const struct pass *p) {
+  int64_t count = p->requests * p->tokens, most = 0;
+  for (int64_t i = 0; i < number; i++)
+    if (room_of(layers + i) > most) most = room_of(layers + i);
+  int is_kept;
+  float *room = scratch(count * most, &is_kept);
+  for (int64_t i = 0; i < number; i++) {
+    int64_t hidden = layers[i].hidden;
+    run_layer(layers + i, p, i, room);
+    for (int64_t tap = 0; tap < p->taps; tap++)
+      for (int64_t n = 0; p->tapped[tap] == i && n < count; n++)
+        memcpy(p->features + (n * p->taps + tap) * hidden, p->x + n * hidden, hidden * sizeof(float));
+  }
+  if (!is_kept) free(room);
+}

@@ -109,11 +109,12 @@ def tiny_draft(
     seed: int = 1,
     std: float = 0.3,
     head_sizes: tuple[int, int] = (12, 6),
+    intermediate_size: int = 40,
 ) -> Draft:
     """A random draft bound to `target`, every weight of it (W2 included) far from its neutral start."""
     config = DraftConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=40,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

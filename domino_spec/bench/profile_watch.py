@@ -86,7 +86,7 @@ def watched(watch: Watch, target: Target, draft: AnyDraft | None) -> Iterator[No
     """While this lasts, the calls that part the stages are noted, whoever makes them."""
     calls: list[tuple[Any, str, str]] = [(target, "forward", "verify"), (target, "lm_head", "verify_lm_head")]
     if isinstance(draft, Draft):
-        calls += [(draft.backbone, "forward", "backbone"), (draft, "base_logits", "lm_head")]
+        calls += [(draft.backbone, "over_cache", "backbone"), (draft, "base_logits", "lm_head")]
     elif draft is not None:
         calls += [(draft, "extend", "backbone"), (draft, "base_logits", "lm_head")]
     try:

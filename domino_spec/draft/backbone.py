@@ -24,7 +24,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.kernels import cpu
 from domino_spec.kernels.context import write_context_
-from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_norm
+from domino_spec.kernels.layers_cpu import DecoderLayers
+from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_layers, fused_norm
 from domino_spec.target.packing import PackedLinear, pack_linears
 
 
@@ -127,16 +128,16 @@ class FusedBlockAttention(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.project = FusedProjection(attention)
-        self.o_proj = PackedLinear(attention.o_proj.weight)
+        self.output = PackedLinear(attention.o_proj.weight)
         self.k_norm = fused_norm(attention.k_norm)  # for the context's keys
-        self.scale = attention.head_dim**-0.5
+        self.scaling = attention.head_dim**-0.5
 
     def forward(self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor) -> Tensor:
         """As `Attention.forward`."""
         query, key, value = self.project(x, rotary.cos, rotary.sin)
         keys = torch.cat((context_keys, key.transpose(1, 2)), dim=2)
         values = torch.cat((context_values, value.transpose(1, 2)), dim=2)
-        return self.o_proj(cpu.attend(query, keys, values, mask, self.scale).flatten(2))
+        return self.output(cpu.attend(query, keys, values, mask, self.scaling).flatten(2))
 
 
 class MLP(nn.Module):
@@ -199,6 +200,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
+        self._in_one_step: DecoderLayers | None = None
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
         self.feature_scale: Tensor | None
@@ -242,6 +244,7 @@ class Backbone(nn.Module):
                 with suppress(NotFusible):
                     layer.self_attn = FusedBlockAttention(attention)
             fuse(self)
+            self._in_one_step = fused_layers(list(self.layers), ["block"] * len(self.layers))
         pack_linears(self)
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -305,6 +308,39 @@ class Backbone(nn.Module):
             else:
                 block = layer(block, rotary, keys, values, mask)
         return self.norm(block)
+
+    @property
+    def rows_behind(self) -> int:
+        """Rows behind a request's own that `over_cache` writes."""
+        return 0 if self._in_one_step is None else self.config.block_size
+
+    def over_cache(
+        self, block: Tensor, positions: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, extent: int
+    ) -> Tensor:
+        """`forward` for decoding: one block for each request, which sees all of itself and its request's context.
+
+        Args:
+            block: [R, n, H]; what is in it may be lost.
+            positions: [R, n].
+            keys: [layers, R, kv_heads, capacity, D]; what stands behind a request's rows may be lost.
+            values: as keys.
+            lengths: [R], rows of context.
+            extent: rows of context that are read, at least the longest of `lengths`; `rows_behind` more exist.
+
+        Returns:
+            [R, n, H].
+        """
+        requests, slots = positions.shape
+        index = torch.arange(extent + slots, device=lengths.device)
+        if self._in_one_step is None:
+            seen = index[:extent] < lengths[:, None]
+            mask = torch.cat((seen, seen.new_ones(requests, slots)), dim=1)  # [R, T + n]
+            context = ContextKV(keys[:, :, :, :extent], values[:, :, :, :extent])
+            return self(block, positions, context, mask[:, None, None].expand(-1, -1, slots, -1))
+        mask = (index < lengths[:, None] + slots)[:, None, None].expand(-1, -1, slots, -1)
+        rows, rotary = lengths[:, None] + index[:slots], self.rotary(positions)
+        hidden, _ = self._in_one_step(block, rotary.cos, rotary.sin, keys, values, rows, {"block": mask})
+        return self.norm(hidden)
 
 
 def rotary_config(config: DraftConfig | SingleLayerConfig) -> Qwen3Config:

@@ -14,7 +14,6 @@ from torch import Tensor
 from domino_spec.config import UserError
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.draft.backbone import ContextKV
 from domino_spec.draft.model import Draft
 from domino_spec.kernels.rollout import head_rollout
 from domino_spec.target.cache import RequestRows
@@ -25,21 +24,28 @@ class ContextCache(RequestRows):
     """Keys and values of the context of every request, in memory allocated once."""
 
     keys: Tensor
-    """[layers, R, kv_heads, capacity, D]."""
+    """[layers, R, kv_heads, capacity + behind, D]."""
     values: Tensor
     lengths: Tensor
     """[R], valid rows: committed tokens without the anchor."""
     extent: int | None = None
     """Rows that the backbone reads, whatever the lengths are; None reads as many as the longest request needs, which
     takes a look at the device."""
+    behind: int = 0
+    """Rows of a block, which may stand behind a request's own."""
 
     def view(self, start: int, stop: int, extent: int | None = None) -> ContextCache:
         """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `extent`."""
-        return ContextCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop], extent)
+        keys, values = self.keys[:, start:stop], self.values[:, start:stop]
+        return ContextCache(keys, values, self.lengths[start:stop], extent, self.behind)
 
     def clear(self, request: int) -> None:
         """Forget a request."""
         self.lengths[request] = 0
+
+    def wipe(self, request: int, rows: int, first: int = 0) -> None:
+        """As of any cache."""
+        super().wipe(request, rows + self.behind, first)
 
 
 class BlockDrafter:
@@ -91,9 +97,11 @@ class BlockDrafter:
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
         config = self.draft.config
-        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity, config.head_dim)
+        behind = self.draft.backbone.rows_behind
+        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity + behind, config.head_dim)
         keys = torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device)
-        return ContextCache(keys, torch.zeros_like(keys), torch.zeros(requests, dtype=torch.long, device=keys.device))
+        lengths = torch.zeros(requests, dtype=torch.long, device=keys.device)
+        return ContextCache(keys, torch.zeros_like(keys), lengths, behind=behind)
 
     def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Project features [R, n, F]."""
@@ -109,16 +117,15 @@ class BlockDrafter:
         """
         draft, config = self.draft, self.draft.config
         anchors, first = state.anchors, config.first_draft_slot
-        requests, block_size = len(anchors), first + num_drafts if config.short_blocks else config.block_size
+        block_size = first + num_drafts if config.short_blocks else config.block_size
         slots = torch.arange(block_size, device=anchors.device)
-        extent = int(own.lengths.max()) if own.extent is None else own.extent
-        seen = torch.arange(extent, device=anchors.device) < own.lengths[:, None]
-        mask = torch.cat((seen, seen.new_ones(requests, block_size)), dim=1)  # [R, T + B]
-        hidden = draft.backbone(
+        hidden = draft.backbone.over_cache(
             draft.block_embeddings(anchors, block_size),
             (state.lengths - 1)[:, None] + slots,
-            ContextKV(own.keys[:, :, :, :extent], own.values[:, :, :, :extent]),
-            mask[:, None, None].expand(-1, -1, block_size, -1),
+            own.keys,
+            own.values,
+            own.lengths,
+            int(own.lengths.max()) if own.extent is None else own.extent,
         )
         return hidden[:, first : first + num_drafts]
 

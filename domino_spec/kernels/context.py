@@ -2,7 +2,7 @@
 
 After the two products (features to context, context to keys and values of all layers) keys are normed per head and
 rotated, and both are written behind the rows that each request already has. PyTorch's truth is here; on CUDA a Triton
-twin does it in one launch, without the copies in between.
+twin does it in one launch, on a CPU a loop in C, without the copies in between.
 
 Shapes: R requests, T new rows, D head_dim.
 """
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domino_spec.kernels import cpu
+
 
 def write_context_(
     keys: Tensor,
@@ -26,13 +28,13 @@ def write_context_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """Norm, rotate (half-split RoPE) and write; rows that a request has no room for are left out on CUDA.
+    """Norm, rotate (half-split RoPE) and write; rows that a request has no room for are left out by the fast twins.
 
     Args:
         keys: [layers, R, kv_heads, capacity, D]; rows `lengths[r] .. lengths[r] + T - 1` of request r are written.
         values: the same shape.
         lengths: [R] int64, rows before; not changed here.
-        projected: [R, T, layers, 2, kv_heads, D], keys and values of every layer, of the cache's type.
+        projected: [R, T, layers, 2, kv_heads, D], keys and values of every layer, of the cache's type; may be lost.
         norm_weights: [layers, D], of the keys' RMS norm.
         eps: of that norm.
         cos: [R, T, D] float32, for the rows' absolute positions.
@@ -43,6 +45,8 @@ def write_context_(
         from domino_spec.kernels.context_triton import write_context_triton_
 
         write_context_triton_(*given)
+    elif _suits_cpu(keys, projected, norm_weights):
+        _write_context_cpu_(*given)
     else:
         write_context_torch_(*given)
 
@@ -70,3 +74,30 @@ def write_context_torch_(
     # Advanced indices around a slice put R and T first: [R, T, layers, kv_heads, D].
     keys[:, of, :, rows] = rotated
     values[:, of, :, rows] = projected[:, :, :, 1].to(values.dtype)
+
+
+def _suits_cpu(keys: Tensor, projected: Tensor, norm_weights: Tensor) -> bool:
+    floats = all(x.dtype == torch.float32 for x in (keys, projected, norm_weights))
+    return floats and cpu.is_available(keys.device, keys.dtype) and cpu.fits(keys.shape[-1])
+
+
+def _write_context_cpu_(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    projected: Tensor,
+    norm_weights: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    requests, new, layers, _, kv_heads, head_dim = projected.shape
+    projected, norm_weights, lengths = projected.contiguous(), norm_weights.contiguous(), lengths.contiguous()
+    cos, sin = (part.expand(requests, -1, -1).contiguous() for part in (cos, sin))
+    stride, loaded = keys.stride(), cpu.library()
+    assert loaded is not None and values.stride() == stride and stride[3:] == (head_dim, 1)
+    loaded.write_context(
+        projected.data_ptr(), requests, new, layers, kv_heads, head_dim, norm_weights.data_ptr(), eps,
+        cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), keys.shape[3], *stride[:3], keys.data_ptr(),
+        values.data_ptr(),
+    )  # fmt: skip

@@ -85,6 +85,15 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "rotate": [pointer, *[integer] * 5, pointer, pointer],
         "silu_mul": [pointer, integer, integer, pointer],
         "attend": [pointer, integer, pointer, pointer, *[integer] * 2, pointer, *[integer] * 6, real, pointer],
+        "write_context": [
+            pointer,
+            *[integer] * 5,
+            pointer,
+            real,
+            *[pointer] * 3,
+            *[integer] * 4,
+            *[pointer] * 2,
+        ],
         "decoder_layers": [pointer, integer, pointer],
         "head_rollout": [pointer],
         "blended_rows": [

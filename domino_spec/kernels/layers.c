@@ -1,9 +1,10 @@
-/* All layers of a decoder in one call: norm, attention over a cache, norm, SwiGLU, and the two sums beside them.
+/* All layers of a decoder in one call: norm, attention over a cache, norm, SwiGLU, and the two sums beside them; and a
+ * draft's context, which goes into its cache likewise.
  *
  * The steps are those of cpu.c, in the order and with the bits that single calls have; what is saved is the way back to
  * Python between them, which took a third of a small model's pass.
  *
- * Built by cpu.py and called by layers_cpu.py, which says what the arguments are; nothing here checks them.
+ * Built by cpu.py and called by layers_cpu.py and context.py, which say what the arguments are; nothing here checks them.
  */
 #include <stdlib.h>
 
@@ -90,6 +91,29 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
   silu_mul(gate_up, count, inner, product);
   linear(product, count, inner, l->down, l->down_bias, hidden, turned, out);
   add(x, out, count * hidden);
+}
+
+/* New rows of a draft's context into its cache: `write_context_` in context.py; `projected` is lost. */
+void write_context(float *projected, int64_t requests, int64_t tokens, int64_t layers, int64_t kv_heads, int64_t width,
+                   const float *norms, float eps, const float *cos, const float *sin, const int64_t *lengths,
+                   int64_t capacity, int64_t layer_stride, int64_t request_stride, int64_t head_stride, float *keys,
+                   float *values) {
+  int64_t count = requests * tokens, heads = kv_heads * width, row = 2 * layers * heads;
+  for (int64_t i = 0; i < layers; i++) {
+    float *of_layer = projected + 2 * i * heads;
+    rms_norm(of_layer, count, row, kv_heads, width, norms + i * width, eps, of_layer);
+    rotate(of_layer, count, row, kv_heads, width, width, cos, sin);
+    for (int64_t t = 0; t < count; t++) {
+      int64_t place = lengths[t / tokens] + t % tokens;
+      if (place >= capacity) continue;
+      for (int64_t h = 0; h < kv_heads; h++) {
+        int64_t to = i * layer_stride + t / tokens * request_stride + h * head_stride + place * width;
+        const float *key = of_layer + t * row + h * width;
+        memcpy(keys + to, key, width * sizeof(float));
+        memcpy(values + to, key + heads, width * sizeof(float));
+      }
+    }
+  }
 }
 
 void decoder_layers(const struct layer *layers, int64_t number, const struct pass *p) {

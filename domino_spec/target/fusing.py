@@ -154,7 +154,7 @@ def fused_layers(layers: Sequence[nn.Module], kinds: Sequence[str]) -> DecoderLa
     That nothing else happens in them (a scaled sum, say) is for the caller to try.
 
     Args:
-        layers: after `fuse`.
+        layers: after `fuse`; their attention has `project`, `output` and `scaling`, as `FusedAttention` has.
         kinds: each layer's mask.
     """
     try:
@@ -212,9 +212,9 @@ def _has_linears(module: nn.Module, *names: str) -> bool:
 
 def _described(layer: Any, kind: str) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
-        raise NotFusible
     project = attention.project
+    if not isinstance(project, FusedProjection) or not isinstance(mlp, FusedMLP):
+        raise NotFusible
     of_heads = {first: _norm(norm) for first, _, norm in project.head_norms}
     return Layer(
         input_norm=_norm(layer.input_layernorm),

@@ -9,6 +9,7 @@ import torch
 
 from domino_spec.draft.backbone import ContextKV
 from domino_spec.drafters.domino import ContextCache
+from domino_spec.kernels import cpu
 from tests.tiny import assert_close, random_prompts, tiny_draft
 
 ROWS = 11
@@ -131,3 +132,31 @@ def test_without_a_draft_vocabulary_ids_are_choices(draft):
 def test_borrowed_ends_are_not_the_drafts_own(draft):
     names = set(draft.state_dict())
     assert not [n for n in names if "embed_tokens" in n or "lm_head" in n or "final_norm" in n]
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
+def test_blocks_over_a_cache_are_those_over_the_context_alone(target):
+    """For requests of unequal length, plainly and in one native step, which writes behind the requests' rows only."""
+    plain, packed = (tiny_draft(target, intermediate_size=48) for _ in range(2))
+    packed.pack()
+    assert packed.backbone._in_one_step is not None and plain.backbone._in_one_step is None
+    config, lengths = plain.config, torch.tensor([9, 4, 0])
+    slots = config.block_size
+    shape = (config.num_hidden_layers, 3, config.num_key_value_heads, 9 + slots, config.head_dim)
+    filled = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    positions = lengths[:, None] + torch.arange(slots)
+    alone = []
+    for r, length in enumerate(lengths.tolist()):
+        context = ContextKV(*(part[:, r : r + 1, :, :length] for part in filled))
+        mask = torch.ones(1, 1, slots, length + slots, dtype=torch.bool)
+        block = plain.block_embeddings(torch.tensor([r + 1]))
+        alone.append(plain.backbone(block, positions[r : r + 1], context, mask))
+    for draft in (plain, packed):
+        keys, values = filled.clone()
+        block = draft.block_embeddings(torch.tensor([1, 2, 3]))
+        assert_close(draft.backbone.over_cache(block, positions, keys, values, lengths, 9), torch.cat(alone))
+        for r, length in enumerate(lengths.tolist()):
+            for cache, before in zip((keys, values), filled, strict=True):
+                kept = [*range(length), *range(length + slots, 9 + slots)]
+                assert torch.equal(cache[:, r, :, kept], before[:, r, :, kept])

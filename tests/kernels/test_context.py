@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from domino_spec.kernels.context import write_context_torch_
+from domino_spec.kernels import cpu
+from domino_spec.kernels.context import write_context_, write_context_torch_
 from tests.tiny import assert_close, tiny_draft
 
+needs_library = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -47,7 +49,8 @@ def written(name: str, given: list) -> tuple[Tensor, Tensor]:
     if name == "triton":
         from domino_spec.kernels.context_triton import write_context_triton_ as twin
     else:
-        twin = write_context_torch_
+        twin = {"torch": write_context_torch_, "fastest": write_context_}[name]
+        given = [given[0], given[1], given[2], given[3].clone(), *given[4:]]
     keys, values = given[0].clone(), given[1].clone()
     twin(keys[:, 1:4], values[:, 1:4], *given[2:])
     return keys, values
@@ -69,6 +72,29 @@ def test_triton_writes_what_the_truth_writes(interpreted, dtype, heads, head_dim
     for request, first in ((1, 0), (2, 6), (3, 3)):
         untouched[:, request, :, first : first + 2] = False
     assert torch.equal(keys[untouched], given[0][untouched]) and (keys[~untouched] != given[0][~untouched]).any()
+
+
+@needs_library
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 64), (3, 6)])
+def test_c_writes_what_the_truth_writes(heads, head_dim):
+    given = context_case(torch.float32, heads, head_dim)
+    keys, values = written("fastest", given)
+    expected_keys, expected_values = written("torch", given)
+    assert torch.equal(values, expected_values)
+    torch.testing.assert_close(keys, expected_keys, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_c_leaves_out_rows_without_room():
+    given = context_case(torch.float32, 2, 16)
+    given[2] = torch.tensor([0, 8, 20])
+    keys, values = written("fastest", given)
+    full = [torch.cat((cache, cache), dim=3) for cache in given[:2]]  # has room for all but the last request
+    given[2] = torch.tensor([0, 8, 15])
+    expected = written("torch", [*full, *given[2:]])
+    for found, cache, whole in zip((keys, values), given[:2], expected, strict=True):
+        assert torch.equal(found[:, 3], cache[:, 3])
+        torch.testing.assert_close(found[:, :3], whole[:, :3, :, :9], rtol=1e-5, atol=1e-5)
 
 
 @needs_triton

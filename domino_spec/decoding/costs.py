@@ -99,6 +99,16 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
     return (*powers, most)
 
 
+def rows_up_to(most: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, ..., and `most` itself.
+
+    Passes have steps: on a CPU twelve rows cost little more than one, and a thirteenth begins another tile. With sizes
+    half-way between the powers of two, 12 rows of one request, 6 of two and 3 of four are all measured.
+    """
+    between = [3 * 2**i for i in range(most.bit_length()) if 3 * 2**i < most]
+    return tuple(sorted({*sizes_up_to(most), *between}))
+
+
 @torch.inference_mode()
 def measure_costs(
     target: Target,
@@ -119,7 +129,7 @@ def measure_costs(
         repeats: of each size; the least counts.
         report: called with a line for each number of requests.
     """
-    widths = sizes_up_to(drafter.max_drafts + 1)
+    widths = rows_up_to(drafter.max_drafts + 1)
     numbers = sizes_up_to(drafter.max_drafts) if drafter.max_drafts else ()
     growth = _COMMITTED * len(numbers) * (repeats + 1)
     context = max(2, min(context, target.max_length - cycle_room(drafter) - growth))

@@ -315,7 +315,7 @@ static void keep_best(const struct rollout *w, int64_t r, int64_t total) {
   float *scores = w->scores + r * w->room;
   struct entry *ranked = malloc(total * sizeof *ranked);
   int64_t *places = malloc(total * sizeof *places);
-  for (int64_t i = 0; i < total; i++) ranked[i] = (struct entry){scores[i], i};
+  for (int64_t i = 0; i < total; i++) ranked[i] = (struct entry){isnan(scores[i]) ? -INFINITY : scores[i], i};
   qsort(ranked, total, sizeof *ranked, by_value); /* a parent stands before a child that is as probable */
   for (int64_t i = 0; i < total; i++)
     places[ranked[i].index] = i < w->budget && ranked[i].value >= w->threshold && ranked[i].value > -INFINITY;
@@ -341,7 +341,7 @@ static void grow(const struct rollout *w, struct scratch *s) {
     int64_t keep = w->widths[depth] < count * w->candidates ? w->widths[depth] : count * w->candidates;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < w->requests; r++) choose_children(w, s, r, depth, before, count, first, keep);
-    keep = worth(w, first, keep); /* by every thread, which all see the same */
+    if (w->threshold > -INFINITY) keep = worth(w, first, keep); /* by every thread, which all see the same */
 #pragma omp single
     w->kept[depth] = keep;
     if (keep == 0) break;

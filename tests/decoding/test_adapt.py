@@ -10,7 +10,7 @@ import torch
 from domino_spec.config import UserError
 from domino_spec.decoding.adapt import LOOKING, SEEN_ENOUGH, AdaptivePolicy, keep_drafts
 from domino_spec.decoding.clock import Clock
-from domino_spec.decoding.costs import CostModel, measure_costs, sizes_up_to
+from domino_spec.decoding.costs import CostModel, measure_costs, rows_up_to, sizes_up_to
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Limits, Request
 from domino_spec.decoding.state import Proposal, Verdict
@@ -78,12 +78,17 @@ def test_costs_of_every_method_are_measured(method):
     lines: list[str] = []
     model = measure_costs(target, drafter, 3, context=20, repeats=1, report=lines.append)
     assert model.requests == (1, 2, 3) and len(lines) == 3
-    assert model.rows == sizes_up_to(drafter.max_drafts + 1)
+    assert model.rows == rows_up_to(drafter.max_drafts + 1)
     assert all(s > 0 for row in model.verify_seconds for s in row)
     assert all(row == tuple(sorted(row)) for row in model.verify_seconds), "more rows never cost less"
     assert model.drafts == (sizes_up_to(drafter.max_drafts) if method != "none" else ())
     assert all(s > 0 for row in model.draft_seconds for s in row)
     assert all(row == tuple(sorted(row)) for row in (*model.draft_seconds, *zip(*model.draft_seconds, strict=True)))
+
+
+def test_passes_are_timed_where_a_tile_of_twelve_rows_ends_for_one_two_and_four_requests():
+    assert rows_up_to(12) == (1, 2, 3, 4, 6, 8, 12)
+    assert [rows_up_to(n) for n in (1, 2, 3, 5)] == [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4, 5)]
 
 
 def test_where_rows_cost_nothing_all_drafts_are_kept_and_where_they_cost_all_none():

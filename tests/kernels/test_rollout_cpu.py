@@ -135,6 +135,8 @@ def test_logits_that_are_no_number_break_nothing_beyond_their_request():
             choices = head_rollout_cpu(head, hidden, base, anchors, table, candidates).choices
             assert ((choices >= 0) & (choices < 300)).all()
         assert torch.equal(head_rollout_cpu(head, hidden, base, anchors, table, 40).choices[1], expected)
+        everywhere = torch.full_like(base, torch.nan)
+        assert head_rollout_cpu(head, hidden, everywhere, anchors, table, 40).choices.shape == (2, 4)
         tree = head_tree_cpu(head, hidden, base, anchors, table, 40, 8, 3)
         assert ((tree.choices >= 0) & (tree.choices < 300)).all() and (tree.parents < 8).all()
 

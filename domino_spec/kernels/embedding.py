@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,19 @@ class EmbeddingTable:
             scale = getattr(module, "scalar_embed_scale", None)
         if changed or not isinstance(scale, float) or not module.weight.is_contiguous():
             return None
-        in_its_type = scale if scale == 1 else float(torch.tensor(scale, dtype=module.weight.dtype))
-        return EmbeddingTable(module.weight.detach(), token_ids, dtype, in_its_type)
+        return EmbeddingTable(module.weight.detach(), token_ids, dtype, _rounded(scale, module.weight.dtype))
 
     def __call__(self, choices: Tensor) -> Tensor:
         """Indices into the logits [...] to embeddings [..., H]."""
         rows = F.embedding(choices if self.token_ids is None else self.token_ids[choices], self.weight)
         return (rows if self.scale == 1 else rows * self.scale).to(self.dtype)
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """`float(torch.tensor(number, dtype=dtype))` without a tensor: a table is asked for in every cycle."""
+    if dtype == torch.bfloat16:  # the upper half of a float32, to the nearest, ties to even
+        (bits,) = struct.unpack("<I", struct.pack("<f", number))
+        return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
+    for kind in {torch.float16: "fe", torch.float32: "f"}.get(dtype, ""):  # PyTorch goes by way of float32
+        (number,) = struct.unpack(kind, struct.pack(kind, number))
+    return number

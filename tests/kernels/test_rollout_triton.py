@@ -242,7 +242,7 @@ def test_a_table_stands_for_an_embedding_only_where_it_gives_the_same():
     assert EmbeddingTable.of(plain, None, FLOAT) is None
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, torch.float16], ids=str)
 def test_gemmas_scaled_embedding_is_a_table_with_a_factor(dtype):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 

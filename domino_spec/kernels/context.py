@@ -92,12 +92,13 @@ def _write_context_cpu_(
     sin: Tensor,
 ) -> None:
     requests, new, layers, _, kv_heads, head_dim = projected.shape
-    projected, norm_weights, lengths = projected.contiguous(), norm_weights.contiguous(), lengths.contiguous()
+    projected, norm_weights = projected.contiguous(), norm_weights.contiguous()
+    rows = lengths[:, None] + torch.arange(new)
     cos, sin = (part.expand(requests, -1, -1).contiguous() for part in (cos, sin))
-    stride, loaded = keys.stride(), cpu.library()
-    assert loaded is not None and values.stride() == stride and stride[3:] == (head_dim, 1)
-    loaded.write_context(
+    stride = keys.stride()
+    assert values.stride() == stride and stride[3:] == (head_dim, 1)
+    cpu.loaded().write_context(
         projected.data_ptr(), requests, new, layers, kv_heads, head_dim, norm_weights.data_ptr(), eps,
-        cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), keys.shape[3], *stride[:3], keys.data_ptr(),
+        cos.data_ptr(), sin.data_ptr(), rows.data_ptr(), keys.shape[3], *stride[:3], keys.data_ptr(),
         values.data_ptr(),
     )  # fmt: skip

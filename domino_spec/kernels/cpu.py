@@ -119,18 +119,24 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def fits(width: int) -> bool:
     """Whether rows of `width` values can be cut into the processor's vectors, as norms, SwiGLU and attention ask."""
-    return width % _loaded().lanes() == 0
+    return width % loaded().lanes() == 0
 
 
-def _loaded() -> ctypes.CDLL:
-    loaded = library()
-    assert loaded is not None, "ask is_available first"
-    return loaded
+def loaded() -> ctypes.CDLL:
+    """`library`, where `is_available` has said that there is one."""
+    found = library()
+    assert found is not None, "ask is_available first"
+    return found
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where a tensor's values begin, as C takes it; None is NULL."""
+    return None if x is None else x.data_ptr()
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight [outputs, inputs] in panels of neighbouring outputs, [panels, inputs, width], padded with zeros."""
-    width = _loaded().panel_width()
+    width = loaded().panel_width()
     outputs, inputs = weight.shape
     padded = F.pad(weight.detach(), (0, 0, 0, -outputs % width))
     return padded.view(-1, width, inputs).transpose(1, 2).contiguous()
@@ -138,7 +144,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def pack_bias(bias: Tensor) -> Tensor:
     """A bias [outputs], padded as `pack` pads."""
-    return F.pad(bias.detach(), (0, -len(bias) % _loaded().panel_width())).contiguous()
+    return F.pad(bias.detach(), (0, -len(bias) % loaded().panel_width())).contiguous()
 
 
 def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
@@ -146,8 +152,9 @@ def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) 
     x = x.contiguous()
     rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
     turned, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs)
-    bias_at = None if bias is None else bias.data_ptr()
-    _loaded().linear(x.data_ptr(), rows, inputs, panels.data_ptr(), bias_at, outputs, turned.data_ptr(), y.data_ptr())
+    loaded().linear(
+        x.data_ptr(), rows, inputs, panels.data_ptr(), address(bias), outputs, turned.data_ptr(), y.data_ptr()
+    )
     return y
 
 
@@ -156,7 +163,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(x)
-    _loaded().rms_norm(x.data_ptr(), x.numel() // width, width, 1, width, weight.data_ptr(), eps, y.data_ptr())
+    loaded().rms_norm(x.data_ptr(), x.numel() // width, width, 1, width, weight.data_ptr(), eps, y.data_ptr())
     return y
 
 
@@ -164,7 +171,7 @@ def rms_norm_heads_(x: Tensor, first: int, heads: int, weight: Tensor, eps: floa
     """Norm, in place, `heads` heads of x [..., row] from the head numbered `first` on; `weight` is [head width]."""
     row, width = x.shape[-1], len(weight)
     start = x.data_ptr() + 4 * first * width
-    _loaded().rms_norm(start, x.numel() // row, row, heads, width, weight.data_ptr(), eps, start)
+    loaded().rms_norm(start, x.numel() // row, row, heads, width, weight.data_ptr(), eps, start)
 
 
 def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
@@ -179,7 +186,7 @@ def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> N
     """
     requests, tokens, row = x.shape
     cos, sin = (t.expand(requests, -1, -1).contiguous() for t in (cos, sin))
-    _loaded().rotate(
+    loaded().rotate(
         x.data_ptr(), requests * tokens, row, heads, head_dim, cos.shape[-1], cos.data_ptr(), sin.data_ptr()
     )
 
@@ -188,7 +195,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's product, silu(gate) * up, of a joined x [..., 2 * width]: gate first."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    _loaded().silu_mul(x.data_ptr(), x.numel() // (2 * width), width, y.data_ptr())
+    loaded().silu_mul(x.data_ptr(), x.numel() // (2 * width), width, y.data_ptr())
     return y
 
 
@@ -209,7 +216,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     kv_heads, extent = keys.shape[1:3]
     mask = mask.expand(requests, 1, tokens, extent).contiguous()
     y = query.new_empty(requests, tokens, heads, width)
-    _loaded().attend(
+    loaded().attend(
         query.data_ptr(), query.stride(1), keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1),
         mask.data_ptr(), requests, tokens, heads, kv_heads, extent, width, scale, y.data_ptr(),
     )  # fmt: skip

@@ -42,17 +42,22 @@ static float *scratch(int64_t floats, int *kept) {
   return own;
 }
 
-/* Keys and values of a joined projection [requests, tokens, row] to their rows of the cache. */
-static void write_rows(const struct layer *l, const struct pass *p, const float *joined, int64_t row, float *keys,
-                       float *values) {
-  int64_t width = l->head_dim;
-  for (int64_t t = 0; t < p->requests * p->tokens; t++) {
-    if (p->rows[t] >= p->capacity) continue; /* of a request that has ended */
-    const float *key = joined + t * row + l->heads * width, *value = key + l->kv_heads * width;
-    for (int64_t h = 0; h < l->kv_heads; h++) {
-      int64_t place = t / p->tokens * p->request_stride + h * p->head_stride + p->rows[t] * width;
-      memcpy(keys + place, key + h * width, width * sizeof(float));
-      memcpy(values + place, value + h * width, width * sizeof(float));
+/* Where keys and values of new tokens go. */
+struct places {
+  int64_t requests, tokens, kv_heads, width, capacity, request_stride, head_stride;
+  const int64_t *rows; /* [requests, tokens] */
+  float *keys, *values;
+};
+
+/* Keys that stand every `stride` values, a token's heads side by side, and the values `apart` behind them. */
+static void write_rows(const struct places *to, const float *keys, int64_t stride, int64_t apart) {
+  for (int64_t t = 0; t < to->requests * to->tokens; t++) {
+    if (to->rows[t] >= to->capacity) continue; /* of a request that has ended */
+    for (int64_t h = 0; h < to->kv_heads; h++) {
+      int64_t place = t / to->tokens * to->request_stride + h * to->head_stride + to->rows[t] * to->width;
+      const float *key = keys + t * stride + h * to->width;
+      memcpy(to->keys + place, key, to->width * sizeof(float));
+      memcpy(to->values + place, key + apart, to->width * sizeof(float));
     }
   }
 }
@@ -72,6 +77,8 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
   int64_t count = p->requests * p->tokens, hidden = l->hidden, width = l->head_dim, inner = l->inner;
   int64_t own = l->heads * width, row = own + 2 * l->kv_heads * width;
   float *keys = p->keys + number * p->layer_stride, *values = p->values + number * p->layer_stride, *x = p->x;
+  struct places cache = {p->requests, p->tokens, l->kv_heads, width, p->capacity, p->request_stride, p->head_stride,
+                         p->rows, keys, values};
   float *normed = room, *out = normed + count * hidden, *joined = out + count * hidden, *mixed = joined + count * row;
   float *gate_up = mixed + count * own, *product = gate_up + 2 * count * inner, *turned = product + count * inner;
 
@@ -80,7 +87,7 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
   if (l->query_norm) rms_norm(joined, count, row, l->heads, width, l->query_norm, l->query_eps, joined);
   if (l->key_norm) rms_norm(joined + own, count, row, l->kv_heads, width, l->key_norm, l->key_eps, joined + own);
   rotate(joined, count, row, l->heads + l->kv_heads, width, p->rotary, p->cos, p->sin);
-  write_rows(l, p, joined, row, keys, values);
+  write_rows(&cache, joined + own, row, l->kv_heads * width);
   attend(joined, row, keys, values, p->request_stride, p->head_stride, p->seen[l->kind], p->requests, p->tokens,
          l->heads, l->kv_heads, p->extent, width, l->scale, mixed);
   linear(mixed, count, own, l->output, l->output_bias, hidden, turned, out);
@@ -95,7 +102,7 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
 
 /* New rows of a draft's context into its cache: `write_context_` in context.py; `projected` is lost. */
 void write_context(float *projected, int64_t requests, int64_t tokens, int64_t layers, int64_t kv_heads, int64_t width,
-                   const float *norms, float eps, const float *cos, const float *sin, const int64_t *lengths,
+                   const float *norms, float eps, const float *cos, const float *sin, const int64_t *rows,
                    int64_t capacity, int64_t layer_stride, int64_t request_stride, int64_t head_stride, float *keys,
                    float *values) {
   int64_t count = requests * tokens, heads = kv_heads * width, row = 2 * layers * heads;
@@ -103,16 +110,9 @@ void write_context(float *projected, int64_t requests, int64_t tokens, int64_t l
     float *of_layer = projected + 2 * i * heads;
     rms_norm(of_layer, count, row, kv_heads, width, norms + i * width, eps, of_layer);
     rotate(of_layer, count, row, kv_heads, width, width, cos, sin);
-    for (int64_t t = 0; t < count; t++) {
-      int64_t place = lengths[t / tokens] + t % tokens;
-      if (place >= capacity) continue;
-      for (int64_t h = 0; h < kv_heads; h++) {
-        int64_t to = i * layer_stride + t / tokens * request_stride + h * head_stride + place * width;
-        const float *key = of_layer + t * row + h * width;
-        memcpy(keys + to, key, width * sizeof(float));
-        memcpy(values + to, key + heads, width * sizeof(float));
-      }
-    }
+    struct places cache = {requests, tokens, kv_heads, width, capacity, request_stride, head_stride,
+                           rows, keys + i * layer_stride, values + i * layer_stride};
+    write_rows(&cache, of_layer, row, heads);
   }
 }
 

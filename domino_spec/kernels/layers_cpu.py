@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from domino_spec.kernels.cpu import library
+from domino_spec.kernels.cpu import address, loaded
 
 _INTEGER, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -104,7 +104,7 @@ class DecoderLayers:
         for name in ("joined", "output", "gate_up", "down"):
             product: Product = getattr(layer, name)
             setattr(described, name, product.panels.data_ptr())
-            setattr(described, f"{name}_bias", None if product.bias is None else product.bias.data_ptr())
+            setattr(described, f"{name}_bias", address(product.bias))
         return described
 
     def __call__(
@@ -141,14 +141,15 @@ class DecoderLayers:
         features = x.new_empty(requests, tokens, len(tapped) * width) if tapped else None
         in_c = (_INTEGER * len(tapped))(*tapped)
         of_kinds = (_POINTER * len(seen))(*(mask.data_ptr() for mask in seen))
-        stride, loaded = keys.stride(), library()
-        assert loaded is not None and values.stride() == stride and rows.dtype == torch.int64
+        stride = keys.stride()
+        assert values.stride() == stride and rows.dtype == torch.int64
+        assert all(0 <= layer < len(self._layers) for layer in tapped)
         described = _Pass(
             requests=requests, tokens=tokens, extent=seen[0].shape[3], capacity=keys.shape[3], rotary=cos.shape[-1],
             layer_stride=stride[0], request_stride=stride[1], head_stride=stride[2],
             cos=cos.data_ptr(), sin=sin.data_ptr(), rows=rows.data_ptr(), seen=ctypes.addressof(of_kinds),
             keys=keys.data_ptr(), values=values.data_ptr(), x=x.data_ptr(), taps=len(tapped),
-            tapped=ctypes.addressof(in_c), features=None if features is None else features.data_ptr(),
+            tapped=ctypes.addressof(in_c), features=address(features),
         )  # fmt: skip
-        loaded.decoder_layers(self._in_c, len(self._layers), ctypes.byref(described))
+        loaded().decoder_layers(self._in_c, len(self._layers), ctypes.byref(described))
         return x, features

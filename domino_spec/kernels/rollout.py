@@ -69,7 +69,7 @@ def head_tree(
     width: int | None,
     min_confidence: float = 0.0,
 ) -> Tree:
-    """`trees.head_tree`, with the same arguments."""
+    """`trees.head_tree` without a depth penalty, with the same arguments."""
     twin = head_tree_cpu if takes(head, hidden, base_logits, embed_choice) else reference_tree
     return twin(head, hidden, base_logits, anchor_embedding, embed_choice, candidates, budget, width, min_confidence)
 

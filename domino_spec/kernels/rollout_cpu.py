@@ -55,8 +55,10 @@ def takes(
         return True
     if not isinstance(embed_choice, EmbeddingTable):
         return False
-    table = embed_choice.weight
-    weights = (*_weights(head), table)
+    ids = embed_choice.token_ids
+    if ids is not None and (ids.dtype != torch.int64 or ids.device != hidden.device or not ids.is_contiguous()):
+        return False
+    weights = (*_weights(head), embed_choice.weight)
     floats = all(x.dtype == torch.float32 and x.device == hidden.device and x.is_contiguous() for x in weights)
     widths = (hidden.shape[-1], head.config.gru_hidden_dim, head.config.low_rank)
     return floats and embed_choice.dtype == torch.float32 and all(map(cpu.fits, widths))
@@ -103,7 +105,7 @@ def head_tree_cpu(
     width: int | None,
     min_confidence: float = 0.0,
 ) -> Tree:
-    """`trees.head_tree`, with the same arguments, where `takes` says yes."""
+    """`trees.head_tree` without a depth penalty, with the same arguments, where `takes` says yes."""
     depths, vocabulary = base_logits.shape[1:]
     widths = depth_widths(depths, min(candidates or math.inf, vocabulary), budget, width)
     grown = _grow(
@@ -155,14 +157,14 @@ def _grow(
     ids = torch.empty(requests, depths, number, dtype=torch.long) if number < vocabulary else None
     probs = None if uniform is None else torch.empty(requests, depths, number)
     sampled = [None if x is None else x.contiguous() for x in (temperatures, uniform)]
-    assert uniform is None or uniform.dtype == torch.float64
+    assert anchor_embedding.dtype == torch.float32 and (uniform is None or uniform.dtype == torch.float64)
     in_c, kept = (_INTEGER * depths)(*widths), (_INTEGER * depths)()
     arguments = _Arguments(
         requests=requests, depths=depths, vocabulary=vocabulary, candidates=number, pure_prefix=depths,
         logits=given[1].data_ptr(), widths=ctypes.addressof(in_c), kept=ctypes.addressof(kept), room=room,
         threshold=math.log(min_confidence) if min_confidence > 0 else -math.inf,
-        temperatures=_address(sampled[0]), uniform=_address(sampled[1]), choices=choices.data_ptr(),
-        parents=parents.data_ptr(), scores=scores.data_ptr(), ids=_address(ids), probs=_address(probs),
+        temperatures=cpu.address(sampled[0]), uniform=cpu.address(sampled[1]), choices=choices.data_ptr(),
+        parents=parents.data_ptr(), scores=scores.data_ptr(), ids=cpu.address(ids), probs=cpu.address(probs),
         budget=budget, num_drafts=num_drafts.data_ptr(),
     )  # fmt: skip
     if head is not None:
@@ -174,10 +176,8 @@ def _grow(
         for name, weight in zip(names, _weights(head), strict=True):
             setattr(arguments, name, weight.data_ptr())
         arguments.slots, arguments.anchors = given[0].data_ptr(), given[2].data_ptr()
-        arguments.embeddings, arguments.token_ids = embed_choice.weight.data_ptr(), _address(embed_choice.token_ids)
-    loaded = cpu.library()
-    assert loaded is not None, "ask takes first"
-    loaded.head_rollout(ctypes.byref(arguments))
+        arguments.embeddings, arguments.token_ids = embed_choice.weight.data_ptr(), cpu.address(embed_choice.token_ids)
+    cpu.loaded().head_rollout(ctypes.byref(arguments))
     total = sum(kept)
     return _Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
 
@@ -185,7 +185,3 @@ def _grow(
 def _weights(head: DominoHead) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gru = head.prefix_gru
     return gru.weight_ih_l0, gru.weight_hh_l0, head.input_weight, head.correction_weight
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

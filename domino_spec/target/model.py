@@ -149,7 +149,10 @@ class Target:
         return stop_token_ids(generation, self.config, self.tokenizer)
 
     def pack(self) -> Target:
-        """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self."""
+        """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self.
+
+        Hooks on what was joined are not called any more, on decoder layers neither where all of them are one step.
+        """
         if cpu.is_available(self.device, self.dtype):
             fuse(self.decoder)
         pack_linears(self.model)

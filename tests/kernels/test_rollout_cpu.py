@@ -147,6 +147,8 @@ def test_what_the_loops_cannot_take_is_left_to_the_reference():
     assert not takes(head, hidden.bfloat16(), base.bfloat16(), table), "other types"
     assert not takes(head, hidden, base, table.__call__), "an embedding that is only a function"
     assert not takes(head, hidden, base, replace(table, weight=table.weight.bfloat16()))
+    assert table.token_ids is not None
+    assert not takes(head, hidden, base, replace(table, token_ids=table.token_ids.int())), "ids of another width"
     assert not takes(block((2, 3, 12, 16, 40))[0], hidden, base, table), "a state that is no whole number of vectors"
     with torch.inference_mode(False), torch.enable_grad():
         wanted = torch.randn(2, 3, HIDDEN, requires_grad=True)

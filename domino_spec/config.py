@@ -193,6 +193,9 @@ class DraftConfig:
     short_blocks: bool = False
     """Whether it was trained on shorter blocks, too: where fewer drafts are asked for, the block then ends with the
     last of them. Otherwise all B slots are run, since attention inside a block is bidirectional."""
+    last_tap_normed: bool = False
+    """Whether the output of the target's last layer, where it is among the taps, is read after the target's final norm,
+    as in the released code of DFlash and Domino. Drafts trained here read it as it is."""
     head: HeadConfig | None = None
     """None for a plain DFlash draft."""
     draft_vocab_size: int | None = None
@@ -208,6 +211,7 @@ class DraftConfig:
     """The configuration file as read, so that keys we do not know are written back."""
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         require(self.block_size >= 2, f"block_size must be at least 2, got {self.block_size}")
         require(self.num_hidden_layers >= 1, f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}")
         require(len(self.target_layer_ids) >= 1, "target_layer_ids must name at least one layer")
@@ -220,16 +224,11 @@ class DraftConfig:
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
         )
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {self.num_key_value_heads}",
-        )
-        if self.draft_vocab_size is not None:
-            require(
-                1 <= self.draft_vocab_size <= self.vocab_size,
-                f"draft_vocab_size must be between 1 and {self.vocab_size}, got {self.draft_vocab_size}",
-            )
+
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether the target's last layer is among the taps."""
+        return self.num_target_layers - 1 in self.target_layer_ids
 
     @property
     def max_drafts(self) -> int:
@@ -287,12 +286,8 @@ class SingleLayerConfig:
 
     def __post_init__(self) -> None:
         require(self.method in SINGLE_LAYER_METHODS, f"method must be eagle3 or dart, got {self.method!r}")
+        _check_sizes(self)
         require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}")
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {self.num_key_value_heads}",
-        )
         ids, depth = self.target_layer_ids, self.num_target_layers
         require(
             ids is None or len(ids) == FEATURE_LEVELS,
@@ -302,11 +297,6 @@ class SingleLayerConfig:
             require(
                 layer >= 0 and (depth is None or layer < depth),
                 f"target_layer_ids holds {layer}, but the target's layers are 0 to {(depth or 1) - 1}",
-            )
-        if self.draft_vocab_size is not None:
-            require(
-                1 <= self.draft_vocab_size <= self.vocab_size,
-                f"draft_vocab_size must be between 1 and {self.vocab_size}, got {self.draft_vocab_size}",
             )
 
     @property
@@ -333,6 +323,23 @@ class SingleLayerConfig:
     def feature_size(self) -> int:
         """Width of one token's features: tapped layers times the target's hidden size."""
         return FEATURE_LEVELS * self.target_hidden_size
+
+
+def _check_sizes(config: DraftConfig | SingleLayerConfig) -> None:
+    """Raise `UserError` where layers of these sizes cannot be built."""
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    require(
+        config.head_dim >= 2 and config.head_dim % 2 == 0,
+        f"head_dim must be even, since rotary embeddings turn pairs, got {config.head_dim}",
+    )
+    size = config.draft_vocab_size
+    require(
+        size is None or 1 <= size <= config.vocab_size,
+        f"draft_vocab_size must be between 1 and {config.vocab_size}, got {size}",
+    )
 
 
 SINGLE_LAYER_METHODS = ("eagle3", "dart")

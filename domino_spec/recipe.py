@@ -65,7 +65,7 @@ class DraftRecipe(Settings):
     target_layer_ids: tuple[int, ...] | None = None
     intermediate_size: int | None = None
     shift_label: bool | None = None
-    """Whether slot k predicts the token one position later; true."""
+    """Whether slot k predicts the token one position later; true with a head, false without one."""
     head: HeadRecipe | None = field(default_factory=HeadRecipe)
     """null trains a plain DFlash draft."""
     draft_vocab_size: int | None = None
@@ -88,6 +88,11 @@ class DraftRecipe(Settings):
             require(self.head is None, f"a draft of model {self.model} has no Domino head: set head to null")
             for name in ("num_layers", "mask_token_id", "shift_label", "init_from"):
                 require(getattr(self, name) is None, f"{name} is for drafts of model block; leave it out")
+        require(
+            self.head is not None or not self.shift_label,
+            "shift_label true needs a head: a draft without one is read as DFlash's, whose slots predict their own "
+            "position",
+        )
 
 
 @dataclass(frozen=True)

@@ -235,10 +235,10 @@ def check_dflash(config: DraftConfig) -> None:
     Raises:
         UserError: one sentence.
     """
-    if max(config.target_layer_ids) == config.num_target_layers - 1:
+    if config.reads_last_layer and not config.last_tap_normed:
         raise UserError(
-            f"method {DFLASH} cannot run this draft: it reads the target's last layer (target_layer_ids), which "
-            "transformers hands over only after the final norm"
+            f"method {DFLASH} cannot run this draft: it reads the target's last layer (target_layer_ids) before its "
+            "final norm, and transformers hands it over only after that"
         )
     _dflash_classes()
 

@@ -10,6 +10,7 @@ import torch
 from domino_spec.config import DraftConfig, SingleLayerConfig
 from domino_spec.decoding.generation import Generation
 from domino_spec.demo.race import Racer, RaceResult
+from domino_spec.draft.checkpoint import last_layer_tap
 from domino_spec.draft.describe import DraftDescription, Fit
 from domino_spec.target.model import Target
 
@@ -114,6 +115,7 @@ def draft_record(name: str, description: DraftDescription, fit: Fit | None) -> d
         "gru_hidden_dim": head.gru_hidden_dim if head else None,
         "low_rank": head.low_rank if head else None,
         "target_layer_ids": None if config.target_layer_ids is None else list(config.target_layer_ids),
+        "last_layer_tap": last_layer_tap(block) if block and block.reads_last_layer else None,
         "num_target_layers": config.num_target_layers,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
@@ -135,6 +137,8 @@ def draft_lines(name: str, description: DraftDescription, fit: Fit | None) -> li
     if config.target_layer_ids is not None:
         layers = f"layers {', '.join(map(str, config.target_layer_ids))}"
         layers += "" if config.num_target_layers is None else f" of {config.num_target_layers}"
+    if isinstance(config, DraftConfig) and config.reads_last_layer:
+        layers += f", the last {last_layer_tap(config).replace('_', ' its final ')}"
     rows = [
         ("draft", name),
         *(_single_layer_rows(config) if isinstance(config, SingleLayerConfig) else _block_rows(config)),

@@ -6,18 +6,30 @@ safetensors is read: never a pickle, never code from the checkpoint (DESIGN sect
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
+from domino_spec.config import DraftConfig, HeadConfig, UserError, found, shortened
 from domino_spec.draft.model import Draft
+from domino_spec.draft.schema import (
+    AFTER_NORM,
+    BEFORE_NORM,
+    BlockKeys,
+    DFlashKeys,
+    read_keys,
+    read_rope,
+    refuse_unsupported,
+)
 from domino_spec.files import load_tensors, outline_tensors, read_json, save_tensors, write_json
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")
@@ -34,95 +46,119 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
     """Our settings from a published configuration.
 
     Raises:
-        UserError: it is not a DFlash or Domino draft, or lacks a setting, or asks for something unsupported.
+        UserError: it is not a DFlash or Domino draft, or a key is missing, wrong, contradicts another, or asks for
+            something unsupported.
     """
-    architectures = published.get("architectures") or ["none"]
+    architectures = published.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else "none"
     nested = published.get("dflash_config")
-    if architectures[0] not in ARCHITECTURES or not isinstance(nested, Mapping):
+    if first not in ARCHITECTURES or not isinstance(nested, Mapping):
         raise UserError(
-            f"{where} is not a DFlash or Domino draft (architectures {architectures}); it may be an ordinary model"
+            f"{where} is not a DFlash or Domino draft (architectures {shortened(architectures)}); it may be an "
+            "ordinary model"
         )
-
-    def need(source: Mapping[str, Any], key: str) -> Any:
-        if source.get(key) is None:
-            raise UserError(f"{where}: missing key {key!r}")
-        return source[key]
-
-    hidden_size, heads = need(published, "hidden_size"), need(published, "num_attention_heads")
-    num_layers, num_target_layers = need(published, "num_hidden_layers"), need(published, "num_target_layers")
-    layer_types = published.get("layer_types")
-    if layer_types and set(layer_types) != {"full_attention"}:
-        raise UserError(f"{where}: layer_types {sorted(set(layer_types))} are not supported, only full_attention")
-    if published.get("use_sliding_window") and published.get("sliding_window"):
-        raise UserError(f"{where}: sliding_window {published['sliding_window']} is not supported in a draft")
-    if published.get("attention_bias"):
-        raise UserError(f"{where}: attention_bias is not supported in a draft")
-    if published.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {published['hidden_act']!r} is not supported in a draft, only silu")
-    head = None
-    projector = nested.get("projector_type")
-    if projector == "domino":
-        head = HeadConfig(
-            gru_hidden_dim=need(nested, "gru_hidden_dim"),
-            low_rank=need(nested, "emb_dim"),
-            pure_draft_prefix_len=nested.get("pure_draft_prefix_len", 0),
-        )
-    elif projector not in (None, "dflash", "none"):
-        raise UserError(f"{where}: projector_type {projector!r} is not supported, only domino")
-    theta, rope = parse_rope(published, where)
+    refuse_unsupported(published, where, block=True)
+    refuse_unsupported(nested, f"{where}: dflash_config", block=True)
+    keys = read_keys(BlockKeys, published, where)
+    theta, rope = read_rope(published, where, default_theta=None)
     try:
-        return DraftConfig(
-            hidden_size=hidden_size,
-            intermediate_size=need(published, "intermediate_size"),
-            num_hidden_layers=num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=published.get("num_key_value_heads") or heads,
-            head_dim=published.get("head_dim") or hidden_size // heads,
-            vocab_size=need(published, "vocab_size"),
-            num_target_layers=num_target_layers,
-            target_layer_ids=tuple(
-                nested.get("target_layer_ids") or default_target_layer_ids(num_target_layers, num_layers)
-            ),
-            mask_token_id=need(nested, "mask_token_id"),
-            block_size=need(published, "block_size"),
-            shift_label=bool(nested.get("shift_label", False)),
-            short_blocks=bool(nested.get("short_blocks", False)),
-            head=head,
-            draft_vocab_size=nested.get("draft_vocab_size"),
-            rms_norm_eps=published.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=rope,
-            max_position_embeddings=published.get("max_position_embeddings", 32768),
-            target_fingerprint=nested.get("target_fingerprint"),
-            published=dict(published),
-        )
+        keys.refuse_window(used_if_unsaid=False)
+        return _draft_config(keys, theta, rope, published)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def parse_rope(published: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """Base of RoPE and, where it is scaled, its settings beyond that, of a published configuration.
+def _draft_config(
+    keys: BlockKeys, theta: float, rope: dict[str, Any] | None, published: Mapping[str, Any]
+) -> DraftConfig:
+    nested = keys.dflash_config
+    config = DraftConfig(
+        hidden_size=keys.hidden_size,
+        intermediate_size=keys.intermediate_size,
+        num_hidden_layers=keys.num_hidden_layers,
+        num_attention_heads=keys.num_attention_heads,
+        num_key_value_heads=keys.kv_heads,
+        head_dim=keys.width,
+        vocab_size=keys.vocab_size,
+        num_target_layers=keys.num_target_layers,
+        target_layer_ids=_in_either_place(keys, "target_layer_ids"),
+        mask_token_id=_in_either_place(keys, "mask_token_id"),
+        block_size=_in_either_place(keys, "block_size"),
+        shift_label=bool(nested.shift_label),
+        short_blocks=nested.short_blocks,
+        head=_head_config(nested),
+        draft_vocab_size=nested.draft_vocab_size,
+        rms_norm_eps=keys.rms_norm_eps,
+        rope_theta=theta,
+        rope_scaling=rope,
+        max_position_embeddings=keys.max_position_embeddings,
+        target_fingerprint=nested.target_fingerprint,
+        published=dict(published),
+    )
+    return replace(config, last_tap_normed=config.reads_last_layer and _stated_tap(nested) == AFTER_NORM)
 
-    Raises:
-        UserError: an unknown kind of scaling.
+
+def _in_either_place(keys: BlockKeys, name: str) -> Any:
+    """A key that some files hold inside `dflash_config` and others beside it."""
+    outer, nested = getattr(keys, name), getattr(keys.dflash_config, name)
+    if None not in (nested, outer) and nested != outer:
+        raise UserError(f"{name} is {shortened(outer)}, but dflash_config.{name} is {shortened(nested)}")
+    if outer is None and nested is None:
+        raise UserError(f"missing key {name!r}; {_MEANING[name]}")
+    return outer if nested is None else nested
+
+
+def _head_config(nested: DFlashKeys) -> HeadConfig | None:
+    projector = nested.projector_type
+    if projector in (None, "dflash", "none"):
+        return None
+    if projector != "domino":
+        raise UserError(f"dflash_config.projector_type: expected domino or null, found {shortened(projector)}")
+    for key in ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label"):
+        if getattr(nested, key) is None:
+            raise UserError(f"dflash_config: missing key {key!r}, which a Domino head needs; {_MEANING[key]}")
+    return HeadConfig(
+        gru_hidden_dim=nested.gru_hidden_dim or 0,
+        low_rank=nested.emb_dim or 0,
+        pure_draft_prefix_len=nested.pure_draft_prefix_len or 0,
+    )
+
+
+_MEANING = {
+    "target_layer_ids": "add to dflash_config the target's layers that the draft was trained to read, counted from 0",
+    "mask_token_id": "add to dflash_config the token that it was trained with in empty slots",
+    "block_size": "add how many slots its blocks have, the anchor's included",
+    "gru_hidden_dim": "add the width of its GRU",
+    "emb_dim": "add its low rank",
+    "pure_draft_prefix_len": "add how many drafts it leaves uncorrected (1 in the released ones)",
+    "shift_label": "add true if slot 0 predicts the first draft (as in the released ones), false if slot 1 does",
+}
+
+
+def _stated_tap(nested: DFlashKeys) -> str:
+    """Whether the target's last layer is read before its final norm or after it.
+
+    Files of others do not say: the released code of Domino, of DFlash and of transformers reads `hidden_states[N]`,
+    which is normed. Drafts made here carry a fingerprint, and the first of them read the layer's output as it is
+    without saying so.
     """
-    rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or published.get("rope_theta") or 10000.0
-    rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))  # older configurations say "type"
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported in a draft")
-    return float(theta), None if rope_type == "default" else rope
+    return nested.last_layer_tap or (AFTER_NORM if nested.target_fingerprint is None else BEFORE_NORM)
 
 
 def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
-        return dict(config.published)
+        kept = dict(config.published)
+        if config.reads_last_layer and config.target_fingerprint is not None:  # made here, perhaps before it was said
+            kept["dflash_config"] = {**kept["dflash_config"], "last_layer_tap": last_layer_tap(config)}
+        return kept
     nested: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "shift_label": config.shift_label,
     }
+    if config.reads_last_layer:
+        nested["last_layer_tap"] = last_layer_tap(config)
     if config.short_blocks:
         nested["short_blocks"] = True
     if config.head is not None:
@@ -162,6 +198,11 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         "use_sliding_window": False,
         "vocab_size": config.vocab_size,
     }
+
+
+def last_layer_tap(config: DraftConfig) -> str:
+    """How `dflash_config` names the way in which the target's last layer is read."""
+    return AFTER_NORM if config.last_tap_normed else BEFORE_NORM
 
 
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:
@@ -209,6 +250,26 @@ def write_checkpoint(
     write_json(published, directory / CONFIG_FILE)
 
 
+def check_readers(config: DraftConfig, name: str) -> None:
+    """What other readers of the published layout, who ignore our keys, would make of a draft.
+
+    Raises:
+        UserError: they would draft one slot late.
+    """
+    if config.head is None and config.shift_label:
+        raise UserError(
+            f"{name} has no head and shift_label true: readers of DFlash drafts ignore that key and would draft one "
+            "slot late; train it with shift_label false"
+        )
+    if config.reads_last_layer and not config.last_tap_normed:
+        _log.warning(
+            "%s reads layer %d, the target's last one, before its final norm (last_layer_tap); readers that do not "
+            "know that key read it after the norm, and little of what they draft is accepted",
+            name,
+            config.num_target_layers - 1,
+        )
+
+
 def read_config(directory: Path) -> DraftConfig:
     """The configuration of a DFlash or Domino draft directory.
 
@@ -254,6 +315,8 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
         raise UserError(
             f"{directory}: draft_vocab_size and the tensor draft_vocab_ids must both be there or both be missing"
         )
+    if vocabulary is not None:
+        _check_vocabulary(vocabulary, config, directory / WEIGHTS_FILE)
     with torch.device("meta"):
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
@@ -268,11 +331,39 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     return draft.requires_grad_(False).eval()
 
 
+def _check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
+    """Refuse what is not a list of so many tokens of the target, ascending and so all different.
+
+    With a token twice, a tree would hold two siblings alike and draw more of the target's distribution than there is.
+    """
+    if token_ids.dtype != torch.int64 or token_ids.shape != (config.draft_vocab_size,):
+        raise UserError(
+            f"{where}: tensor {_VOCABULARY}: expected int64 [{config.draft_vocab_size}] (draft_vocab_size), found "
+            f"{_dtype_name(token_ids)} {list(token_ids.shape)}"
+        )
+    least, most = int(token_ids.min()), int(token_ids.max())
+    if least < 0 or most >= config.vocab_size:
+        raise UserError(
+            f"{where}: tensor {_VOCABULARY}: expected tokens from 0 to {config.vocab_size - 1}, found "
+            f"{least if least < 0 else most}"
+        )
+    if (falling := (token_ids.diff() <= 0).nonzero()).numel():
+        place = int(falling[0, 0])
+        raise UserError(
+            f"{where}: tensor {_VOCABULARY}: expected ascending tokens, found {int(token_ids[place])} before "
+            f"{int(token_ids[place + 1])}"
+        )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: Path) -> None:
     """Compare tensors with the names and shapes that a configuration asks for.
 
     Raises:
-        UserError: one is missing, has another shape, or is not expected.
+        UserError: one is missing, has another shape or no floating-point type, or is not expected.
     """
     for name, shape in expected.items():
         if name not in tensors:
@@ -280,6 +371,11 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         if tensors[name].shape != shape:
             raise UserError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, but {CONFIG_FILE} means {tuple(shape)}"
+            )
+        if name != _VOCABULARY and not tensors[name].is_floating_point():
+            raise UserError(
+                f"{where}: tensor {name}: expected floating point, found {_dtype_name(tensors[name])}; quantised "
+                "drafts are not supported"
             )
     if unknown := sorted(set(tensors) - set(expected)):
         raise UserError(f"{where}: unexpected tensor {unknown[0]}")
@@ -299,10 +395,15 @@ def read_weights(directory: Path, *, outline: bool = False) -> dict[str, Tensor]
     if (directory / WEIGHTS_FILE).is_file():
         return read(directory / WEIGHTS_FILE)
     if (directory / INDEX_FILE).is_file():
-        files = sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values()))
+        index = read_json(directory / INDEX_FILE)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(
+                f"{directory / INDEX_FILE}: weight_map: expected a mapping of tensors to files, found {found(files)}"
+            )
         tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= read(directory / Path(file).name)
+        for file in sorted({Path(file).name for file in files.values()}):
+            tensors |= read(directory / file)
         return tensors
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
     if pickles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published, save_draft
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
+from domino_spec.draft.schema import unknown_keys
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
+
+_log = logging.getLogger(__name__)
 
 EMBEDDED_DRAFT = "smollm2-135m-domino"
 AnyDraft = Draft | SingleLayerDraft
@@ -81,10 +85,32 @@ def load_draft(
         allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
 
     Raises:
-        UserError: it does not exist, cannot be read, or was made for another target.
+        UserError: it does not exist, cannot be read, holds values that are not finite, or was made for another target.
     """
     draft = read_any_draft(draft_directory(name_or_path))
     check_pairing(draft.config, str(name_or_path), target, allow_other_target)
+    if unknown := unknown_keys(draft.config.published):
+        _log.warning(
+            "draft %s: config.json holds keys that are not known here and have no effect: %s; if one of them changes "
+            "what the draft computes, little of what it drafts will be accepted",
+            name_or_path,
+            ", ".join(unknown),
+        )
     own_dtype = target.dtype if isinstance(dtype, str) else dtype
-    draft = draft.to(target.device, own_dtype).bind(target)
+    draft = draft.to(target.device, own_dtype)
+    check_finite(draft, str(name_or_path))
+    draft = draft.bind(target)
     return draft.pack() if target.packed and can_pack(draft.device, draft.dtype) else draft
+
+
+def check_finite(draft: AnyDraft, name: str) -> None:
+    """Refuse weights that are not finite: nothing that they draft would be accepted.
+
+    Raises:
+        UserError: names the tensor, and the type if it could not hold what was saved.
+    """
+    for tensor_name, parameter in draft.named_parameters():
+        least, most = torch.aminmax(parameter)  # NaN wherever there is one
+        if not (least - most).isfinite():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"draft {name}: tensor {tensor_name} holds values that are not finite in {dtype}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from domino_spec.config import DraftConfig, SingleLayerConfig, UserError, feature_levels
+from domino_spec.draft.schema import OWN_SETTINGS
 from domino_spec.target.model import Target
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ def shape_mismatch(
             return f"the draft reads three levels of the target's layers, but {error}"
         if deepest >= num_layers:
             return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
+        if deepest == num_layers - 1 and config.published and OWN_SETTINGS not in config.published:
+            return (
+                f"the draft reads layer {deepest}, the target's last one, and its config.json does not say whether "
+                "before the final norm or after it"
+            )
     return None
 
 

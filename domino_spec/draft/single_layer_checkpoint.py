@@ -20,24 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.config import FEATURE_LEVELS, SingleLayerConfig, UserError
+from domino_spec.config import FEATURE_LEVELS, SingleLayerConfig, UserError, found, require
 from domino_spec.draft.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_tensors,
-    parse_rope,
     read_published,
     read_weights,
     write_checkpoint,
 )
+from domino_spec.draft.schema import OWN_SETTINGS, LayerKeys, PairKeys, read_keys, read_rope, refuse_unsupported
 from domino_spec.draft.single_layer import SingleLayerDraft, TensorLayout
 
-OWN_SETTINGS = "domino_spec"
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
 PUBLISHED_STEPS = 7
 """Steps of EAGLE-3's training-time test, where a checkpoint does not say."""
+_NESTED_LAYER = "transformer_layer_config"
+"""Where speculators keep the configuration of the layer; others have its keys at the top."""
 _LAYER, _EMBEDDING, _D2T, _T2D, _MASK = "midlayer", "embed_tokens.weight", "d2t", "t2d", "mask_rep"
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _DEEPSPEC = (
     "an EAGLE-3 draft of DeepSpec's kind (five layers of the target, norms of queries and keys), which is another "
     "model than the published EAGLE-3 and not supported"
@@ -48,106 +48,113 @@ def is_single_layer(published: Mapping[str, Any]) -> bool:
     """Whether a configuration is an EAGLE-3 or DART draft's; EAGLE's own name an ordinary Llama."""
     if isinstance(published.get("dflash_config"), Mapping):
         return False
-    architectures = [str(name).lower() for name in published.get("architectures") or ()]
+    architectures = published.get("architectures")
+    names = architectures if isinstance(architectures, list) else ()
     return (
-        "draft_length" in published
-        or "draft_vocab_size" in published
+        published.get("draft_length") is not None
+        or published.get("draft_vocab_size") is not None
         or published.get("speculators_model_type") == "eagle3"
-        or any("eagle3" in name for name in architectures)
+        or any("eagle3" in str(name).lower() for name in names)
     )
 
 
 def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -> SingleLayerConfig:
     """Our settings from a published configuration.
 
-    Where it leaves out `head_dim`, hidden size over heads is assumed, and `read_single_layer` asks the tensors.
+    Where it leaves out `head_dim`, hidden size over heads is assumed, and `read_single_layer` asks the tensors. A base
+    of RoPE that is left out is Llama's, 10,000, as for the other readers of these layouts.
 
     Raises:
-        UserError: it lacks a setting, or asks for something unsupported.
+        UserError: a key is missing, wrong, contradicts another, or asks for something unsupported.
     """
-    layer: Mapping[str, Any] = published.get("transformer_layer_config") or published
-    own: Mapping[str, Any] = published.get(OWN_SETTINGS) or {}
-
-    def need(key: str) -> Any:
-        if layer.get(key) is None:
-            raise UserError(f"{where}: missing key {key!r}")
-        return layer[key]
-
-    for key in _UNSUPPORTED:
-        if published.get(key) or layer.get(key):
-            raise UserError(f"{where}: {key} is not supported in an EAGLE-3 or DART draft")
-    if layer.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {layer['hidden_act']!r} is not supported in a draft, only silu")
-    if layer.get("sliding_window") and layer.get("use_sliding_window", True):
-        raise UserError(f"{where}: sliding_window {layer['sliding_window']} is not supported in a draft")
-    if layer.get("num_hidden_layers", 1) != 1:
-        raise UserError(
-            f"{where}: an EAGLE-3 or DART draft has one layer, num_hidden_layers is {need('num_hidden_layers')}"
-        )
-    taps = _target_layer_ids(published)
-    if len(taps or ()) > FEATURE_LEVELS:
-        raise UserError(f"{where} is {_DEEPSPEC}")
-    method = "dart" if "draft_length" in published else "eagle3"
-    heads, hidden_size = need("num_attention_heads"), need("hidden_size")
-    theta, rope = parse_rope(layer, where)
+    layer, of_layer = published, where
+    if published.get(_NESTED_LAYER) is not None:
+        layer, of_layer = published[_NESTED_LAYER], f"{where}: {_NESTED_LAYER}"
+        if not isinstance(layer, Mapping):
+            raise UserError(f"{of_layer}: expected mapping, found {found(layer)}")
+        refuse_unsupported(layer, of_layer, block=False)
+    refuse_unsupported(published, where, block=False)
+    shape, keys = read_keys(LayerKeys, layer, of_layer), read_keys(PairKeys, published, where)
+    own, (theta, rope) = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
     try:
+        shape.refuse_window(used_if_unsaid=True)
+        require(
+            shape.num_hidden_layers == 1,
+            f"an EAGLE-3 or DART draft has one layer, num_hidden_layers is {shape.num_hidden_layers}",
+        )
+        taps = _target_layer_ids(keys)
+        require(len(taps or ()) <= FEATURE_LEVELS, f"this is {_DEEPSPEC}")
         return SingleLayerConfig(
-            method=method,
-            hidden_size=hidden_size,
-            intermediate_size=need("intermediate_size"),
-            num_attention_heads=heads,
-            num_key_value_heads=layer.get("num_key_value_heads") or heads,
-            head_dim=layer.get("head_dim") or hidden_size // heads,
-            vocab_size=need("vocab_size"),
-            target_hidden_size=published.get("target_hidden_size") or hidden_size,
+            method="eagle3" if keys.draft_length is None else "dart",
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.width,
+            vocab_size=shape.vocab_size,
+            target_hidden_size=keys.target_hidden_size or shape.hidden_size,
             target_layer_ids=taps,
-            num_target_layers=own.get("num_target_layers"),
-            block_size=published["draft_length"] + 1 if method == "dart" else own.get("ttt_length", PUBLISHED_STEPS),
-            draft_vocab_size=published.get("draft_vocab_size"),
-            rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
+            num_target_layers=own.num_target_layers,
+            block_size=(own.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
+            draft_vocab_size=keys.draft_vocab_size,
+            rms_norm_eps=shape.rms_norm_eps,
             rope_theta=theta,
             rope_scaling=rope,
-            max_position_embeddings=layer.get("max_position_embeddings", 32768),
-            target_fingerprint=own.get("target_fingerprint"),
+            max_position_embeddings=shape.max_position_embeddings,
+            target_fingerprint=own.target_fingerprint,
             published=dict(published),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _target_layer_ids(published: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Layers whose outputs are read, by whichever convention the file names them; None where it does not."""
-    if ids := (published.get(OWN_SETTINGS) or {}).get("target_layer_ids"):
-        return tuple(ids)
-    if ids := published.get("target_layer_ids"):
-        return tuple(ids)
-    name = "eagle_aux_hidden_state_layer_ids"
-    if ids := (published.get("eagle_config") or {}).get(name):  # as SGLang reads it: outputs
-        return tuple(ids)
-    if ids := published.get(name):  # as vLLM reads it: inputs, so the output of the layer before
-        return tuple(i - 1 for i in ids)
-    return None
+def _target_layer_ids(keys: PairKeys) -> tuple[int, ...] | None:
+    """Layers whose outputs are read, by whichever convention the file names them; None where it does not.
+
+    Raises:
+        UserError: two keys name different layers.
+    """
+    inputs = keys.eagle_aux_hidden_state_layer_ids
+    stated = {
+        f"{OWN_SETTINGS}.target_layer_ids": keys.domino_spec.target_layer_ids,
+        "target_layer_ids": keys.target_layer_ids,
+        # As SGLang reads it: layers whose outputs are read.
+        "eagle_config.eagle_aux_hidden_state_layer_ids": keys.eagle_config.eagle_aux_hidden_state_layer_ids,
+        # As vLLM reads it: layers whose inputs are read, so the output of the layer before.
+        "eagle_aux_hidden_state_layer_ids": None if inputs is None else tuple(i - 1 for i in inputs),
+    }
+    taps = {name: ids for name, ids in stated.items() if ids is not None}
+    if len(set(taps.values())) > 1:
+        (first, ids), (second, others) = list(taps.items())[:2]
+        raise UserError(f"{first} means the outputs of layers {list(ids)}, but {second} those of {list(others)}")
+    return next(iter(taps.values()), None)
 
 
 def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
-        return dict(config.published)
+        kept = dict(config.published)
+        if OWN_SETTINGS in kept and config.target_hidden_size == config.hidden_size:
+            kept.pop("target_hidden_size", None)  # the first drafts made here had it
+        return kept
     assert config.target_layer_ids is not None
     own: dict[str, Any] = {
         "num_target_layers": config.num_target_layers,
         "target_layer_ids": list(config.target_layer_ids),
         "target_fingerprint": config.target_fingerprint,
     }
-    method = {"draft_length": config.num_masks} if config.method == "dart" else {}
+    extra = {"draft_length": config.num_masks} if config.method == "dart" else {}
     if config.method == "eagle3":
         own["ttt_length"] = config.block_size
+    if config.target_hidden_size != config.hidden_size:
+        # The released EAGLE takes this key for a sign that the draft has an embedding of its own, and reads none.
+        extra["target_hidden_size"] = config.target_hidden_size
     return {
         "architectures": [ARCHITECTURES[config.method]],
         "model_type": "llama",
         "attention_bias": False,
         "draft_vocab_size": config.logits_size,
-        **method,
+        **extra,
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -160,7 +167,6 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
         "rms_norm_eps": config.rms_norm_eps,
         "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
         "rope_theta": config.rope_theta,
-        "target_hidden_size": config.target_hidden_size,
         "tie_word_embeddings": False,
         "vocab_size": config.vocab_size,
         OWN_SETTINGS: own,
@@ -271,8 +277,7 @@ def _with_head_dim(
     heads = config.num_attention_heads
     if queries is None or queries.shape[0] == heads * config.head_dim:
         return config
-    layer = published.get("transformer_layer_config") or published
-    if layer.get("head_dim") is not None or queries.shape[0] % heads:
+    if (published.get(_NESTED_LAYER) or published).get("head_dim") is not None or queries.shape[0] % heads:
         raise UserError(
             f"{where}: {CONFIG_FILE} means {heads} heads of head_dim {config.head_dim}, but q_proj has "
             f"{queries.shape[0]} rows; put right whichever is wrong"
@@ -287,7 +292,7 @@ def _draft_vocabulary(config: SingleLayerConfig, d2t: Tensor | None, t2d: Tensor
         raise UserError(f"{where}: draft_vocab_size in {CONFIG_FILE} and the tensors d2t and t2d must come together")
     if d2t is None:
         return None
-    if d2t.shape != (size,) or d2t.is_floating_point():
+    if d2t.shape != (size,) or d2t.dtype == torch.bool or d2t.is_floating_point() or d2t.is_complex():
         raise UserError(f"{where}: tensor d2t must hold {size} whole offsets, it is {d2t.dtype} {tuple(d2t.shape)}")
     ids = d2t.long() + torch.arange(len(d2t))
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
@@ -296,6 +301,8 @@ def _draft_vocabulary(config: SingleLayerConfig, d2t: Tensor | None, t2d: Tensor
         )
     if len(ids.unique()) < len(ids):
         raise UserError(f"{where}: d2t leads to the same token twice; it must hold offsets, not token ids")
+    if t2d is not None and (t2d.is_floating_point() or t2d.is_complex()):
+        raise UserError(f"{where}: tensor t2d must hold booleans or whole numbers, it is {t2d.dtype}")
     if t2d is not None and not (t2d.shape == (vocab_size,) and torch.equal(t2d.bool(), _membership(ids, vocab_size))):
         raise UserError(f"{where}: t2d does not name the tokens that d2t leads to")
     return ids

@@ -106,7 +106,7 @@ class BlockDrafter:
     def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Project features [R, n, F]."""
         assert features is not None
-        features = features.to(self.draft.dtype)
+        features = self.draft.read_features(features).to(self.draft.dtype)
         self.draft.backbone.append_context(features, own.keys, own.values, own.lengths)
         own.lengths += counts
 

@@ -65,7 +65,7 @@ def forward_blocks(
 
     rows = torch.arange(len(batch.tokens), device=device)
     positions = rows - batch.starts[torch.searchsorted(batch.starts, rows, right=True) - 1]
-    features = batch.features[None, :, : config.feature_size]
+    features = draft.read_features(batch.features[None, :, : config.feature_size])
     context = draft.backbone.project_context(features, positions[None])
     slots = blocks.positions[:, None] + torch.arange(config.block_size, device=device)
     hidden = draft.backbone(

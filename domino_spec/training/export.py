@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.draft.checkpoint import CONFIG_FILE
+from domino_spec.config import DraftConfig, UserError
+from domino_spec.draft.checkpoint import CONFIG_FILE, check_readers
 from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
 from domino_spec.files import load_tensors
 from domino_spec.training.state import STATE_FILE
@@ -23,7 +23,8 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
         dtype: bfloat16 copies what the run saved; float32 takes the master weights of its last state.
 
     Raises:
-        UserError: the run holds no draft, a file of it cannot be read, or `out` cannot be written.
+        UserError: the run holds no draft or one that other readers would misread, a file of it cannot be read, or `out`
+            cannot be written.
     """
     source = run / "draft"
     if not (source / CONFIG_FILE).is_file():
@@ -31,6 +32,8 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the run's own draft; choose another directory")
     draft = read_any_draft(source)
+    if isinstance(draft.config, DraftConfig):
+        check_readers(draft.config, str(source))
     if dtype == torch.float32:
         _restore_master_weights(draft.float(), run)
         # The published configuration names the type of the tensors beside it.

@@ -237,9 +237,21 @@ def test_a_head_on_a_published_backbone_starts_neutral_and_keeps_its_convention(
 
 
 def test_a_head_can_be_left_behind(tmp_path, text_target):
-    checkpoint(tmp_path, text_target)
+    checkpoint(tmp_path, text_target, shift_label=False)
     draft = new_draft(DraftRecipe(init_from=str(tmp_path), head=None), text_target, None, seed=0)
     assert draft.head is None and draft.config.head is None
+
+
+def test_a_draft_without_a_head_never_has_shifted_labels(tmp_path, text_target):
+    """Readers of DFlash drafts do not know of them, and would draft one slot late."""
+    checkpoint(tmp_path, text_target, shift_label=True)
+    with pytest.raises(UserError, match=r"draft.head is null, but slots of .* predict the token one position later"):
+        new_draft(DraftRecipe(init_from=str(tmp_path), head=None), text_target, None, seed=0)
+    with pytest.raises(UserError, match=r"shift_label true needs a head"):
+        DraftRecipe(head=None, shift_label=True)
+    for head in (None, HeadRecipe()):
+        fresh = DraftRecipe(num_layers=2, mask_token_id=MASK, target_layer_ids=(0, 2), head=head)
+        assert new_draft(fresh, text_target, None, seed=0).config.shift_label == (head is not None)
 
 
 def test_another_draft_vocabulary_than_the_checkpoints_is_refused(tmp_path, text_target):

@@ -77,7 +77,8 @@ def test_every_field_of_the_configuration_reaches_the_file(tmp_path):
     shape = dict(rms_norm_eps=3e-5, max_position_embeddings=400, rope_parameters=rope, head_dim=12)
     target = tiny_target("qwen3", **shape)
     draft = new_draft(UNUSUAL_DRAFT, target, torch.arange(3, 43), seed=0)
-    draft.config = dataclasses.replace(draft.config, short_blocks=True)
+    reads_last = dict(target_layer_ids=(3, 0, 1), last_tap_normed=True)
+    draft.config = dataclasses.replace(draft.config, short_blocks=True, **reads_last)
     save_draft(draft, tmp_path, dtype=torch.bfloat16)
     found = read_config(tmp_path)
     for field in dataclasses.fields(DraftConfig):

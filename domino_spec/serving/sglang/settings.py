@@ -117,6 +117,10 @@ def check_settings(asked: Any, config: DraftConfig) -> None:
     Raises:
         UserError: names the option.
     """
+    if config.last_tap_normed:
+        raise UserError(
+            "the draft reads the target's last layer after its final norm, which SGLang does not hand over to drafts"
+        )
     for option in ("speculative_num_draft_tokens", "speculative_dflash_block_size"):
         value = getattr(asked, option)
         if value not in (None, config.block_size):

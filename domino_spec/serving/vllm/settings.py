@@ -57,6 +57,10 @@ def read_settings(vllm_config: Any) -> ServedDraft:
     config = parse_config(published, f"draft {draft.model}")
     if config.head is None:
         raise UserError(f"draft {draft.model} has no Domino head; vLLM serves plain DFlash drafts by itself")
+    if config.last_tap_normed:
+        raise UserError(
+            f"draft {draft.model} reads the target's last layer after its final norm, which vLLM does not hand over"
+        )
     num_drafts = spec.num_speculative_tokens
     require(
         1 <= num_drafts <= config.max_drafts,

@@ -1,0 +1,425 @@
+"""What the `config.json` of a draft may say: keys that are read, with their types, and keys that are not.
+
+A published configuration belongs to others. What is read of it passes the typed door (`config.parse_settings`). A key
+that changes what a draft computes, and that no draft here can follow, is refused by name unless its value changes
+nothing (`refuse_unsupported`). All other keys are kept and written back; those that are not known to be harmless are
+named once when the draft is loaded (`unknown_keys`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from domino_spec.config import Settings, UserError, found, parse_settings, require, shortened
+
+K = TypeVar("K", bound=Settings)
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""Of one side of a matrix. No draft comes near the limit; far beyond it, sizes are refused before they are used."""
+Rows = Annotated[int, Field(ge=1, le=2**24)]
+"""Of a vocabulary."""
+Slots = Annotated[int, Field(ge=1, le=1024)]
+"""Of a block: a draft that long costs more than the target."""
+LayerIds = Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=256)]
+Positive = Annotated[float, Field(gt=0)]
+
+OWN_SETTINGS = "domino_spec"
+"""Where EAGLE-3 and DART drafts made here hold what their layouts have no key for."""
+BEFORE_NORM, AFTER_NORM = "before_norm", "after_norm"
+"""Values of `last_layer_tap`: the output of the target's last layer as it is, or after the target's final norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKeys(Settings):
+    """Of the draft's decoder layers."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Annotated[int, Field(ge=1, le=4096)]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    head_dim: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=256)] = 1
+    vocab_size: Rows
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    max_position_embeddings: Annotated[int, Field(ge=1)] = 32768
+    rope_theta: Annotated[float, Field(gt=1)] | None = None
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    query_pre_attn_scalar: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.head_dim is not None or self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"missing key 'head_dim': hidden_size {self.hidden_size} does not give {self.num_attention_heads} heads of "
+            "an even width",
+        )
+        kinds = sorted(set(self.layer_types) - {"full_attention"})
+        require(not kinds, f"layer_types: expected full_attention alone, found {', '.join(map(repr, kinds))}")
+        scale = self.query_pre_attn_scalar
+        require(
+            scale in (None, self.width),
+            f"query_pre_attn_scalar: expected {self.width}, the width of a head, found {scale}",
+        )
+
+    def refuse_window(self, used_if_unsaid: bool) -> None:
+        """Raise `UserError` where attention would be cut to a window.
+
+        Args:
+            used_if_unsaid: whether a window without `use_sliding_window` is used (Llama, Mistral) or not (Qwen3).
+        """
+        used = used_if_unsaid if self.use_sliding_window is None else self.use_sliding_window
+        window = self.sliding_window if used else None
+        require(window is None, f"sliding_window: expected null, found {window}; a draft attends to its whole context")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def width(self) -> int:
+        """Of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DFlashKeys(Settings):
+    """The object `dflash_config`."""
+
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    target_layer_ids: LayerIds | None = None
+    block_size: Slots | None = None
+    shift_label: bool | None = None
+    short_blocks: bool = False
+    projector_type: str | None = None
+    gru_hidden_dim: Size | None = None
+    emb_dim: Size | None = None
+    pure_draft_prefix_len: Annotated[int, Field(ge=0, le=1024)] | None = None
+    draft_vocab_size: Rows | None = None
+    target_fingerprint: str | None = None
+    last_layer_tap: Literal["before_norm", "after_norm"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockKeys(LayerKeys):
+    """Of a DFlash or Domino draft."""
+
+    num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
+    num_target_layers: Annotated[int, Field(ge=1, le=4096)]
+    block_size: Slots | None = None
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    target_layer_ids: LayerIds | None = None
+    dflash_config: DFlashKeys
+
+
+@dataclass(frozen=True)
+class EagleKeys(Settings):
+    """The object `eagle_config` of SGLang's form."""
+
+    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+
+
+@dataclass(frozen=True)
+class OwnKeys(Settings):
+    """The object `domino_spec` of EAGLE-3 and DART drafts made here."""
+
+    target_layer_ids: LayerIds | None = None
+    num_target_layers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    target_fingerprint: str | None = None
+    ttt_length: Slots | None = None
+
+
+@dataclass(frozen=True)
+class PairKeys(Settings):
+    """Of an EAGLE-3 or DART draft, beside those of its layer."""
+
+    draft_vocab_size: Rows | None = None
+    draft_length: Slots | None = None
+    target_hidden_size: Size | None = None
+    target_layer_ids: LayerIds | None = None
+    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+    eagle_config: EagleKeys = EagleKeys()
+    domino_spec: OwnKeys = OwnKeys()
+
+
+def read_keys(cls: type[K], published: Mapping[str, Any], where: str) -> K:
+    """The keys of `published` that `cls` has, typed; null stands for a key that is left out.
+
+    Raises:
+        UserError: a key is missing, or has a wrong type or range.
+    """
+    return parse_settings(cls, _known(cls, published), where)
+
+
+def _known(cls: Any, published: Mapping[str, Any]) -> dict[str, Any]:
+    known = {}
+    for f in dataclasses.fields(cls):
+        value = published.get(f.name)
+        nested = _NESTED.get(f.name)
+        if value is not None:
+            known[f.name] = _known(nested, value) if nested and isinstance(value, Mapping) else value
+    return known
+
+
+_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+
+
+# RoPE.
+
+
+@dataclass(frozen=True)
+class RopeKeys(Settings):
+    """Settings of rotary embeddings, as transformers names them."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    """Its older name."""
+    rope_theta: Annotated[float, Field(gt=1)] | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Annotated[int, Field(ge=1)] | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    mscale: Annotated[float, Field(ge=0)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    truncate: bool | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    mrope_section: tuple[int, ...] | None = None
+    """How positions of pictures are spread; all are equal for text."""
+    mrope_interleaved: bool | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.kind
+        require(None in (self.rope_type, self.type) or self.rope_type == self.type, "rope_type and type differ")
+        require(
+            kind not in ROPES_OF_LENGTH,
+            f"rope_type {kind!r} is not supported in a draft: its angles depend on the length of the text",
+        )
+        require(
+            kind in ROPES, f"rope_type {shortened(kind)} is not supported in a draft; {', '.join(ROPES)} are supported"
+        )
+        needed, optional = ROPES[kind]
+        for name in needed:
+            require(getattr(self, name) is not None, f"missing key {name!r}, which rope_type {kind} needs")
+        for f in dataclasses.fields(self):
+            unused = f.name in _ROPE_NUMBERS and f.name not in (*needed, *optional)
+            require(not unused or getattr(self, f.name) is None, f"rope_type {kind} has no key {f.name!r}")
+        if kind == "llama3":
+            assert self.low_freq_factor is not None and self.high_freq_factor is not None
+            require(
+                self.low_freq_factor < self.high_freq_factor,
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}",
+            )
+        fast, slow = self.beta_fast or 32, self.beta_slow or 1
+        require(fast > slow, f"beta_slow {slow} must be below beta_fast {fast}")
+
+    @property
+    def kind(self) -> str:
+        """`rope_type` by either name."""
+        return self.rope_type or self.type or "default"
+
+    def scaling(self) -> dict[str, Any] | None:
+        """What transformers needs beyond theta; None for plain RoPE."""
+        if self.kind == "default":
+            return None
+        numbers = {name: getattr(self, name) for name in _ROPE_NUMBERS if getattr(self, name) is not None}
+        return {"rope_type": self.kind, **numbers}
+
+
+ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+"""Supported kinds of RoPE: the keys that each needs, and those that it may have."""
+ROPES_OF_LENGTH = ("dynamic", "longrope", "su")
+"""Kinds whose angles follow the longest position of a pass, so that cached keys would not fit later ones."""
+_ROPE_NUMBERS = tuple(dict.fromkeys(name for needed, optional in ROPES.values() for name in (*needed, *optional)))
+
+
+@dataclass(frozen=True)
+class _RopeFile(Settings):
+    rope_parameters: RopeKeys | None = None
+    rope_scaling: RopeKeys | None = None
+
+
+def read_rope(
+    published: Mapping[str, Any], where: str, default_theta: float | None
+) -> tuple[float, dict[str, Any] | None]:
+    """Base of RoPE and, where it is scaled, its settings beyond that.
+
+    Args:
+        published: the configuration, its top-level `rope_theta` already checked.
+        where: for messages.
+        default_theta: what the layout means where it says nothing; None where it must say it.
+
+    Raises:
+        UserError: a setting is missing, wrong or contradicts another, or the kind is not supported.
+    """
+    stated = {
+        name: published[name] for name in ("rope_parameters", "rope_scaling") if published.get(name) not in (None, {})
+    }
+    if len(stated) == 2 and stated["rope_parameters"] != stated["rope_scaling"]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ; keep the one that is right")
+    theta, scaling = published.get("rope_theta"), None
+    for name, value in list(stated.items())[:1]:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: {name}: expected mapping, found {found(value)}")
+        settings: Any = value
+        if any(isinstance(part, Mapping) for part in value.values()):  # one set per kind of attention
+            settings = value.get("full_attention")
+            if not isinstance(settings, Mapping):
+                kinds = ", ".join(map(str, value))
+                raise UserError(f"{where}: {name}: expected settings of full_attention, found those of {kinds}")
+        given = {key: setting for key, setting in settings.items() if setting is not None}
+        keys: RopeKeys | None = getattr(parse_settings(_RopeFile, {name: given}, where), name)
+        assert keys is not None
+        scaling = keys.scaling()
+        if None not in (theta, keys.rope_theta) and theta != keys.rope_theta:
+            raise UserError(f"{where}: rope_theta is {theta}, but {name}.rope_theta is {keys.rope_theta}")
+        theta = theta if keys.rope_theta is None else keys.rope_theta
+    theta = default_theta if theta is None else theta
+    if theta is None:
+        raise UserError(f"{where}: missing key 'rope_theta', the base of the draft's rotary embeddings; add it")
+    return float(theta), scaling
+
+
+# Keys that are not read.
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # projections
+    "attention_bias": (False,),
+    "attention_out_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "use_bias": (False,),
+    "use_qkv_bias": (False,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "quantization_config": (),
+    # activations and norms
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "norm_type": ("rms_norm", "rmsnorm"),
+    "norm_eps": (),
+    "layer_norm_eps": (),
+    "layernorm_epsilon": (),
+    # scales and caps
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "logit_scale": (1,),
+    "logits_scale": (1,),
+    "logits_scaling": (1,),
+    "lm_head_multiplier": (1,),
+    "output_multiplier": (1,),
+    "output_multiplier_scale": (1,),
+    "embedding_multiplier": (1,),
+    "embedding_multiplier_scale": (1,),
+    "embedding_scale": (1,),
+    "embed_scale": (1,),
+    "scale_emb": (1,),
+    "scale_embedding": (False,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "attention_scale": (),
+    "softmax_scale": (),
+    "clip_qkv": (),
+    # positions and windows
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rotary_dim": (),
+    "rope_interleave": (False,),
+    "rope_local_base_freq": (),
+    "original_max_position_embeddings": (),
+    "no_rope_layers": (),
+    "no_rope_layer_interval": (),
+    "attention_chunk_size": (),
+    "alibi": (False,),
+}
+"""Keys that change what a draft computes, with the values besides null that do not."""
+_BLOCK_NEUTRAL = {"is_causal": (False,), "causal": (False,), "use_qk_norm": (True,), "qk_norm": (True,)}
+"""The block attends to all of itself, and queries and keys are normed."""
+_PAIR_NEUTRAL = {
+    "is_causal": (True,),
+    "causal": (True,),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "norm_before_residual": (False,),
+    "norm_before_fc": (False,),
+    "fc_norm": (False,),
+    "norm_output": (False,),
+}
+_HARMLESS = frozenset(
+    {
+        *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
+        *("attention_dropout", "attn_implementation", "initializer_range", "max_window_layers", "pretraining_tp"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"),
+        *("speculators_config", "speculators_model_type", "speculators_version"),
+    }
+)
+_ALIKE = ("qwen3", "qwen2", "llama", "mistral")
+"""Model types whose layers, given the same tensors, compute what a draft's do."""
+
+
+def refuse_unsupported(published: Mapping[str, Any], where: str, *, block: bool) -> None:
+    """Refuse what would change a draft's computation and is not followed here.
+
+    Args:
+        published: the configuration, or an object inside it.
+        where: for messages.
+        block: whether it is a DFlash or Domino draft's, else an EAGLE-3 or DART draft's.
+
+    Raises:
+        UserError: names the key, and which of its values are possible.
+    """
+    for key, allowed in {**_NEUTRAL, **(_BLOCK_NEUTRAL if block else _PAIR_NEUTRAL)}.items():
+        value = published.get(key)
+        if value is not None and value not in allowed:
+            expected = " or ".join(map(json.dumps, allowed)) or "null"
+            raise UserError(
+                f"{where}: {key}: expected {expected}, found {found(value)}; it would change what the draft computes, "
+                "and is not supported"
+            )
+    family = published.get("model_type")
+    if isinstance(family, str) and family in CONFIG_MAPPING_NAMES and family not in _ALIKE:
+        raise UserError(f"{where}: model_type: expected {' or '.join(_ALIKE)}, found {family!r}, whose layers differ")
+
+
+def unknown_keys(published: Mapping[str, Any]) -> list[str]:
+    """Keys that are neither read, refused where they matter, nor known to be harmless."""
+    return sorted(_unknown(published, ""))
+
+
+def _unknown(published: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    known = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
+    for cls in (BlockKeys, PairKeys, _RopeFile, *_NESTED.values()):
+        known |= {f.name for f in dataclasses.fields(cls)}
+    for key, value in published.items():
+        if key in _NESTED or key == "transformer_layer_config":
+            yield from _unknown(value, f"{prefix}{key}.") if isinstance(value, Mapping) else ()
+        elif value is not None and key not in known:
+            yield f"{prefix}{key}"

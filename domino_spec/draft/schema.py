@@ -29,6 +29,7 @@ Rows = Annotated[int, Field(ge=1, le=2**24)]
 Slots = Annotated[int, Field(ge=1, le=1024)]
 """Of a block: a draft that long costs more than the target."""
 LayerIds = Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=256)]
+Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
 OWN_SETTINGS = "domino_spec"
@@ -105,7 +106,7 @@ class DFlashKeys(Settings):
     emb_dim: Size | None = None
     pure_draft_prefix_len: Annotated[int, Field(ge=0, le=1024)] | None = None
     draft_vocab_size: Rows | None = None
-    target_fingerprint: str | None = None
+    target_fingerprint: Fingerprint | None = None
     last_layer_tap: Literal["before_norm", "after_norm"] | None = None
 
 
@@ -134,7 +135,7 @@ class OwnKeys(Settings):
 
     target_layer_ids: LayerIds | None = None
     num_target_layers: Annotated[int, Field(ge=1, le=4096)] | None = None
-    target_fingerprint: str | None = None
+    target_fingerprint: Fingerprint | None = None
     ttt_length: Slots | None = None
 
 
@@ -194,6 +195,8 @@ class RopeKeys(Settings):
     mscale: Annotated[float, Field(ge=0)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
     mrope_section: tuple[int, ...] | None = None
     """How positions of pictures are spread; all are equal for text."""
@@ -213,8 +216,8 @@ class RopeKeys(Settings):
         for name in needed:
             require(getattr(self, name) is not None, f"missing key {name!r}, which rope_type {kind} needs")
         for f in dataclasses.fields(self):
-            unused = f.name in _ROPE_NUMBERS and f.name not in (*needed, *optional)
-            require(not unused or getattr(self, f.name) is None, f"rope_type {kind} has no key {f.name!r}")
+            unused = f.name not in (*needed, *optional, *_OF_EVERY_ROPE) and getattr(self, f.name) is not None
+            require(not unused, f"rope_type {kind} has no key {f.name!r}")
         if kind == "llama3":
             assert self.low_freq_factor is not None and self.high_freq_factor is not None
             require(
@@ -233,8 +236,9 @@ class RopeKeys(Settings):
         """What transformers needs beyond theta; None for plain RoPE."""
         if self.kind == "default":
             return None
-        numbers = {name: getattr(self, name) for name in _ROPE_NUMBERS if getattr(self, name) is not None}
-        return {"rope_type": self.kind, **numbers}
+        needed, optional = ROPES[self.kind]
+        numbers = {name: getattr(self, name) for name in (*needed, *optional)}
+        return {"rope_type": self.kind, **{name: number for name, number in numbers.items() if number is not None}}
 
 
 ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -257,7 +261,7 @@ ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Supported kinds of RoPE: the keys that each needs, and those that it may have."""
 ROPES_OF_LENGTH = ("dynamic", "longrope", "su")
 """Kinds whose angles follow the longest position of a pass, so that cached keys would not fit later ones."""
-_ROPE_NUMBERS = tuple(dict.fromkeys(name for needed, optional in ROPES.values() for name in (*needed, *optional)))
+_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -98,7 +98,6 @@ class DFlashKeys(Settings):
 
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     target_layer_ids: LayerIds | None = None
-    block_size: Slots | None = None
     shift_label: bool | None = None
     short_blocks: bool = False
     projector_type: str | None = None
@@ -116,9 +115,7 @@ class BlockKeys(LayerKeys):
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
     num_target_layers: Annotated[int, Field(ge=1, le=4096)]
-    block_size: Slots | None = None
-    mask_token_id: Annotated[int, Field(ge=0)] | None = None
-    target_layer_ids: LayerIds | None = None
+    block_size: Slots
     dflash_config: DFlashKeys
 
 
@@ -152,6 +149,17 @@ class PairKeys(Settings):
     domino_spec: OwnKeys = OwnKeys()
 
 
+ROPE_NAMES = ("rope_parameters", "rope_scaling")
+_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+NESTED_LAYER = "transformer_layer_config"
+"""Where speculators keep the configuration of the layer; others have its keys at the top."""
+
+
+def names_of(*classes: type[Settings]) -> set[str]:
+    """Keys of these objects."""
+    return {f.name for cls in classes for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
 def read_keys(cls: type[K], published: Mapping[str, Any], where: str) -> K:
     """The keys of `published` that `cls` has, typed; null stands for a key that is left out.
 
@@ -171,7 +179,28 @@ def _known(cls: Any, published: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+def refuse_misplaced(
+    misplaced: Mapping[str, Any], right: Mapping[str, Any], names: Iterable[str], where: str, belongs: str
+) -> None:
+    """Refuse keys in an object where nobody reads them, unless they say what is read.
+
+    Args:
+        misplaced: the object.
+        right: where these keys are read.
+        names: of the keys.
+        where: the object, for messages.
+        belongs: where they are read, for messages.
+
+    Raises:
+        UserError: names the key.
+    """
+    for name in sorted(names):
+        value = misplaced.get(name)
+        if value is not None and value != right.get(name):
+            raise UserError(
+                f"{where}: {name}: found {found(value)}, but {belongs}, where it is read, {found(right.get(name))}; "
+                "keep the right one, there"
+            )
 
 
 # RoPE.
@@ -415,15 +444,16 @@ def refuse_unsupported(published: Mapping[str, Any], where: str, *, block: bool)
 
 def unknown_keys(published: Mapping[str, Any]) -> list[str]:
     """Keys that are neither read, refused where they matter, nor known to be harmless."""
-    return sorted(_unknown(published, ""))
-
-
-def _unknown(published: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    known = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
-    for cls in (BlockKeys, PairKeys, _RopeFile, *_NESTED.values()):
-        known |= {f.name for f in dataclasses.fields(cls)}
-    for key, value in published.items():
-        if key in _NESTED or key == "transformer_layer_config":
-            yield from _unknown(value, f"{prefix}{key}.") if isinstance(value, Mapping) else ()
-        elif value is not None and key not in known:
-            yield f"{prefix}{key}"
+    of_layer = names_of(LayerKeys) | set(ROPE_NAMES)
+    if isinstance(published.get("dflash_config"), Mapping):
+        objects = {"": names_of(BlockKeys, DFlashKeys) | of_layer, "dflash_config": names_of(BlockKeys, DFlashKeys)}
+    else:
+        objects = {"": names_of(PairKeys) | of_layer | {NESTED_LAYER}, NESTED_LAYER: of_layer}
+        objects |= {"eagle_config": names_of(EagleKeys), OWN_SETTINGS: names_of(OwnKeys)}
+    harmless = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
+    unknown = []
+    for place, names in objects.items():
+        keys = published.get(place, {}) if place else published
+        left = (key for key, value in keys.items() if value is not None and key not in names | harmless)
+        unknown += [f"{place}.{key}" if place else str(key) for key in left]
+    return sorted(unknown)

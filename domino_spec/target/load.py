@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import ConfigDict, Field
 from torch import Tensor
 from transformers import (
@@ -154,21 +155,25 @@ def target_config(name_or_path: str | Path) -> Any:
     return load_config(target_source(name), f"target {name}").get_text_config()
 
 
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _Size = Annotated[int, Field(ge=1)]
 _TokenId = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class _TextSettings(Settings):
-    """What this package itself reads of a target's text configuration; the rest is transformers' to check."""
+    """What this package itself reads of a target's text configuration; the rest is transformers' to check.
+
+    Nothing is required here: families have names of their own for some of it, which transformers translates.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
-    hidden_size: _Size
-    num_hidden_layers: _Size
-    num_attention_heads: _Size
-    vocab_size: _Size
-    max_position_embeddings: _Size
+    hidden_size: _Size | None = None
+    num_hidden_layers: _Size | None = None
+    num_attention_heads: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
     sliding_window: _Size | None = None
@@ -193,14 +198,32 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
         for name in _OBJECTS:
             if (Path(source) / name).is_file():
                 read_object(Path(source) / name)
+    where = f"{what}: config.json"
     with reading(f"the configuration of {what}", source):
         values, _ = PreTrainedConfig.get_config_dict(source)
-        _check_counts(values, stored or {}, f"{what}: config.json: ")
+        _check_values(values, stored or {}, where)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         text = config.get_text_config()
-        read = {f.name: getattr(text, f.name) for f in dataclasses.fields(_TextSettings) if hasattr(text, f.name)}
-    parse_settings(_TextSettings, read, f"{what}: config.json")
+        read = {f.name: getattr(text, f.name, None) for f in dataclasses.fields(_TextSettings)}
+    parse_settings(_TextSettings, read, where)
+    for key in _REQUIRED:
+        if read[key] is None:
+            raise UserError(f"{where}: missing key {key!r}")
     return config
+
+
+def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a configuration as it stands in the file, before transformers makes anything of it.
+
+    Raises:
+        UserError: a value has the wrong type, or asks for what could not be made in any reasonable time.
+    """
+    if values.get("transformers_weights") is not None:
+        raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
+    parse_settings(_TextSettings, values, where)
+    if isinstance(text := values.get("text_config"), Mapping):
+        parse_settings(_TextSettings, text, f"{where}: text_config")
+    _check_counts(values, stored, f"{where}: ")
 
 
 _OBJECTS = (
@@ -215,21 +238,20 @@ _OBJECTS = (
 """Files in JSON that transformers may read. It goes on without some of them where they are not valid."""
 
 _MOST_PARTS = 1024
-"""Layers, or experts in a layer, that are tried where no file says how many there are."""
+"""Layers that are tried where no file says how many there are; experts and labels that are tried anywhere."""
 
 
 def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Refuse more layers or experts than the files have tensors or rows for: hours could go by in making them."""
+    """Refuse more layers, experts or labels than the files hold tensors for: hours could go by in making them."""
     layers = len(stored) or _MOST_PARTS
-    experts = max([layers, *(size for tensor in stored.values() for size in tensor.shape)])
+    others = max([layers, _MOST_PARTS, *(size for tensor in stored.values() for size in tensor.shape)])
     for key, value in values.items():
         if isinstance(value, Mapping):
             _check_counts(value, stored, f"{where}{key}.")
-        most = (
-            experts if re.search(r"experts?$", key) else layers if re.search(r"layers?$|depth$|blocks?$", key) else None
-        )
-        if most is not None and isinstance(value, int) and value > most:
-            source = "its files have tensors for no more than" if stored else "there can be no more than"
+        most = layers if re.search(r"(layers?|depth|blocks?)$", key) else others
+        counts = most is layers or re.search(r"(experts?|labels?)$", key)
+        if counts and isinstance(value, int) and value > most:
+            source = "its files hold tensors for no more than" if stored else "there can be no more than"
             raise UserError(f"{where}{key}: found {value}, but {source} {most}")
 
 
@@ -343,7 +365,7 @@ def reason(error: Exception, source: str = "") -> str:
         )
     if "/" in source:
         text = text.replace(source, "it")
-    if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+    if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError)):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__  # a KeyError says the key alone
     return text[:300]
 

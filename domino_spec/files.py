@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from domino_spec.config import UserError
+from domino_spec.config import UserError, found
 
-_FLOATING_TYPES = {
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 """Names of types in headers of safetensors files."""
 
@@ -82,7 +92,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def outline_tensors(path: Path) -> dict[str, Tensor]:
     """Shapes and types of a safetensors file, read from its header: tensors on the meta device, which hold no values.
 
-    Whole numbers (draft vocabularies) are read, since the shape of a draft depends on them. Raises as `load_tensors`.
+    Lists of whole numbers (draft vocabularies) are read, since the shape of a draft depends on them. Raises as
+    `load_tensors`.
     """
     with _open_tensors(path) as file:
         return {name: _outline(file, name) for name in file.keys()}  # noqa: SIM118
@@ -90,10 +101,52 @@ def outline_tensors(path: Path) -> dict[str, Tensor]:
 
 def _outline(file: Any, name: str) -> Tensor:
     header = file.get_slice(name)
-    dtype = _FLOATING_TYPES.get(header.get_dtype())
-    if dtype is None:
+    dtype, shape = _TYPES.get(header.get_dtype()), header.get_shape()
+    if dtype is None or (len(shape) == 1 and not dtype.is_floating_point):
         return file.get_tensor(name)
-    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that a model's weights are in: one, or those that its index names; none where it has none.
+
+    Raises:
+        UserError: the index is not the map of tensors to files beside it that it should be.
+    """
+    if (directory / WEIGHTS_FILE).is_file():
+        return [directory / WEIGHTS_FILE]
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        return []
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{index}: weight_map: expected a mapping of tensors to files, found {found(files)}")
+    for name, file in files.items():
+        # A path could lead out of the directory, and a file of another kind could be a pickle.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: weight_map: expected a safetensors file beside it for tensor {name}, found {found(file)}"
+            )
+    return [directory / file for file in sorted(set(files.values()))]
+
+
+def gather_tensors(files: Iterable[Path], read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several files together.
+
+    Args:
+        files: of `weight_files`.
+        read: gives the tensors of one, such as `outline_tensors`.
+
+    Raises:
+        UserError: one cannot be read, or two hold a tensor of the same name.
+    """
+    gathered: dict[str, Tensor] = {}
+    for file in files:
+        tensors = read(file)
+        if twice := tensors.keys() & gathered.keys():
+            raise UserError(f"{file}: tensor {min(twice)} is in another file of {file.parent} too")
+        gathered |= tensors
+    return gathered
 
 
 def load_metadata(path: Path) -> dict[str, str]:
@@ -106,11 +159,29 @@ def load_metadata(path: Path) -> dict[str, str]:
 def _open_tensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
+            _refuse_names_twice(path)
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from None
+
+
+def _refuse_names_twice(path: Path) -> None:
+    """The library keeps the last of two tensors with one name and says nothing; it has checked the rest already."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise UserError(f"{path}: tensor {name} is in its header {count} times")
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=once)
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -123,14 +194,37 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        UserError: it cannot be read or is not JSON.
+        UserError: it cannot be read or is not JSON, which has no NaN and no infinity.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object; raises as `read_json`, and where it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, found {found(value)}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def read_jsonl(
@@ -166,6 +260,8 @@ def read_jsonl(
             continue
         try:
             row = json.loads(line)
+        except RecursionError:
+            raise UserError(f"{path} line {number}: not valid JSON (it is nested too deeply)") from None
         except ValueError as error:
             raise UserError(f"{path} line {number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):

@@ -6,6 +6,7 @@ speculative-decoding results use, so that acceptance lengths can be compared.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -116,6 +117,7 @@ def public_rows(what: str, data: PublicData, instead: str) -> Iterator[Row]:
     Raises:
         UserError: the `datasets` library or the network is missing.
     """
+    os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"  # `datasets` below 4 asks on standard input whether to run code
     try:
         import datasets
     except ImportError:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from domino_spec.decoding.generation import Generation
-from domino_spec.target.load import EMBEDDED_TARGET, embedded_target_directory
+from domino_spec.target.load import load_model, target_source
 from domino_spec.target.model import Target
 
 
@@ -44,8 +44,7 @@ class TokenClock(BaseStreamer):
 
 def load_baseline(target: Target) -> Any:
     """The target's weights as a stock transformers model, same dtype and device."""
-    source = embedded_target_directory() if target.name == EMBEDDED_TARGET else target.name
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=target.dtype, attn_implementation="sdpa")
+    model = load_model(target_source(target.name), f"target {target.name}", target.dtype, attention="sdpa")
     return model.to(target.device).eval()
 
 

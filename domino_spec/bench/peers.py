@@ -23,9 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from domino_spec.bench.baseline import timed_generate
 from domino_spec.config import DraftConfig, UserError
@@ -33,7 +32,7 @@ from domino_spec.decoding.generation import Generation
 from domino_spec.draft.checkpoint import draft_tensors, read_draft
 from domino_spec.draft.load import draft_directory
 from domino_spec.draft.model import Draft
-from domino_spec.target.load import EMBEDDED_TARGET, embedded_target_directory
+from domino_spec.target.load import EMBEDDED_TARGET, load_config, load_model, load_tokenizer, target_source
 from domino_spec.target.model import Target
 
 ASSISTED, LOOKUP, DFLASH = "transformers-assisted", "transformers-lookup", "transformers-dflash"
@@ -175,28 +174,18 @@ def load_assistant(name: str, target: Target) -> Any:
     path = Path(name)
     if name != EMBEDDED_TARGET and not path.is_dir() and (path.exists() or path.is_absolute() or name.count("/") != 1):
         raise UserError(f"assistant {name} does not exist: give a model directory or a hub id such as owner/name")
-    source = embedded_target_directory() if name == EMBEDDED_TARGET else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if getattr(config, "dflash_config", None) is not None:
-            raise UserError(f"assistant {name} is a draft, which cannot write by itself: give a small language model")
-        size = config.get_text_config().vocab_size
-        if size != target.config.vocab_size:
-            raise UserError(
-                f"assistant {name} has a vocabulary of {size}, target {target.name} of {target.config.vocab_size}: "
-                "give a model with the target's tokenizer"
-            )
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=target.dtype, attn_implementation="sdpa", use_safetensors=True
+    source, what = target_source(name), f"assistant {name}"
+    config = load_config(source, what)
+    if getattr(config, "dflash_config", None) is not None:
+        raise UserError(f"{what} is a draft, which cannot write by itself: give a small language model")
+    size = config.get_text_config().vocab_size
+    if size != target.config.vocab_size:
+        raise UserError(
+            f"{what} has a vocabulary of {size}, target {target.name} of {target.config.vocab_size}: "
+            "give a model with the target's tokenizer"
         )
-        tokenizer = None if target.tokenizer is None else AutoTokenizer.from_pretrained(source)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"cannot load assistant {name}: {reason}") from error
+    model = load_model(source, what, target.dtype, attention="sdpa")
+    tokenizer = None if target.tokenizer is None else load_tokenizer(source, what)
     if tokenizer is not None and target.tokenizer is not None and tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise UserError(f"assistant {name} and target {target.name} have different tokenizers: give one with the same")
     return model.to(target.device).eval()

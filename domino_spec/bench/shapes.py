@@ -173,7 +173,7 @@ def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.dev
     try:
         config = AutoConfig.for_model(**dict(shape.target))
         with _making(torch.device("meta"), dtype):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(f"shape {shape.name}: {' '.join(str(error).split())[:200]}") from error
     text = config.get_text_config()
@@ -192,7 +192,7 @@ def make_pair(plan: Plan) -> tuple[Target, Draft]:
         torch.manual_seed(0)
         with _making(plan.device, plan.dtype):
             model: Any = AutoModelForCausalLM.from_config(
-                plan.config, attn_implementation=ATTENTION_NAME, dtype=plan.dtype
+                plan.config, attn_implementation=ATTENTION_NAME, dtype=plan.dtype, trust_remote_code=False
             )
             draft = Draft(plan.draft.config, _vocabulary(plan.draft.config))
             for module in draft.modules():

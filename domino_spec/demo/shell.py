@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -32,6 +33,8 @@ class OneLineErrors(click.Group):
         except click.ClickException as error:
             _fail(error.format_message())
         except UserError as error:
+            if logging.getLogger("domino_spec").isEnabledFor(logging.INFO):  # --verbose
+                traceback.print_exc()
             _fail(str(error))
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # PyTorch's own; importing it here would cost seconds

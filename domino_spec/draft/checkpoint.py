@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig, HeadConfig, UserError, found, shortened
+from domino_spec.config import DraftConfig, HeadConfig, UserError, shortened
 from domino_spec.draft.model import Draft
 from domino_spec.draft.schema import (
     AFTER_NORM,
@@ -30,11 +30,20 @@ from domino_spec.draft.schema import (
     refuse_misplaced,
     refuse_unsupported,
 )
-from domino_spec.files import load_tensors, outline_tensors, read_json, save_tensors, write_json
+from domino_spec.files import (
+    WEIGHTS_FILE,
+    gather_tensors,
+    load_tensors,
+    outline_tensors,
+    read_object,
+    save_tensors,
+    weight_files,
+    write_json,
+)
 
 _log = logging.getLogger(__name__)
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")
 _HEAD_PREFIXES = ("prefix_gru.", "embed_proj.")
 _OLD_HEAD_PREFIX = "logit_head."
@@ -295,10 +304,7 @@ def read_published(directory: Path) -> dict[str, Any]:
         raise UserError(f"draft {directory} does not exist")
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory} is not a draft: it has no {CONFIG_FILE}")
-    published = read_json(directory / CONFIG_FILE)
-    if not isinstance(published, dict):
-        raise UserError(f"{directory / CONFIG_FILE}: expected an object")
-    return published
+    return read_object(directory / CONFIG_FILE)
 
 
 def read_draft(directory: Path, *, outline: bool = False) -> Draft:
@@ -398,19 +404,8 @@ def read_weights(directory: Path, *, outline: bool = False) -> dict[str, Tensor]
         UserError: there is none, it is truncated or corrupted, or there are pickles only.
     """
     read = outline_tensors if outline else lambda path: load_tensors(path)[0]
-    if (directory / WEIGHTS_FILE).is_file():
-        return read(directory / WEIGHTS_FILE)
-    if (directory / INDEX_FILE).is_file():
-        index = read_json(directory / INDEX_FILE)
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(
-                f"{directory / INDEX_FILE}: weight_map: expected a mapping of tensors to files, found {found(files)}"
-            )
-        tensors: dict[str, Tensor] = {}
-        for file in sorted({Path(file).name for file in files.values()}):
-            tensors |= read(directory / file)
-        return tensors
+    if files := weight_files(directory):
+        return gather_tensors(files, read)
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
     if pickles:
         raise UserError(

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -195,8 +194,6 @@ class Service:
             ids = encode_prompt(self._tokenizer, prompt, chat=ask.chat, enable_thinking=ask.enable_thinking)
         except UserError as error:
             raise invalid(param, str(error)) from None
-        except TemplateError as error:  # templates raise it for messages that they do not accept
-            raise invalid(param, f"the model's chat template refuses these messages: {error}") from None
         if not ids:
             raise invalid(param, "the prompt is empty")
         return ids

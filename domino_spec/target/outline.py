@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from domino_spec.config import UserError
-from domino_spec.files import outline_tensors, read_json
-from domino_spec.target.load import first_line, target_source
+from domino_spec.files import weight_files
+from domino_spec.target.load import (
+    check_stop_tokens,
+    load_config,
+    load_generation_config,
+    outlined_model,
+    target_source,
+)
 from domino_spec.target.model import Target, weights_fingerprint
-
-_INDEX = "model.safetensors.index.json"
+from domino_spec.target.weights import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -55,49 +57,36 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
     name = str(name_or_path)
     source = target_source(name)
     directory = Path(source) if Path(source).is_dir() else _downloaded(source)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read the configuration of target {name}: {first_line(error)}") from error
+    what = f"target {name}"
+    stored = None if directory is None else stored_tensors(directory)
+    config = load_config(source, what, stored)
+    model = outlined_model(config, stored, what)
+    check_stop_tokens(load_generation_config(source, what), config, what)
     quantization = getattr(config, "quantization_config", None)
-    files = [] if directory is None else _weight_files(directory, name)
-    stored = [tensor for file in files for tensor in outline_tensors(file).values()]
-    if dtypes := {tensor.dtype for tensor in stored if tensor.is_floating_point()}:
+    tensors = list((stored or {}).values())
+    if dtypes := {tensor.dtype for tensor in tensors if tensor.is_floating_point()}:
         if len(dtypes) == 1 and not quantization:
             model = model.to(dtypes.pop())
     elif getattr(config, "dtype", None):
         model = model.to(config.dtype)
+    files = [] if directory is None else weight_files(directory)
     known = _fingerprint(model, files) if files and not quantization else None
     return TargetOutline(
         target=Target(model, None, name, fingerprint=known or ""),
         architecture=type(model).__name__,
         quantization=None if not quantization else str(dict(quantization).get("quant_method", "yes")),
-        weight_bytes=sum(tensor.nbytes for tensor in stored) if files else None,
+        weight_bytes=None if stored is None else sum(tensor.nbytes for tensor in tensors),
     )
 
 
 def _downloaded(hub_id: str) -> Path | None:
-    """Where the weights of a hub id lie on this machine; None where they were not downloaded."""
+    """Where the weights of a hub id lie on this machine; None where they were not downloaded, or not all of them."""
     try:
         snapshot = Path(snapshot_download(hub_id, local_files_only=True))
     except (OSError, LocalEntryNotFoundError):
         return None
-    return snapshot if any(snapshot.glob("*.safetensors")) else None
-
-
-def _weight_files(directory: Path, name: str) -> list[Path]:
-    """The safetensors files that the weights of a model directory are in.
-
-    Raises:
-        UserError: there are none.
-    """
-    if (directory / _INDEX).is_file():
-        return [directory / file for file in sorted(set(read_json(directory / _INDEX)["weight_map"].values()))]
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    raise UserError(f"target {name} holds no safetensors weights; other formats are not loaded")
+    files = weight_files(snapshot)
+    return snapshot if files and all(file.is_file() for file in files) else None
 
 
 def _fingerprint(model: Any, files: list[Path]) -> str | None:

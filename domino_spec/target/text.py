@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
+from domino_spec.target.load import reason
 
 Message = dict[str, str]
+
+
+class ChatTemplateError(UserError):
+    """A chat template does not take some messages, or cannot be used at all."""
 
 
 def encode_prompt(
@@ -28,20 +35,26 @@ def encode_prompt(
         enable_thinking: passed to templates that know it (Qwen3); None leaves them their own default.
 
     Raises:
-        UserError: the prompt is empty.
+        ChatTemplateError: the chat template fails, or does not take the messages.
+        UserError: the prompt is empty, or the tokenizer fails at it.
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise UserError("the prompt is empty")
     if not isinstance(prompt, str) and not prompt:
         raise UserError("the prompt holds no messages")
     if isinstance(prompt, str) and (not chat or tokenizer.chat_template is None):
-        return tokenizer(prompt)["input_ids"]
+        try:
+            return list(tokenizer(prompt)["input_ids"])
+        except Exception as error:
+            where = f"the tokenizer of {tokenizer.name_or_path or 'the target'}"
+            raise UserError(f"{where} cannot encode the prompt: {reason(error)}") from error
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template is None:
         raise UserError("chat messages need a chat template, and this target's tokenizer has none")
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
-    return list(encoded["input_ids"])
+    with _rendering(tokenizer):
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        return list(encoded["input_ids"])
 
 
 def render_chat(
@@ -51,12 +64,29 @@ def render_chat(
     add_generation_prompt: bool,
     enable_thinking: bool | None = False,
 ) -> str:
-    """What the chat template writes for some messages; with the generation prompt, what `encode_prompt` encodes."""
+    """What the chat template writes for some messages; with the generation prompt, what `encode_prompt` encodes.
+
+    Raises:
+        ChatTemplateError: the chat template fails, or does not take the messages.
+    """
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    text = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
-    )
-    return str(text)
+    with _rendering(tokenizer):
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
+        )
+        return str(text)
+
+
+@contextmanager
+def _rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """A template is a program from the checkpoint, run in jinja's sandbox: it can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        where = f"the chat template of {tokenizer.name_or_path or 'the target'}"
+        refuses = type(error) is TemplateError  # what `raise_exception` raises; jinja's own errors are subclasses
+        fault = "does not take these messages" if refuses else "cannot be used"
+        raise ChatTemplateError(f"{where} {fault}: {reason(error)}") from error
 
 
 class TextStream:

@@ -13,11 +13,10 @@ from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
-from domino_spec.target.text import Message, encode_prompt, render_chat
+from domino_spec.target.text import ChatTemplateError, Message, encode_prompt, render_chat
 from domino_spec.training.data import Sequence, Turn, join_turns
 
 _log = logging.getLogger(__name__)
@@ -235,6 +234,6 @@ def conversation_sequences(chat: ChatFormat, conversation: Conversation, max_len
             if len(prompt) >= max_length:
                 break
             turns.append(Turn(id_, prompt, chat.answer_ids(messages[:end])))
-    except TemplateError:
+    except ChatTemplateError:
         raise Unusable("refused by the chat template") from None
     return join_turns(turns, max_length)

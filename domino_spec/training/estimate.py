@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
 from domino_spec.draft.checkpoint import read_config
@@ -27,7 +26,7 @@ from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import shape_mismatch
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DataRecipe, OptimizationRecipe, Recipe
-from domino_spec.target.load import target_config
+from domino_spec.target.load import outlined_model, target_config
 from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.data import Sequence, load_sequences, split_held_out
 from domino_spec.training.flops import shortened, step_flops, step_work
@@ -180,11 +179,7 @@ def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") ->
 
 def _meta_target(text_config: Any, name: str) -> dict[str, int]:
     """Parameters of the target's decoder, and of its two ends (one where they are tied)."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text_config)
-    except (ValueError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} is not a causal language model that can be built: {error}") from None
+    model = outlined_model(text_config, None, f"target {name}")
     total = sum(p.numel() for p in model.parameters())  # tied weights count once
     embedding = model.get_input_embeddings()
     decoder = sum(p.numel() for p in model.get_decoder().parameters()) - embedding.weight.numel()

@@ -1,10 +1,10 @@
 """Runs tests with the native loops built by GCC's sanitizers: `make test-sanitized`, or
 
-    python -m tests.sanitized [arguments of pytest]
+    python -m tests.sanitized [arguments of pytest, other files of tests too]
 
-AddressSanitizer ends the process at the first read or write beside a tensor, UndefinedBehaviorSanitizer at an overflow of
-integers, a misaligned or a null pointer. Python and PyTorch are not built with them, so their libraries are loaded
-first; from then on every block of memory, PyTorch's tensors included, has forbidden ground around it.
+AddressSanitizer ends the process at the first read or write beside a tensor, UndefinedBehaviorSanitizer at an overflow
+of integers and at a misaligned or a null pointer. Python and PyTorch are not built with them, so their libraries are
+loaded first; from then on every block of memory, PyTorch's tensors included, has forbidden ground around it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 TESTS = [
-    *(f"tests/kernels/test_{name}.py" for name in ("bindings", "native", "cpu", "context", "rollout_cpu", "blended")),
+    *(f"tests/kernels/test_{name}.py" for name in ("bindings", "cpu", "context", "rollout_cpu", "blended")),
     *("tests/target/test_fusing.py", "tests/target/test_packing.py"),
     *("tests/draft/test_backbone.py", "tests/draft/test_single_layer.py"),
 ]
@@ -55,7 +55,8 @@ def main() -> int:
     if variables is None:
         print("test-sanitized needs gcc and its libasan and libubsan (Debian: apt install gcc)", file=sys.stderr)
         return 2
-    arguments = sys.argv[1:] or ["-q", "-k", LEFT_OUT, *TESTS]
+    files = any(os.path.exists(argument.split("::")[0]) for argument in sys.argv[1:])
+    arguments = ["-k", LEFT_OUT, *([] if files else TESTS), *sys.argv[1:]]
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], env=variables).returncode
 
 

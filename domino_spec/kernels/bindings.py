@@ -123,16 +123,24 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _layout(mirror: type[ctypes.Structure]) -> list[int]:
-    """The size of a struct, and where each member begins."""
-    return [ctypes.sizeof(mirror), *(getattr(mirror, name).offset for name, *_ in mirror._fields_)]
+class _Member(ctypes.Structure):
+    """`struct member` of cpu.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("offset", _INTEGER))
 
 
-def _layout_in_c(loaded: ctypes.CDLL, name: str) -> list[int]:
-    """The same as C has it: an array that ends in -1."""
-    first = ctypes.addressof(_INTEGER.in_dll(loaded, f"{name}_layout"))
-    numbers = (_INTEGER.from_address(first + i * ctypes.sizeof(_INTEGER)).value for i in itertools.count())
-    return list(itertools.takewhile(lambda number: number >= 0, numbers))
+def _layout(mirror: type[ctypes.Structure]) -> dict[str, int]:
+    """The size of a struct, under no name, and where each member begins."""
+    return {"": ctypes.sizeof(mirror), **{name: getattr(mirror, name).offset for name, *_ in mirror._fields_}}
+
+
+def _layout_in_c(loaded: ctypes.CDLL, name: str) -> dict[str, int]:
+    """The same as C has it."""
+    first = ctypes.addressof(_Member.in_dll(loaded, f"{name}_layout"))
+    members = (_Member.from_address(first + i * ctypes.sizeof(_Member)) for i in itertools.count())
+    return {
+        member.name.decode(): member.offset for member in itertools.takewhile(lambda m: m.name is not None, members)
+    }
 
 
 def _loops() -> ctypes.CDLL:
@@ -201,24 +209,27 @@ def _rotary(function: str, cos: Tensor, sin: Tensor, requests: int, tokens: int,
     return width
 
 
-def _cache_strides(function: str, keys: Tensor, values: Tensor, sizes: tuple[int, int, int, int, int]) -> list[int]:
-    """The strides of layers, requests and heads in a cache of these sizes, which may be cut from a larger one."""
+def _cache(
+    function: str, keys: Tensor, values: Tensor, layers: int, requests: int, kv_heads: int, head_dim: int
+) -> tuple[int, ...]:
+    """A cache's capacity, and the strides of its layers, requests and heads; it may be cut from a larger one."""
+    letters = "layers, requests, kv_heads, capacity, head_dim"
+    capacity, strides = _shape(function, "keys", keys, letters)[3], keys.stride()
+    sizes = (layers, requests, kv_heads, capacity, head_dim)
+    nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
     for name, x in (("keys", keys), ("values", values)):
-        if _shape(function, name, x, "layers, requests, kv_heads, capacity, head_dim") != sizes:
+        if _shape(function, name, x, letters) != sizes:
             raise _unfit(function, name, x, f"torch.float32 {list(sizes)} on cpu")
-        strides = list(x.stride())
-        nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
-        if strides[3:] != [sizes[4], 1] or not nested or strides != list(keys.stride()):
-            expected = f"cut from a contiguous cache, rows one behind another, keys' strides {keys.stride()}"
-            raise _unfit(function, name, x, f"{expected}, got strides {tuple(strides)}")
-    return strides[:3]
+        if strides[3:] != (head_dim, 1) or not nested or x.stride() != strides:
+            raise _unfit(function, name, x, f"cut from a contiguous cache, and of keys' strides, {strides}")
+    return capacity, *strides[:3]
 
 
 def _rows_side_by_side(function: str, name: str, x: Tensor, dim: int) -> None:
     """Refuse unless the last dimension, and `dim` before it, stand one behind another."""
     width = x.shape[-1]
     if (width > 1 and x.stride(-1) != 1) or (x.shape[dim] > 1 and x.stride(dim) != width):
-        raise _unfit(function, name, x, f"of strides {width} and 1 in dimensions {dim} and -1, got {x.stride()}")
+        raise _unfit(function, name, x, f"of strides {width} and 1 in dimensions {dim} and -1")
 
 
 def spread(function: str, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -241,7 +252,7 @@ def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | T
 def _found(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"got {type(x).__name__}"
-    layout = "" if x.layout is not torch.strided or x.is_contiguous() else f" with strides {x.stride()}"
+    layout = f" of strides {x.stride()}" if x.layout is torch.strided else f" ({x.layout})"
     return f"got {x.dtype} {list(x.shape)} on {x.device}{layout}"
 
 
@@ -265,7 +276,7 @@ def _address(x: Tensor | None) -> int | None:
 def linear(x: Tensor, panels: Tensor, bias: Tensor | None, turned: Tensor, y: Tensor) -> None:
     """x [..., inputs] times a packed weight, plus a packed bias, to y [..., outputs]; `turned` is room for x."""
     rows, inputs = _rows("linear", "x", x)
-    outputs, width = y.shape[-1], panel_width()
+    outputs, width = _rows("linear", "y", y)[1], panel_width()
     count = -(-outputs // width)
     _expect("linear", "panels", panels, (count, inputs, width))
     if bias is not None:
@@ -305,7 +316,7 @@ def rotate(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> No
     """The first `heads` heads of x [R, N, row], in place; cos and sin [R, N, rotary]."""
     requests, tokens, row = _shape("rotate_", "x", x, "requests, tokens, row")
     _expect("rotate_", "x", x, x.shape)
-    if heads < 0 or head_dim < 1 or heads * head_dim > row:
+    if heads < 0 or not 1 <= head_dim <= row or heads * head_dim > row:
         raise ValueError(f"rotate_: {heads} heads of {head_dim} values must fit a row of x, which has {row}")
     width = _rotary("rotate_", cos, sin, requests, tokens, head_dim)
     _loops().rotate(x.data_ptr(), requests * tokens, row, heads, head_dim, width, cos.data_ptr(), sin.data_ptr())
@@ -313,11 +324,9 @@ def rotate(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> No
 
 def silu_mul(x: Tensor, y: Tensor) -> None:
     """Gate and up, x [..., 2 * width], to y [..., width]."""
-    rows, both = _rows("silu_mul", "x", x)
-    width = y.shape[-1]
+    rows, width = _rows("silu_mul", "y", y)
     _whole_vectors("silu_mul", "half of the width of x", width)
-    _expect("silu_mul", "x", x, (*x.shape[:-1], 2 * width))
-    _expect("silu_mul", "y", y, (*x.shape[:-1], both // 2))
+    _expect("silu_mul", "x", x, (*y.shape[:-1], 2 * width))
     _loops().silu_mul(x.data_ptr(), rows, width, y.data_ptr())
 
 
@@ -335,13 +344,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     _expect("attend", "y", y, query.shape)
     _rows_side_by_side("attend", "query", query, -2)
     between = query.stride(1 if tokens > 1 else 0)
-    if requests > 1 and query.stride(0) != tokens * between:
+    if min(requests, tokens) > 1 and query.stride(0) != tokens * between:
         raise _unfit("attend", "query", query, "cut from a tensor of as many tokens, the same distance between all")
     for name, x in (("keys", keys), ("values", values)):
         _rows_side_by_side("attend", name, x, -2)
     apart = [keys.stride(i) if keys.shape[i] > 1 else 0 for i in (0, 1)]
     if apart != [values.stride(i) if values.shape[i] > 1 else 0 for i in (0, 1)]:
-        raise _unfit("attend", "values", values, f"of keys' strides {keys.stride()}, got {values.stride()}")
+        raise _unfit("attend", "values", values, f"of keys' strides, {keys.stride()}")
     status = _loops().attend(
         query.data_ptr(), between, keys.data_ptr(), values.data_ptr(), *apart, mask.data_ptr(),
         requests, tokens, heads, kv_heads, extent, width, scale, y.data_ptr(),
@@ -371,8 +380,7 @@ def write_context(
     if _rotary("write_context_", cos, sin, requests, tokens, width) != width:
         raise _unfit("write_context_", "cos", cos, f"[{requests}, {tokens}, {width}]")
     _expect("write_context_", "rows", rows, (requests, tokens), torch.int64)
-    capacity = keys.shape[-2] if keys.dim() > 1 else 0
-    strides = _cache_strides("write_context_", keys, values, (layers, requests, kv_heads, capacity, width))
+    capacity, *strides = _cache("write_context_", keys, values, layers, requests, kv_heads, width)
     status = _loops().write_context(
         projected.data_ptr(), requests, tokens, layers, kv_heads, width, norms.data_ptr(), eps, cos.data_ptr(),
         sin.data_ptr(), rows.data_ptr(), capacity, *strides, keys.data_ptr(), values.data_ptr(),
@@ -454,12 +462,11 @@ def decoder_layers(
     _expect("decoder_layers", "x", x, (requests, tokens, layers.hidden))
     rotary = _rotary("decoder_layers", cos, sin, requests, tokens, layers.head_dim)
     _expect("decoder_layers", "rows", rows, (requests, tokens), torch.int64)
-    capacity = keys.shape[-2] if keys.dim() > 1 else 0
-    sizes = (len(layers), requests, layers.kv_heads, capacity, layers.head_dim)
-    strides = _cache_strides("decoder_layers", keys, values, sizes)
+    capacity, *strides = _cache("decoder_layers", keys, values, len(layers), requests, layers.kv_heads, layers.head_dim)
     if len(masks) != len(layers.kinds):
         raise ValueError(f"decoder_layers: masks must be one for each of {layers.kinds}, got {len(masks)}")
-    extent = masks[0].shape[-1]
+    letters = "requests, 1, tokens, extent"
+    extent = _shape("decoder_layers", f"the mask of {layers.kinds[0]}", masks[0], letters, torch.bool)[-1]
     if not 1 <= extent <= capacity:
         raise ValueError(f"decoder_layers: masks must show 1 to {capacity} rows, the cache's, got {extent}")
     for kind, mask in zip(layers.kinds, masks, strict=True):

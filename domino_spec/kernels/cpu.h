@@ -5,6 +5,7 @@
  */
 #ifndef CPU_H
 #define CPU_H
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -14,6 +15,15 @@ enum status {
   NO_MEMORY,
   BAD_INDEX /* a number in a tensor of indices is out of its range; nothing was read or written there */
 };
+
+/* A struct that Python fills as bindings.py lays it out: the size under no name, where each member begins, then NULL.
+ * The two are compared when the library is loaded. */
+struct member {
+  const char *name;
+  int64_t offset;
+};
+#define SIZE(type) {"", sizeof(struct type)}
+#define AT(type, member) {#member, offsetof(struct type, member)}
 
 /* Room for so many values of `size` bytes; NULL where there is none. The caller multiplies in 128 bits, where no product
  * of sizes wraps. */

@@ -7,7 +7,6 @@
  * Built by native.py and called by bindings.py, which checks the arguments; layers_cpu.py and context.py say what they
  * are.
  */
-#include <stddef.h>
 
 #include "cpu.h"
 #include "vectors.h"
@@ -35,19 +34,15 @@ struct pass {
   float *features;                                   /* [requests, tokens, taps * hidden], their outputs side by side */
 };
 
-/* bindings.py compares these with its own idea of the two: the size, and where each member begins. */
-#define AT(member) offsetof(struct layer, member)
-const int64_t layer_layout[] = {
-    sizeof(struct layer), AT(hidden), AT(heads), AT(kv_heads), AT(head_dim), AT(inner), AT(input_norm), AT(joined),
-    AT(joined_bias), AT(query_norm), AT(key_norm), AT(output), AT(output_bias), AT(post_norm), AT(gate_up),
-    AT(gate_up_bias), AT(down), AT(down_bias), AT(input_eps), AT(query_eps), AT(key_eps), AT(post_eps), AT(scale),
-    AT(kind), -1};
-#undef AT
-#define AT(member) offsetof(struct pass, member)
-const int64_t pass_layout[] = {
-    sizeof(struct pass), AT(requests), AT(tokens), AT(extent), AT(capacity), AT(rotary), AT(layer_stride),
-    AT(request_stride), AT(head_stride), AT(cos), AT(sin), AT(rows), AT(seen), AT(keys), AT(values), AT(x), AT(taps),
-    AT(tapped), AT(features), -1};
+const struct member layer_layout[] = {SIZE(layer), AT(layer, hidden), AT(layer, heads), AT(layer, kv_heads),
+    AT(layer, head_dim), AT(layer, inner), AT(layer, input_norm), AT(layer, joined), AT(layer, joined_bias),
+    AT(layer, query_norm), AT(layer, key_norm), AT(layer, output), AT(layer, output_bias), AT(layer, post_norm),
+    AT(layer, gate_up), AT(layer, gate_up_bias), AT(layer, down), AT(layer, down_bias), AT(layer, input_eps),
+    AT(layer, query_eps), AT(layer, key_eps), AT(layer, post_eps), AT(layer, scale), AT(layer, kind), {0}};
+const struct member pass_layout[] = {SIZE(pass), AT(pass, requests), AT(pass, tokens), AT(pass, extent),
+    AT(pass, capacity), AT(pass, rotary), AT(pass, layer_stride), AT(pass, request_stride), AT(pass, head_stride),
+    AT(pass, cos), AT(pass, sin), AT(pass, rows), AT(pass, seen), AT(pass, keys), AT(pass, values), AT(pass, x),
+    AT(pass, taps), AT(pass, tapped), AT(pass, features), {0}};
 
 static float *scratch(__int128 floats, int *kept) {
   static _Thread_local float *own;

@@ -8,7 +8,6 @@
  * Built by native.py and called by bindings.py, which checks the arguments; rollout_cpu.py says what they are.
  */
 #include <math.h>
-#include <stddef.h>
 
 #include "selection.h"
 
@@ -49,14 +48,14 @@ struct rollout { /* shapes as in reference.py and trees.py; rows of every matrix
   float *probs;               /* [requests, depths, K], of sampled chains */
 };
 
-/* bindings.py compares this with its own idea of the struct: the size, and where each member begins. */
-#define AT(member) offsetof(struct rollout, member)
-const int64_t rollout_layout[] = {
-    sizeof(struct rollout), AT(requests), AT(depths), AT(hidden), AT(state), AT(low_rank), AT(vocabulary),
-    AT(candidates), AT(pure_prefix), AT(input_gates), AT(state_gates), AT(to_low_rank), AT(correction), AT(slots),
-    AT(logits), AT(anchors), AT(tokens), AT(embeddings), AT(token_ids), AT(scale), AT(threshold), AT(widths),
-    AT(temperatures), AT(uniform), AT(kept), AT(room), AT(choices), AT(parents), AT(scores), AT(budget),
-    AT(num_drafts), AT(ids), AT(probs), -1};
+const struct member rollout_layout[] = {SIZE(rollout), AT(rollout, requests), AT(rollout, depths),
+    AT(rollout, hidden), AT(rollout, state), AT(rollout, low_rank), AT(rollout, vocabulary), AT(rollout, candidates),
+    AT(rollout, pure_prefix), AT(rollout, input_gates), AT(rollout, state_gates), AT(rollout, to_low_rank),
+    AT(rollout, correction), AT(rollout, slots), AT(rollout, logits), AT(rollout, anchors), AT(rollout, tokens),
+    AT(rollout, embeddings), AT(rollout, token_ids), AT(rollout, scale), AT(rollout, threshold), AT(rollout, widths),
+    AT(rollout, temperatures), AT(rollout, uniform), AT(rollout, kept), AT(rollout, room), AT(rollout, choices),
+    AT(rollout, parents), AT(rollout, scores), AT(rollout, budget), AT(rollout, num_drafts), AT(rollout, ids),
+    AT(rollout, probs), {0}};
 
 /* What threads share on the way. Prefixes of one depth stand side by side: request, then place in it. */
 struct scratch {

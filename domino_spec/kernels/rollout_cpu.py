@@ -61,7 +61,7 @@ def head_rollout_cpu(
     if uniform is not None:
         if not isinstance(temperature, Tensor):
             temperature = torch.full((requests,), float(temperature))
-        temperatures = temperature.float().expand(requests)
+        temperatures = bindings.spread("head_rollout", "temperature", temperature.float(), (requests,))
     grown = _grow(
         head, hidden, base_logits, anchor_embedding, embed_choice, candidates, [1] * depths, min_confidence,
         temperatures, uniform,
@@ -148,7 +148,7 @@ def _grow(
         pure_prefix=0 if head is None else head.config.pure_draft_prefix_len,
         threshold=math.log(min_confidence) if min_confidence > 0 else -math.inf,
         widths=widths,
-        temperatures=None if temperatures is None else temperatures.contiguous(),
+        temperatures=temperatures,
         uniform=None if uniform is None else uniform.contiguous(),
         choices=choices,
         parents=parents,

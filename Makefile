@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines test-vllm test-sglang check format clean distclean
+.PHONY: help demo test test-sanitized test-engines test-vllm test-sglang check format clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ demo: $(RUNTIME) ## Install what is needed and race a real model against itself 
 
 test: $(DEV) ## Install what is needed and run every test
 	@$(PYTEST) $(ARGS)
+
+test-sanitized: $(DEV) ## Run the tests of native code under AddressSanitizer and UBSan
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitized $(ARGS)
 
 test-engines: test-vllm test-sglang ## Boot vLLM and SGLang, each in an environment of its own, with Domino drafts
 

@@ -8,10 +8,11 @@ shorter than the texts, layers of several kinds are mixed, experts are routed, b
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 60
@@ -24,6 +25,7 @@ SIZES: dict[str, Any] = dict(
     hidden_size=32,
     d_model=32,
     n_embd=32,
+    emb_dim=32,
     intermediate_size=48,
     ffn_dim=48,
     encoder_ffn_dim=48,
@@ -74,6 +76,10 @@ SIZES: dict[str, Any] = dict(
     v_head_dim=10,
     # what changes the mathematics
     sliding_window=WINDOW,
+    use_sliding_window=True,
+    index_topk=4,
+    index_head_dim=8,
+    index_n_heads=2,
     final_logit_softcapping=2.0,
     attn_logit_softcapping=3.0,
     logits_soft_cap=2.0,
@@ -89,6 +95,11 @@ SIZES: dict[str, Any] = dict(
     qkv_bias=True,
     use_bias=True,
     scale_embedding=True,
+    # vision and audio parts, which no text reaches
+    depth=1,
+    num_channels=3,
+    image_size=28,
+    patch_size=14,
     # no token has a meaning of its own
     bos_token_id=None,
     eos_token_id=None,
@@ -96,10 +107,132 @@ SIZES: dict[str, Any] = dict(
 )
 """Values of the keys that a configuration has, whatever its family."""
 
-FAMILIES: dict[str, dict[str, Any]] = {}
-"""What one family needs beyond `SIZES`; a key set to `DEFAULT` keeps the family's own value."""
-
 DEFAULT = object()
+"""Keeps the family's own value of a key that `SIZES` has."""
+
+PARTS = dict(
+    vision_config="siglip_vision_model", audio_config="whisper", audio_encoder="encodec", audio_encoder_config="mimi"
+)
+"""Which model a part of a family is, where its configuration leaves that open."""
+
+_LATENT = dict(num_key_value_heads=4)
+"""Latent attention (MLA) has as many key heads as query heads."""
+_DECODER = dict(is_decoder=True)
+"""Encoders that are causal only when told."""
+_ENCODER_TOO = dict(encoder_layers=LAYERS)
+"""Families that count the decoder's layers by the encoder's."""
+_OWN_IDS = dict(bos_token_id=DEFAULT, eos_token_id=DEFAULT, pad_token_id=DEFAULT)
+_HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_TWO_ROPES = {
+    kind: dict(rope_type="default", rope_theta=base) for kind, base in zip(MIXED[:2], (1e3, 1e4), strict=True)
+}
+_NO_PER_LAYER_INPUT = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": dict(num_key_value_heads=4, index_topk=4),
+    "bailing_hybrid": dict(num_key_value_heads=4, layer_types=_HYBRID),
+    "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8),
+    "bart": _ENCODER_TOO,
+    "bert": _DECODER,
+    "bert-generation": _DECODER,
+    "big_bird": dict(is_decoder=True, attention_type="original_full"),
+    "bigbird_pegasus": dict(encoder_layers=LAYERS, attention_type="original_full"),
+    "blenderbot": _ENCODER_TOO,
+    "blenderbot-small": _ENCODER_TOO,
+    "camembert": _DECODER,
+    "codegen": dict(rotary_dim=4),
+    "cohere_compass_text": dict(rope_parameters=_TWO_ROPES),
+    "cpmant": dict(dim_head=8, dim_ff=48, prompt_length=2, position_bias_num_buckets=32),
+    "ctrl": dict(dff=48),
+    "cwm": _OWN_IDS,
+    "data2vec-text": _DECODER,
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, clip_qkv=2.0, rope_theta=1e4), ffn_config=dict(ffn_hidden_size=48, moe_top_k=2)
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": dict(num_key_value_heads=4, index_topk=4),
+    "dots3_note": dict(text_config=_LATENT),
+    "dots3_note_text": _LATENT,
+    "electra": dict(is_decoder=True, embedding_size=32),
+    "emu3": dict(text_config=_OWN_IDS),
+    "ernie": _DECODER,
+    "gemma3n_text": dict(
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4
+    ),
+    "gemma4": dict(
+        text_config=dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
+    ),
+    "gemma4_text": dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB),
+    "gemma4_assistant": dict(text_config=_NO_PER_LAYER_INPUT),
+    "gemma4_unified_assistant": dict(text_config=dict(num_kv_shared_layers=DEFAULT)),
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": dict(num_key_value_heads=4, index_topk=4),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=WINDOW),
+    "gptj": dict(rotary_dim=4),
+    "granitemoehybrid": dict(
+        layer_types=_HYBRID, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8
+    ),
+    "helium": dict(head_dim=8),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "kimi_linear": dict(num_key_value_heads=4, layer_types=_HYBRID, linear_num_heads=4, linear_head_dim=8),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
+    "longcat_flash": dict(
+        num_key_value_heads=4, head_dim=8, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2
+    ),
+    "mamba2": dict(head_dim=16, n_groups=2, state_size=8, chunk_size=8),
+    "marian": _ENCODER_TOO,
+    "mbart": _ENCODER_TOO,
+    "megatron-bert": _DECODER,
+    "minicpm3": _LATENT,
+    "mllama": dict(text_config=_OWN_IDS),
+    "modernbert-decoder": _OWN_IDS,
+    "mvp": _ENCODER_TOO,
+    "pegasus": _ENCODER_TOO,
+    "plbart": _ENCODER_TOO,
+    "prophetnet": dict(
+        num_encoder_layers=1, num_decoder_layers=LAYERS, num_encoder_attention_heads=4, num_decoder_attention_heads=4
+    ),
+    "qwen4_exp": dict(
+        text_config=dict(
+            indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2
+        )
+    ),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2
+    ),
+    "reformer": dict(
+        is_decoder=True,
+        attention_head_size=8,
+        axial_pos_shape=(8, 16),
+        axial_pos_embds_dim=(16, 16),
+        feed_forward_size=48,
+    ),
+    "rembert": dict(is_decoder=True, input_embedding_size=32, output_embedding_size=32),
+    "roberta": _DECODER,
+    "roberta-prelayernorm": _DECODER,
+    "roc_bert": dict(
+        is_decoder=True,
+        pronunciation_vocab_size=VOCAB,
+        shape_vocab_size=VOCAB,
+        pronunciation_embed_dim=32,
+        shape_embed_dim=32,
+    ),
+    "roformer": dict(is_decoder=True, embedding_size=32),
+    "whisper": _ENCODER_TOO,
+    "xlm": dict(is_encoder=False, causal=True, emb_dim=32),
+    "xlm-roberta": _DECODER,
+    "xlm-roberta-xl": _DECODER,
+    "xlnet": dict(d_inner=48),
+    "xlstm": dict(qk_dim_factor=1.0),
+    "xmod": dict(is_decoder=True, default_language="en_XX"),
+    "youtu": _LATENT,
+    "zamba": dict(layers_block_type=["linear_attention", "hybrid"] * 2),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"] * 2, mamba_d_state=8, chunk_size=8),
+    "zaya": dict(num_experts_per_tok=1, router_hidden_size=16),
+}
+"""What one family needs beyond `SIZES`."""
 
 
 def families() -> list[str]:
@@ -115,37 +248,73 @@ def class_name(family: str) -> str:
 def tiny_config(family: str) -> PreTrainedConfig:
     """The configuration of a tiny model of a family."""
     config_class = CONFIG_MAPPING[family]
+    return config_class(**_values(config_class, FAMILIES.get(family, {})))
+
+
+def _values(config_class: type[PreTrainedConfig], specific: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a configuration: those of `SIZES` that it has, those of its parts, and `specific` over both."""
     keys = {field.name for field in dataclasses.fields(config_class)}
-    values = {key: value for key, value in SIZES.items() if key in keys} | FAMILIES.get(family, {})
-    return config_class(**{key: value for key, value in values.items() if value is not DEFAULT})
+    values = {key: value for key, value in SIZES.items() if key in keys}
+    if "layer_types" in keys and "sliding_window" in keys and _alternates(config_class):
+        values["layer_types"] = MIXED
+    for key, part_class in config_class.sub_configs.items():
+        part = dict(specific.get(key, {}))
+        if part_class is AutoConfig:
+            part_class = CONFIG_MAPPING[part.pop("model_type", None) or _part_type(config_class, key)]
+        values[key] = _values(part_class, part) | {"model_type": part_class.model_type}
+    values |= {key: value for key, value in specific.items() if key not in config_class.sub_configs}
+    return {key: value for key, value in values.items() if value is not DEFAULT}
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model of a family in float32, every weight random and far from its neutral start."""
+def _alternates(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a family's layers are told apart as those with a window and those without."""
+    return set(config_class().layer_types or ()) <= set(MIXED)
+
+
+def _part_type(config_class: type[PreTrainedConfig], key: str) -> str:
+    """The model type of a part that may be of any."""
+    default = getattr(config_class, "sub_configs_defaults", {}).get(key)
+    return getattr(default, "model_type", None) or PARTS[key]
+
+
+def tiny_model(family: str, seed: int = 0, sharp: bool = False) -> PreTrainedModel:
+    """A model of a family in float32, every weight random and far from its neutral start.
+
+    Args:
+        family: its name.
+        seed: of its weights.
+        sharp: with attention that picks few tokens, and small biases. Without it, models of post-norms and plain
+            feed-forward blocks write the same token for ever; with it, rounding grows more from layer to layer.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
-    randomise(model, seed)
+    randomise(model, seed, sharp)
     model.generation_config.eos_token_id = None
     return model
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int, sharp: bool) -> None:
     """Random weights that are large enough for texts to vary and for every part to matter."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = [
-        *model.named_parameters(),
-        *((name, b) for name, b in model.named_buffers() if name in model.state_dict()),
-    ]
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    kept = model.state_dict()
+    tensors = dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
+    for name, tensor in sorted(tensors.items()):
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=generator)
+        norm = "norm" in name.lower() or "ln_" in name
         if "sink" in name:
             tensor.copy_(1 + noise)
-        elif tensor.dim() < 2 or "norm" in name or "A_log" in name:
-            tensor.add_(0.3 * noise)
-        elif "embed" in name:
-            tensor.copy_(noise)
+        elif tensor.dim() < 2 or norm or "A_log" in name:
+            tensor.add_((0.1 if sharp and not norm else 0.3) * noise)
+        elif "embed" in name or "wte" in name:
+            # Tied embeddings would make every token repeat itself if they were as large as what layers add to them.
+            tensor.copy_((0.3 if tied else 1.0) * noise)
         else:
-            tensor.copy_(1.5 * noise / tensor.shape[-1] ** 0.5)
+            gain = 1.5 if not sharp else 1.0 if FEED_FORWARD.search(name) else 3.0
+            tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
+
+
+FEED_FORWARD = re.compile(r"fc|mlp|intermediate|feed_forward|ffn|(?<!attention\.)output\.dense")

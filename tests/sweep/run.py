@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -15,6 +16,8 @@ from tests.sweep.judge import Outcome, judge
 
 SECONDS = 60
 """A family that takes longer hangs."""
+MEMORY = 4 << 30
+"""Bytes of address space of one family: a part that was left at its full size is an error, not a full machine."""
 
 
 def run_family(family: str, trial: Callable[[str], Outcome] = judge, seconds: float = SECONDS) -> Outcome:
@@ -68,6 +71,7 @@ def _child(family: str, trial: Callable[[str], Outcome], sender: Connection, noi
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")

@@ -1,14 +1,15 @@
 """Every causal LM family of the installed transformers as a tiny random model that hides nothing.
 
-Sizes are given by key: `SIZES` holds what most configurations call alike, `FAMILIES` what one family needs or has of its
-own. Whatever changes the mathematics is switched on: sinks, caps, scales and multipliers are not neutral, windows are
-shorter than the texts, layers of several kinds are mixed, experts are routed, biases and the gains of norms are random.
+Sizes are given by key: `SIZES` holds what many families have, `FAMILIES` what one needs beyond that. Whatever changes the mathematics is
+switched on: sinks, caps, scales and multipliers are not neutral, windows are shorter than the texts, layers of several
+kinds are mixed, experts are routed, biases and the gains of norms are random.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,9 +81,9 @@ SIZES: dict[str, Any] = dict(
     index_topk=4,
     index_head_dim=8,
     index_n_heads=2,
-    final_logit_softcapping=2.0,
+    final_logit_softcapping=10.0,
     attn_logit_softcapping=3.0,
-    logits_soft_cap=2.0,
+    logits_soft_cap=10.0,
     query_pre_attn_scalar=5,
     logit_scale=0.7,
     logits_scaling=1.6,
@@ -121,7 +122,8 @@ _DECODER = dict(is_decoder=True)
 """Encoders that are causal only when told."""
 _ENCODER_TOO = dict(encoder_layers=LAYERS)
 """Families that count the decoder's layers by the encoder's."""
-_OWN_IDS = dict(bos_token_id=DEFAULT, eos_token_id=DEFAULT, pad_token_id=DEFAULT)
+_IDS = dict(bos_token_id=1, eos_token_id=2)
+"""Families whose tokens of these meanings cannot be left out."""
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _TWO_ROPES = {
     kind: dict(rope_type="default", rope_theta=base) for kind, base in zip(MIXED[:2], (1e3, 1e4), strict=True)
@@ -145,7 +147,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": dict(rope_parameters=_TWO_ROPES),
     "cpmant": dict(dim_head=8, dim_ff=48, prompt_length=2, position_bias_num_buckets=32),
     "ctrl": dict(dff=48),
-    "cwm": _OWN_IDS,
+    "cwm": _IDS,
     "data2vec-text": _DECODER,
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=2.0, rope_theta=1e4), ffn_config=dict(ffn_hidden_size=48, moe_top_k=2)
@@ -153,10 +155,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": dict(num_key_value_heads=4, index_topk=4),
-    "dots3_note": dict(text_config=_LATENT),
+    "dots3_note": dict(
+        text_config=_LATENT, vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, mlp_bias=False)
+    ),
     "dots3_note_text": _LATENT,
     "electra": dict(is_decoder=True, embedding_size=32),
-    "emu3": dict(text_config=_OWN_IDS),
+    "emu3": dict(text_config=_IDS),
     "ernie": _DECODER,
     "gemma3n_text": dict(
         num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4
@@ -186,21 +190,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mbart": _ENCODER_TOO,
     "megatron-bert": _DECODER,
     "minicpm3": _LATENT,
-    "mllama": dict(text_config=_OWN_IDS),
-    "modernbert-decoder": _OWN_IDS,
+    "mllama": dict(text_config=_IDS),
+    "modernbert-decoder": _IDS,
     "mvp": _ENCODER_TOO,
     "pegasus": _ENCODER_TOO,
     "plbart": _ENCODER_TOO,
     "prophetnet": dict(
-        num_encoder_layers=1, num_decoder_layers=LAYERS, num_encoder_attention_heads=4, num_decoder_attention_heads=4
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4,
     ),
     "qwen4_exp": dict(
         text_config=dict(
-            indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2
+            indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2
         )
     ),
     "qwen4_exp_text": dict(
-        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2
     ),
     "reformer": dict(
         is_decoder=True,
@@ -221,11 +228,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "roformer": dict(is_decoder=True, embedding_size=32),
     "whisper": _ENCODER_TOO,
-    "xlm": dict(is_encoder=False, causal=True, emb_dim=32),
+    "xlm": dict(emb_dim=32),
     "xlm-roberta": _DECODER,
     "xlm-roberta-xl": _DECODER,
     "xlnet": dict(d_inner=48),
-    "xlstm": dict(qk_dim_factor=1.0),
+    "xlstm": dict(hidden_size=64),
     "xmod": dict(is_decoder=True, default_language="en_XX"),
     "youtu": _LATENT,
     "zamba": dict(layers_block_type=["linear_attention", "hybrid"] * 2),
@@ -277,24 +284,34 @@ def _part_type(config_class: type[PreTrainedConfig], key: str) -> str:
     return getattr(default, "model_type", None) or PARTS[key]
 
 
-def tiny_model(family: str, seed: int = 0, sharp: bool = False) -> PreTrainedModel:
-    """A model of a family in float32, every weight random and far from its neutral start.
+@dataclass(frozen=True)
+class Weights:
+    """How large random weights are. Models differ in what makes their texts vary instead of repeating one token."""
 
-    Args:
-        family: its name.
-        seed: of its weights.
-        sharp: with attention that picks few tokens, and small biases. Without it, models of post-norms and plain
-            feed-forward blocks write the same token for ever; with it, rounding grows more from layer to layer.
-    """
+    attention: float
+    """Gain of matrices. More than 2 makes attention pick few tokens, and rounding grow from layer to layer."""
+    feed_forward: float
+    """Gain of the matrices of feed-forward blocks; plain ones (GELU) forget what they read if it is large."""
+    bias: float
+    tied: float
+    """Size of embeddings that the LM head shares: large ones make every token repeat itself."""
+
+
+WEIGHTS = (Weights(1.5, 1.5, 0.3, 0.1), Weights(3.0, 1.0, 0.1, 0.3), Weights(6.0, 1.0, 0.1, 0.3))
+"""What to try, the gentlest first."""
+
+
+def tiny_model(family: str, seed: int = 0, weights: Weights = WEIGHTS[0]) -> PreTrainedModel:
+    """A model of a family in float32, every weight random and far from its neutral start."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
-    randomise(model, seed, sharp)
+    randomise(model, seed, weights)
     model.generation_config.eos_token_id = None
     return model
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel, seed: int, sharp: bool) -> None:
+def randomise(model: PreTrainedModel, seed: int, weights: Weights) -> None:
     """Random weights that are large enough for texts to vary and for every part to matter."""
     generator = torch.Generator().manual_seed(seed)
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -308,12 +325,11 @@ def randomise(model: PreTrainedModel, seed: int, sharp: bool) -> None:
         if "sink" in name:
             tensor.copy_(1 + noise)
         elif tensor.dim() < 2 or norm or "A_log" in name:
-            tensor.add_((0.1 if sharp and not norm else 0.3) * noise)
+            tensor.add_((0.3 if norm else weights.bias) * noise)
         elif "embed" in name or "wte" in name:
-            # Tied embeddings would make every token repeat itself if they were as large as what layers add to them.
-            tensor.copy_((0.3 if tied else 1.0) * noise)
+            tensor.copy_((weights.tied if tied else 1.0) * noise)
         else:
-            gain = 1.5 if not sharp else 1.0 if FEED_FORWARD.search(name) else 3.0
+            gain = weights.feed_forward if FEED_FORWARD.search(name) else weights.attention
             tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
 
 

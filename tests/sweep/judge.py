@@ -1,12 +1,19 @@
-"""One family on trial: its text here, in every way to draft, against the text that transformers writes."""
+"""One family on trial: its text here, in every way to draft, against the text that transformers writes.
+
+The outcome is `equal` or `refused`; anything else is a failure. A comparison that could not see a fault is one too: a
+text of one repeated token says nothing about masks, so random weights are drawn until the text shows what was read.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,15 +24,13 @@ from domino_spec.drafters.domino_tree import TreeDrafter
 from domino_spec.drafters.ngram import PromptLookup
 from domino_spec.drafters.plain import PlainDecoding
 from domino_spec.target.load import load_target
+from domino_spec.target.model import Target
 from tests import tiny
 from tests.sweep import families
 
 COUNT = 24
 SEEDS = 8
-"""Random models of each kind to try until one's text shows what it has read."""
 PROMPTS = tiny.random_prompts([7, 12])
-
-PASSING = ("equal", "refused")
 
 
 @dataclass(frozen=True)
@@ -34,82 +39,109 @@ class Outcome:
 
     family: str
     kind: str
-    """equal, refused; or a failure: wrong text, traceback, abort, timeout, not built, blind."""
+    """equal or refused; or a failure: wrong text, traceback, abort, timeout, blind, not built."""
     detail: str = ""
     """The refusal's line, or what went wrong."""
     drafts: str = ""
-    """Why a Domino draft was refused for a target that decodes without one; empty where none was."""
+    """Why a target that decodes refused a Domino draft; empty if it did not."""
 
     @property
     def passed(self) -> bool:
-        return self.kind in PASSING
+        return self.kind in ("equal", "refused")
 
 
-def judge(family: str) -> Outcome:
-    """Build, save, load and decode one family."""
+def judge(family: str, **options: Any) -> Outcome:
+    """Build, save, load and decode one family.
+
+    Args:
+        family: a key of `families.families()`.
+        options: of `load_target`.
+    """
+    blind = ""
     with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        try:
-            for sharp, seed in itertools.product((False, True), range(SEEDS)):
-                families.tiny_model(family, seed, sharp).save_pretrained(directory)
+        os.chdir(scratch)  # so that messages name the family, not a directory that is another one each time
+        directory = Path(family)
+        for weights, seed in itertools.product(families.WEIGHTS, range(SEEDS)):
+            try:
+                families.tiny_model(family, seed, weights).save_pretrained(directory)
+                tiny.word_tokenizer().save_pretrained(directory)
+            except Exception:
+                return Outcome(family, "not built", last_lines(traceback.format_exc()))
+            try:
+                target = load_target(directory, device="cpu", **options)
+            except UserError as error:
+                return refusal(family, error)
+            except Exception:
+                return Outcome(family, "traceback", last_lines(traceback.format_exc()))
+            try:
                 theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
                 texts = [greedy_text(theirs, prompt) for prompt in PROMPTS]
-                if not (blind := blindness(theirs, texts)):
-                    break
-            tiny.word_tokenizer().save_pretrained(directory)
-        except Exception:
-            return Outcome(family, "not built", last_lines(traceback.format_exc()))
-        if blind:
-            return Outcome(family, "blind", blind)
-        try:
-            return compare(family, directory, texts)
-        except Exception:
-            return Outcome(family, "traceback", last_lines(traceback.format_exc()))
+                blind = blindness(theirs, texts)
+            except Exception:
+                return Outcome(
+                    family, "not built", f"transformers writes no text: {last_lines(traceback.format_exc())}"
+                )
+            if not blind:
+                return compare(family, target, theirs, texts)
+    return Outcome(family, "blind", blind)
 
 
-def compare(family: str, directory: Path, texts: list[list[int]]) -> Outcome:
+def compare(family: str, target: Target, theirs: PreTrainedModel, texts: list[list[int]]) -> Outcome:
     """Decode with every drafter and compare."""
-    try:
-        target = load_target(directory, device="cpu")
-    except UserError as error:
-        return refusal(family, error)
     whole = [prompt + text + [0] * 8 for prompt, text in zip(PROMPTS, texts, strict=True)]
-    drafters = {
-        "plain": lambda: PlainDecoding(),
-        "ngram": lambda: PromptLookup(),
+    drafters: dict[str, Callable] = {
+        "plain": PlainDecoding,
+        "ngram": PromptLookup,
         "known text": lambda: tiny.Oracle(whole, 5),
         "known text in a tree": lambda: tiny.TreeOracle(whole, 9),
     }
-    refused = ""
     try:
-        draft = tiny.tiny_draft(target)
-    except UserError as error:
-        refused = str(error)
-    else:
-        drafters["domino"] = lambda: BlockDrafter(draft)
-        drafters["domino-tree"] = lambda: TreeDrafter(BlockDrafter(draft), 11)
-    for name, make in drafters.items():
+        if difference := logits_difference(target, theirs):
+            return Outcome(family, "wrong text", f"logits differ by {difference:.1e} of the largest")
+        drafts = ""
         try:
-            got = [g.token_ids for g in tiny.run(target, make(), PROMPTS, COUNT)]
+            draft = tiny.tiny_draft(target)
         except UserError as error:
-            if name == "plain":
-                return refusal(family, error)
-            return Outcome(family, "traceback", f"{name}: UserError after plain decoding worked: {error}")
-        except Exception:
-            return Outcome(family, "traceback", f"{name}: {last_lines(traceback.format_exc())}")
-        for r, (ours, text) in enumerate(zip(got, texts, strict=True)):
-            if ours != text:
-                at = next((i for i, (a, b) in enumerate(zip(ours, text, strict=False)) if a != b), len(ours))
-                return Outcome(family, "wrong text", f"{name}: request {r} differs from token {at} on")
-    return Outcome(family, "equal", drafts=refused)
+            drafts = one_line(family, error)
+        else:
+            drafters["domino"] = lambda: BlockDrafter(draft)
+            drafters["domino-tree"] = lambda: TreeDrafter(BlockDrafter(draft), 11)
+        for name, make in drafters.items():
+            generations = tiny.run(target, make(), PROMPTS, COUNT)
+            for request, (generation, text) in enumerate(zip(generations, texts, strict=True)):
+                if generation.token_ids != text:
+                    at = next(i for i in range(COUNT + 1) if generation.token_ids[: i + 1] != text[: i + 1])
+                    return Outcome(family, "wrong text", f"{name}: request {request} differs from token {at} on")
+    except UserError as error:
+        return Outcome(family, "traceback", f"refused only after it was loaded: {error}")
+    except Exception:
+        return Outcome(family, "traceback", last_lines(traceback.format_exc()))
+    return Outcome(family, "equal", drafts=drafts)
+
+
+@torch.inference_mode()
+def logits_difference(target: Target, theirs: PreTrainedModel) -> float:
+    """By how much logits differ, relative to the largest; 0 if by rounding.
+
+    Greedy texts do not show a cap or a factor of logits; sampling and the server's probabilities do.
+    """
+    tokens = torch.tensor(PROMPTS[1:])
+    ours = target.lm_head(target.forward(tokens, target.new_cache(1, tokens.shape[1])).hidden)
+    expected = theirs(tokens).logits
+    difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+    return 0.0 if difference < 1e-3 else difference
 
 
 def refusal(family: str, error: UserError) -> Outcome:
-    """A refusal counts if it is one line."""
-    text = str(error)
-    if "\n" in text.strip():
-        return Outcome(family, "traceback", f"a refusal of several lines: {text}")
-    return Outcome(family, "refused", text)
+    """A refusal, which must be one line."""
+    if "\n" in str(error):
+        return Outcome(family, "traceback", f"a refusal of several lines: {error}")
+    return Outcome(family, "refused", one_line(family, error))
+
+
+def one_line(family: str, error: UserError) -> str:
+    """What an error says without the name of the target."""
+    return str(error).removeprefix(f"{family}: ").removeprefix(f"{family} is not supported: ")
 
 
 @torch.inference_mode()
@@ -136,8 +168,8 @@ def blindness(model: PreTrainedModel, texts: list[list[int]]) -> str:
 
 def last_lines(trace: str) -> str:
     """The error and the innermost places of a traceback, on one line."""
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip() and set(line.strip()) - set("^~ ")]
-    places = [line for line in lines if line.startswith("File ")][-3:]
-    places = [line.replace('File "', "").replace('"', "").split("site-packages/")[-1] for line in places]
-    errors = [line for line in lines if not line.startswith("File ")]
-    return f"{errors[-1][:300]}  [{' < '.join(reversed(places))}]"
+    lines = [line.strip() for line in trace.splitlines() if line.strip(" ^~")]
+    places = [line.split('"')[1:] for line in lines if line.startswith('File "')][-3:]
+    named = [f"{file.rpartition('site-packages/')[2]}{rest.rpartition(', in')[0]}" for file, rest in places]
+    errors = [line for line in lines if not line.startswith('File "')]
+    return f"{errors[-1][:300]} [{' < '.join(reversed(named))}]"

@@ -1,8 +1,8 @@
 """Every causal LM family of the installed transformers as a tiny random model that hides nothing.
 
-Sizes are given by key: `SIZES` holds what many families have, `FAMILIES` what one needs beyond that. Whatever changes the mathematics is
-switched on: sinks, caps, scales and multipliers are not neutral, windows are shorter than the texts, layers of several
-kinds are mixed, experts are routed, biases and the gains of norms are random.
+`SIZES` holds values of keys that many families have, `FAMILIES` what one needs beyond that. Whatever changes the
+mathematics is switched on: sinks, caps, scales and multipliers are not neutral, windows are shorter than the texts,
+layers of several kinds are mixed, experts are routed, biases and the gains of norms are random.
 """
 
 from __future__ import annotations
@@ -240,6 +240,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=16),
 }
 """What one family needs beyond `SIZES`."""
+
+
+NOT_TRIED = {
+    "blt": "reads bytes; transformers' own `generate` fails with its configuration",
+    "gemma3n": "its image part needs the library timm",
+    "gemma4_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
+    "gemma4_unified_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
+    "musicgen": "`AutoModelForCausalLM` cannot make it from its own configuration",
+    "musicgen_melody": "`AutoModelForCausalLM` cannot make it from its own configuration",
+}
+"""Families that the sweep cannot build, and why."""
 
 
 def families() -> list[str]:

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -50,12 +49,17 @@ class Outcome:
         return self.kind in ("equal", "refused")
 
 
-def judge(family: str, **options: Any) -> Outcome:
+def on_cpu(directory: Path) -> Target:
+    """A target as users load it."""
+    return load_target(directory, device="cpu")
+
+
+def judge(family: str, load: Callable[[Path], Target] = on_cpu) -> Outcome:
     """Build, save, load and decode one family.
 
     Args:
-        family: a key of `families.families()`.
-        options: of `load_target`.
+        family: one of `families.families()`.
+        load: gives the target of a directory.
     """
     blind = ""
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +72,7 @@ def judge(family: str, **options: Any) -> Outcome:
             except Exception:
                 return Outcome(family, "not built", last_lines(traceback.format_exc()))
             try:
-                target = load_target(directory, device="cpu", **options)
+                target = load(directory)
             except UserError as error:
                 return refusal(family, error)
             except Exception:

@@ -38,6 +38,10 @@ def answer_recipe(
         raise UserError("data.prompts is missing in the recipe: name conversations to answer")
     if str(out) in CONVERSATIONS:
         raise UserError(f"data.responses is the public data set {out}: give --out for the answers")
+    from domino_spec.training.answers import only_run
+
+    with only_run(out):
+        pass  # refused before a target is loaded; `regenerate` takes the lock itself
     if data.server is None:
         from domino_spec.training.regenerate import regenerate
 

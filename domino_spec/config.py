@@ -1,4 +1,4 @@
-"""Settings of a draft, and how settings are read: frozen dataclasses that validate themselves.
+"""Settings of a draft, and the typed door that settings of every kind come through (`parse_settings`).
 
 A *recipe* (`recipe.py`) is ours, so an unknown key or a wrong type is an error that names the key. A *published draft
 configuration* belongs to others, so keys that this package does not know are kept and written back unchanged (DESIGN:
@@ -8,78 +8,140 @@ checkpoints must load and save unchanged).
 from __future__ import annotations
 
 import dataclasses
-import types
+import functools
+import json
+import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 DEFAULT_CANDIDATES = 128
 """K: how many of the best base logits the head corrects. Of the full vocabulary's best tokens along accepted prefixes
 99.4% are among them, measured on the demo draft (docs/log.md)."""
-
-T = TypeVar("T")
 
 
 class UserError(ValueError):
     """Something the user can put right. The command line prints it as one line and exits with status 2."""
 
 
-def parse_settings(cls: type[T], values: object, where: str) -> T:
-    """Build the dataclass `cls` from plain YAML/JSON `values`, refusing unknown keys and wrong types.
+class Settings:
+    """Base of the dataclasses that are read from files: pydantic checks them in `parse_settings`, and only there.
+
+    Inside the program they are ordinary dataclasses, with `__post_init__` for what one annotation cannot say.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+_EXPECTED = {
+    "int_type": "integer",
+    "float_type": "number",
+    "finite_number": "finite number",
+    "bool_type": "true or false",
+    "string_type": "string",
+    "tuple_type": "list",
+    "mapping_type": "mapping",
+    "dict_type": "mapping",
+    "dataclass_type": "mapping of settings",
+}
+"""Pydantic's kinds of error, in the words of YAML and JSON."""
+
+
+def parse_settings(cls: type[S], values: object, where: str) -> S:
+    """Build the dataclass `cls` from what a YAML or JSON file held; refuse unknown keys, wrong types and wrong ranges.
+
+    Lists become tuples and whole numbers become floats where `cls` asks for them; nothing else is converted.
 
     Args:
-        cls: a dataclass whose annotations are int, float, bool, str, tuples of those, optionals, or dataclasses.
-        values: what the file held; must be a mapping.
-        where: the path of keys so far, for the error text, such as ``recipe.yaml: training``.
+        cls: a dataclass over `Settings`; its annotations may carry constraints (`Annotated[int, Field(ge=1)]`).
+        values: what the file held.
+        where: what is read, for the error text, such as the file's path.
 
     Raises:
-        UserError: naming the key and what was expected.
+        UserError: one line with the key, what was found and what was expected.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(str(key) for key in values if key not in fields)
-    if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(fields))}")
-    parsed = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in parsed:
-            raise UserError(f"{where}: missing key {name!r}")
     try:
-        return cls(**parsed)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        for key, number in _integers(values, ""):
+            if number.bit_length() > 63:  # what tensors hold; Python itself refuses to write much longer ones
+                bits = number.bit_length()
+                raise UserError(f"{where}: {key}: expected integer of at most 64 bits, found one of {bits + 1} bits")
+        text = json.dumps(values, default=str)  # strict validation takes lists for tuples in JSON alone
+    except (TypeError, RecursionError):
+        raise UserError(f"{where}: expected plain settings, found keys of other kinds or endless nesting") from None
+    try:
+        return _adapter(cls).validate_json(text)  # type: ignore[arg-type,no-any-return]
+    except ValidationError as error:
+        # A misspelt key is unknown, and its right name missing: the first says more.
+        first = {"unexpected_keyword_argument": 0, "missing": 1}
+        worst = min(error.errors(include_url=False), key=lambda one: first.get(one["type"], 2))
+        raise UserError(f"{where}: {_describe(worst, cls)}") from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return parse_settings(hint, value, where)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = [a for a in arguments if a is not type(None)]
-        return _convert(inner, value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads "6e-4" (no dot) as a string; people write learning rates that way.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is str and value is False:
-        return "off"  # how YAML 1.1 reads that word without quotes
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
+@functools.cache
+def _adapter(cls: type[Settings]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _integers(value: Any, key: str) -> Iterator[tuple[str, int]]:
+    if isinstance(value, int):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _integers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _integers(item, f"{key}[{index}]")
+
+
+def _describe(error: ErrorDetails, cls: type[Settings]) -> str:
+    """One of pydantic's errors as `key: expected this, found that`."""
+    kind, path = error["type"], error["loc"]
+    if kind == "unexpected_keyword_argument":
+        known = ", ".join(sorted(f.name for f in dataclasses.fields(_class_at(cls, path[:-1]))))
+        return f"{_prefix(path[:-1])}unknown key {shortened(path[-1])}; known keys are {known}"
+    if kind == "missing":
+        return f"{_prefix(path[:-1])}missing key {path[-1]!r}"
+    if kind == "value_error":  # raised by `__post_init__` or a validator
+        return f"{_prefix(path)}{error['ctx']['error']}"
+    if kind == "json_invalid":  # such as a half of a surrogate pair
+        return f"not valid text: {error['ctx']['error']}"
+    expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return f"{_prefix(path)}expected {expected}, found {found(error['input'])}"
+
+
+def _prefix(path: tuple[int | str, ...]) -> str:
+    """`training.trackers[1]: `, or nothing for the whole file."""
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    return f"{key}: " if key else ""
+
+
+def _class_at(cls: Any, path: tuple[int | str, ...]) -> Any:
+    """The dataclass that stands under the keys `path` of `cls`."""
+    for name in path:
+        hint = typing.get_type_hints(cls)[str(name)]
+        cls = next(c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c))
+    return cls
+
+
+def found(value: object) -> str:
+    """A value from a file for an error text, with its type: `'x' (str)`."""
+    return "null" if value is None else f"{shortened(value)} ({type(value).__name__})"
+
+
+def shortened(value: object) -> str:
+    """`value` as Python writes it, on one line and cut where it is long or deep."""
+    text = _repr.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
 
 
 def require(condition: bool, message: str) -> None:
@@ -89,7 +151,7 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Settings):
     """The Domino head: a GRU over drafted tokens and a low-rank correction of the base logits (paper 4.1.2)."""
 
     gru_hidden_dim: int = 1024

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
-from domino_spec.config import SINGLE_LAYER_METHODS, HeadConfig, UserError, parse_settings, require
+from domino_spec.config import SINGLE_LAYER_METHODS, HeadConfig, Settings, UserError, parse_settings, require
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def _read_number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_read_number)]
+"""YAML 1.1 reads `6e-4` (no dot) as a string; people write learning rates that way."""
+Word = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
+"""YAML 1.1 reads `off` without quotes as false."""
+
+
 @dataclass(frozen=True)
-class HeadRecipe:
+class HeadRecipe(Settings):
     """The Domino head to train. What is left out is `draft.init_from`'s, else as in `HeadConfig`."""
 
     gru_hidden_dim: int | None = None
@@ -34,7 +49,7 @@ class HeadRecipe:
 
 
 @dataclass(frozen=True)
-class DraftRecipe:
+class DraftRecipe(Settings):
     """The draft to train. What is left out is `init_from`'s, else the default that is named here, else the target's."""
 
     model: str = "block"
@@ -76,7 +91,7 @@ class DraftRecipe:
 
 
 @dataclass(frozen=True)
-class DataRecipe:
+class DataRecipe(Settings):
     """Where answers come from and how much of them is used."""
 
     prompts: str | None = None
@@ -100,7 +115,7 @@ class DataRecipe:
     """Longest answer that `regenerate` asks for."""
     keep_truncated: bool = True
     """Keep answers that were cut at `max_new_tokens`."""
-    temperature: float = 0.0
+    temperature: Number = 0.0
     """Temperature of regenerated answers."""
     batch_size: int = 16
     """Prompts that `regenerate` decodes together."""
@@ -131,13 +146,13 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class OptimizationRecipe:
+class OptimizationRecipe(Settings):
     """How the draft is trained (DESIGN section 6; paper 4.2 and A.1)."""
 
     steps: int | None = None
     """Optimizer steps. The curriculum and the learning rate are functions of step / steps, so this or `epochs` must be
     given."""
-    epochs: float | None = None
+    epochs: Number | None = None
     """Passes over the data, instead of `steps`."""
     trained: str = "all"
     """all, or head: the backbone stays as `draft.init_from` gave it."""
@@ -149,19 +164,19 @@ class OptimizationRecipe:
     """A, blocks trained per sequence."""
     block_schedule: tuple[int, ...] = ()
     """Shorter blocks for equal parts of the run before the draft's own size, such as [2, 4]; anchors grow to match."""
-    learning_rate: float = 6e-4
-    warmup_ratio: float = 0.04
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    learning_rate: Number = 6e-4
+    warmup_ratio: Number = 0.04
+    weight_decay: Number = 0.0
+    clip_norm: Number = 1.0
     causal_encoder: str = "teacher_forcing"
     """What the head's prefix encoder reads in training: teacher_forcing, the target's text; training_time_test, the
     draft's own greedy tokens (paper 4.2)."""
-    curriculum: str = "linear"
+    curriculum: Word = "linear"
     """Weight of the base loss over the run: linear, from lambda_base_start to lambda_base_end; constant, at
     lambda_base_start; off, 0 (the final loss only)."""
-    lambda_base_start: float = 1.0
-    lambda_base_end: float = 0.0
-    lambda_base_fraction: float = 1.0
+    lambda_base_start: Number = 1.0
+    lambda_base_end: Number = 0.0
+    lambda_base_fraction: Number = 1.0
     """Share of the run over which a linear curriculum moves; it stays at its end afterwards."""
     objective: str = "cross_entropy"
     """What a token's loss is: cross_entropy on the target's text; or a distance to the target's own distribution: kl,
@@ -169,9 +184,9 @@ class OptimizationRecipe:
     position_weights: str = "exponential"
     """Weight of the k-th drafted token: exponential, exp(-k / position_decay); or acceptance, from the draft's own
     confidence (D-PACE)."""
-    position_decay: float = 7.0
+    position_decay: Number = 7.0
     """In drafted tokens, k counted from 0."""
-    confidence_floor: float = 0.5
+    confidence_floor: Number = 0.5
     """Of position_weights acceptance: confidences are moved up into [floor, 1], so that late tokens are trained too."""
     precision: str = "bfloat16"
     """Compute type of the matrix products; master weights are always float32."""
@@ -183,7 +198,7 @@ class OptimizationRecipe:
     """With several processes: ddp (whole copies), or fsdp (weights and optimizer state sharded over them)."""
     trackers: tuple[str, ...] = ()
     """Besides TensorBoard: wandb, trackio."""
-    checkpoint_minutes: float = 3.0
+    checkpoint_minutes: Number = 3.0
     eval_every: int = 500
     log_every: int = 10
     seed: int = 0
@@ -241,7 +256,7 @@ class OptimizationRecipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """A whole training run: one YAML file, one draft."""
 
     target: str

@@ -255,7 +255,7 @@ def recipe(tmp_path, target_dir) -> Path:
     ("section", "key", "value", "culprit"),
     [
         ("training", "lerning_rate", 1e-3, "unknown key 'lerning_rate'"),
-        ("training", "steps", "many", "training.steps: expected int, got 'many'"),
+        ("training", "steps", "many", "training.steps: expected integer, found 'many'"),
         ("training", "steps", 0, "steps must be at least 1"),
         ("training", "learning_rate", [1], "learning_rate"),
         ("draft", "block_size", 1, "block_size must be at least 2, got 1"),
@@ -275,7 +275,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.yaml").write_text("target: [")
     assert "bad.yaml is not valid YAML" in fail("train", tmp_path / "bad.yaml", "--out", tmp_path / "out")
     (tmp_path / "list.yaml").write_text("- 1")
-    assert "expected a mapping" in fail("train", tmp_path / "list.yaml", "--out", tmp_path / "out")
+    assert "expected mapping" in fail("train", tmp_path / "list.yaml", "--out", tmp_path / "out")
 
 
 def test_a_recipe_without_prompts(tmp_path, target_dir):

@@ -3,10 +3,88 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
-from domino_spec.config import DraftConfig, HeadConfig, UserError, default_target_layer_ids
+from domino_spec.config import (
+    DraftConfig,
+    HeadConfig,
+    Settings,
+    UserError,
+    default_target_layer_ids,
+    parse_settings,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class Inner(Settings):
+    count: Annotated[int, Field(ge=1)]
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.share <= self.count, f"share must be at most count, got {self.share}")
+
+
+@dataclass(frozen=True)
+class Outer(Settings):
+    name: str
+    inner: Inner | None = None
+    sizes: tuple[int, ...] = ()
+    shifted: bool = False
+
+
+def test_settings_are_read_with_lists_as_tuples_and_whole_numbers_as_floats():
+    read = parse_settings(Outer, {"name": "a", "inner": {"count": 2, "share": 1}, "sizes": [1, 2]}, "file")
+    assert read == Outer("a", Inner(2, 1.0), (1, 2))
+    assert isinstance(read.inner.share, float)
+
+
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"nam": "b"}, "file: unknown key 'nam'; known keys are inner, name, shifted, sizes"),
+        ({"inner": {"cont": 1}}, "file: inner: unknown key 'cont'; known keys are count, share"),
+        ({"inner": {}}, "file: inner: missing key 'count'"),
+        ({"inner": 3}, "file: inner: expected mapping of settings, found 3 (int)"),
+        ({"inner": {"count": 0}}, "file: inner.count: expected greater than or equal to 1, found 0 (int)"),
+        ({"inner": {"count": 1, "share": 2}}, "file: inner: share must be at most count, got 2.0"),
+        ({"inner": {"count": 1.0}}, "file: inner.count: expected integer, found 1.0 (float)"),
+        ({"inner": {"count": True}}, "file: inner.count: expected integer, found True (bool)"),
+        ({"inner": {"count": 2**63}}, "file: inner.count: expected integer of at most 64 bits, found one of 65 bits"),
+        (
+            {"inner": {"count": 1, "share": float("nan")}},
+            "file: inner.share: expected finite number, found nan (float)",
+        ),
+        ({"inner": {"count": 1, "share": "1"}}, "file: inner.share: expected number, found '1' (str)"),
+        ({"name": None}, "file: name: expected string, found null"),
+        ({"name": ["a"]}, "file: name: expected string, found ['a'] (list)"),
+        ({"name": "\ud800"}, "file: not valid text: "),
+        ({"sizes": 3}, "file: sizes: expected list, found 3 (int)"),
+        ({"sizes": [1, "x"]}, "file: sizes[1]: expected integer, found 'x' (str)"),
+        ({"sizes": [10**5000]}, "file: sizes[0]: expected integer of at most 64 bits, found one of "),
+        ({"sizes": ENDLESS}, "file: expected plain settings, found keys of other kinds or endless nesting"),
+        ({"shifted": 1}, "file: shifted: expected true or false, found 1 (int)"),
+        ({"shifted": "no"}, "file: shifted: expected true or false, found 'no' (str)"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_key_found_and_expected(changes, message):
+    with pytest.raises(UserError) as error:
+        parse_settings(Outer, {"name": "a"} | changes, "file")
+    assert str(error.value).startswith(message)
+
+
+def test_what_was_found_is_shortened():
+    with pytest.raises(UserError) as error:
+        parse_settings(Outer, {"name": [["x" * 1000] * 1000]}, "file")
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

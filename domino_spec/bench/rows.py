@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from domino_spec.config import UserError, parse_settings
+from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.files import read_json, read_jsonl, write_json
 
 RAW_FILE, SETTINGS_FILE = "raw.jsonl", "settings.json"
@@ -35,7 +35,7 @@ class RunKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Settings):
     """One prompt decoded once by one method; the fields are the keys of raw.jsonl."""
 
     suite: str

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from domino_spec.bench.rows import Row
 from domino_spec.bench.turns import Request
-from domino_spec.config import parse_settings
+from domino_spec.config import Settings, parse_settings
 from domino_spec.files import read_json, write_json
 from domino_spec.target.margin import top_two
 from domino_spec.target.model import Target
@@ -25,7 +25,7 @@ REFERENCES = ("none", "transformers")
 
 
 @dataclass(frozen=True)
-class Parting:
+class Parting(Settings):
     """Where a greedy text first differs from a reference's, as raw.jsonl shows it."""
 
     suite: str
@@ -43,7 +43,7 @@ class Parting:
 
 
 @dataclass(frozen=True)
-class Tie:
+class Tie(Settings):
     """What the target says at a parting."""
 
     parting: Parting

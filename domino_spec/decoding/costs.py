@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from domino_spec.config import UserError, parse_settings
+from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.decoding.state import Proposal, State, Verdict
@@ -34,7 +34,7 @@ _COMMITTED = 2
 
 
 @dataclass(frozen=True)
-class CostModel:
+class CostModel(Settings):
     """Seconds of the parts of a cycle; the fields are the keys of its JSON file."""
 
     requests: tuple[int, ...]

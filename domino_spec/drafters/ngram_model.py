@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError, parse_settings, require
+from domino_spec.config import Settings, UserError, parse_settings, require
 from domino_spec.drafters.vocabulary import check_tokenizer
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.target.model import Target
@@ -32,7 +32,7 @@ _METADATA = "ngrams"
 
 
 @dataclass(frozen=True)
-class NgramSource:
+class NgramSource(Settings):
     """What an N-gram model was counted in; saved with it."""
 
     order: int

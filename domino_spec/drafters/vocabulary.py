@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from domino_spec.config import UserError, parse_settings
+from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.files import atomic_path, read_json
@@ -94,7 +94,7 @@ def fill_up(token_ids: Collection[int], size: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class FrequentTokens:
+class FrequentTokens(Settings):
     """A ranking of tokens, and what it was counted in; the fields are the keys of its JSON file."""
 
     token_ids: tuple[int, ...]

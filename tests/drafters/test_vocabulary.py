@@ -137,12 +137,12 @@ def test_a_recipes_held_out_answers_are_not_counted(tmp_path, model):
         ({"token_ids": [3, 3, EOS]}, "a token occurs twice"),
         ({"token_ids": [3, 8, VOCAB]}, "a token lies outside 0 to 59"),
         ({"token_ids": []}, "it holds no tokens"),
-        ({"token_ids": ["w3"]}, r"token_ids\[0\]: expected int, got 'w3'"),
+        ({"token_ids": ["w3"]}, r"token_ids\[0\]: expected integer, found 'w3'"),
         ({"counts": [4, 2]}, "differ in length"),
         ({"counts": [4, 2, -1]}, "a count is negative"),
         ({"always": [11]}, "a token of always is not in token_ids"),
         ({"kind": "eagle"}, "unknown key 'kind'"),
-        (None, "expected a mapping"),
+        (None, "expected mapping"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, model, changes, complaint):

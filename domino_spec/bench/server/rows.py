@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from domino_spec.bench.rows import RAW_FILE, append_line, turn_suffix
-from domino_spec.config import UserError, parse_settings
+from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.files import read_jsonl
 
 REQUEST, WINDOW = "request", "window"
@@ -42,7 +42,7 @@ class TextKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RequestRow:
+class RequestRow(Settings):
     """One request to one server; the fields are keys of raw.jsonl."""
 
     server: str
@@ -131,7 +131,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class WindowRow:
+class WindowRow(Settings):
     """One window, measured to its end; the fields are keys of raw.jsonl."""
 
     server: str

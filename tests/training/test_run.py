@@ -362,7 +362,7 @@ def test_a_recipe_that_does_not_say_where_it_ends_is_refused(setup, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("a: [", "not valid YAML"), ("- 1", "expected mapping"), ("", "expected a mapping")]
+    "text, message", [("a: [", "not valid YAML"), ("- 1", "expected mapping"), ("", "expected mapping")]
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)

@@ -25,7 +25,7 @@ from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe, Recipe
 from domino_spec.training.anchors import sample_anchors
-from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
+from domino_spec.training.curriculum import block_size, check_block_schedule, lambda_base, learning_rate
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
 from domino_spec.training.features import FeatureSource
@@ -102,7 +102,7 @@ class Trainer:
         processes: that share the work.
 
     Raises:
-        UserError: the processes cannot share a step.
+        UserError: the processes cannot share a step, or the block schedule does not fit the draft.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         assert draft.dtype == torch.float32, "master weights must be float32"
+        check_block_schedule(recipe, draft.config.block_size)
         self.draft, self.recipe, self.sequences, self.source = draft, recipe, sequences, source
         self.processes = processes
         self.step = 0

@@ -80,6 +80,7 @@ def run_training(
     for option, directory in (("--out", out), ("--features", features)):
         if directory is not None and os.path.isfile(directory):
             raise UserError(f"{option} {directory} is a file: give a directory")
+    tracker_modules(recipe.training.trackers)
     with contextlib.ExitStack() as stack:
         processes, own_device = stack.enter_context(joined_processes(device))
         if processes.is_first:
@@ -98,7 +99,6 @@ def _train(
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
 ) -> AnyDraft:
-    tracker_modules(recipe.training.trackers)
     target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
     sequences = load_training_data(recipe.data, target)
     training, held_out = split_held_out(sequences, recipe.data.held_out)
@@ -113,11 +113,6 @@ def _train(
 
     digest = recipe_digest(recipe, training, target.fingerprint)
     settings = recipe.training.with_steps(len(training))
-    if settings.batch_size > len(training):
-        raise UserError(
-            f"training.batch_size is {settings.batch_size}, but there are only {len(training)} sequences to train on: "
-            "lower it, or get more answers"
-        )
     refuse_other_run(out, digest, settings.total_steps)
     if processes.is_first:
         facts = run_facts(recipe, draft, training, held_out, processes.count)
@@ -154,7 +149,7 @@ def _train(
         stale = trainer.step > 0 and processes.is_first and not draft_is_of_state(out, trainer.state_checksum)
         # All processes take part in writing a draft, so all must know what the first one has found.
         if processes.sum(torch.tensor(float(stale), device=target.device)) > 0:
-            _log.warning(
+            _log.info(
                 "%s lacks the weights of step %d, the last that was saved: it is written anew",
                 out / "draft",
                 trainer.step,

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BeforeValidator
 
 from domino_spec.config import HeadConfig, Settings, UserError, parse_settings, require, shortened
 
-LARGEST_FILE = 100_000
-"""Bytes of a recipe; one fills a page."""
+LARGEST_FILE = 32_768
+"""Bytes of a recipe. One fills a page, and PyYAML reads this many in a second or two."""
 
 
 def _from(low: float, high: float) -> AfterValidator:
@@ -43,6 +43,11 @@ def _above(low: float, high: float) -> AfterValidator:
 def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     require(len(values) >= 1, "expected at least one, found an empty list")
     require(len(set(values)) == len(values), f"expected each only once, found {shortened(list(values))}")
+    return values
+
+
+def _short(values: tuple[int, ...]) -> tuple[int, ...]:
+    require(len(values) <= 64, f"expected at most 64 values, found {len(values)}")
     return values
 
 
@@ -84,7 +89,7 @@ Number = Annotated[float, BeforeValidator(_read_number)]
 Name = Annotated[str, AfterValidator(_name)]
 Width = Annotated[int, _from(1, 65_536)]
 """Of hidden states."""
-Slots = Annotated[int, _from(1, 1024)]
+Slots = Annotated[int, _from(1, 64)]
 """Of a block."""
 Layers = Annotated[tuple[Annotated[int, _from(0, 9_999)], ...], AfterValidator(_distinct)]
 """Decoder layers of the target, counted from 0."""
@@ -100,7 +105,7 @@ class HeadRecipe(Settings):
 
     gru_hidden_dim: Width | None = None
     low_rank: Width | None = None
-    pure_draft_prefix_len: Annotated[int, _from(0, 1024)] | None = None
+    pure_draft_prefix_len: Annotated[int, _from(0, 63)] | None = None
 
     def over(self, head: HeadConfig) -> HeadConfig:
         """`head` with what this recipe states in its place."""
@@ -215,7 +220,7 @@ class OptimizationRecipe(Settings):
     """Sequences per forward pass; a step accumulates batch_size / micro_batch_size of them."""
     anchors: Annotated[int, _from(1, 65_536)] = 512
     """A, blocks trained per sequence."""
-    block_schedule: tuple[Annotated[int, _from(2, 1024)], ...] = ()
+    block_schedule: Annotated[tuple[Annotated[int, _from(2, 64)], ...], AfterValidator(_short)] = ()
     """Shorter blocks for equal parts of the run before the draft's own size, such as [2, 4]; anchors grow to match."""
     learning_rate: Annotated[Number, _above(0, 10)] = 6e-4
     warmup_ratio: Annotated[Number, _from(0, 1)] = 0.04
@@ -344,8 +349,6 @@ def load_recipe(path: str | Path) -> Recipe:
         line = "" if mark is None else f"line {mark.line + 1}: "
         what = ", ".join(" ".join(reason.split()) for reason in reasons if reason)
         raise UserError(f"recipe {path} is not valid YAML: {line}{what}") from None
-    except RecursionError:
-        raise UserError(f"recipe {path} is not valid YAML: it is nested too deep") from None
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         # PyYAML lets through what Python says of a number, a date or a tagged value that it cannot make.
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
@@ -353,15 +356,24 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without what hides a mistake, or grows without end: keys that stand twice, and aliases."""
+    """YAML without what hides a mistake, or grows without end: keys that stand twice, aliases, endless nesting."""
+
+    DEEPEST = 32
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"write the value out in place of the alias *{event.anchor}", event.start_mark
-            )
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"write the value out in place of the alias *{event.anchor}"
+        if self._depth > self.DEEPEST:
+            problem = "it is nested too deep"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

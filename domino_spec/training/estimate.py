@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError, require
 from domino_spec.draft.checkpoint import read_config
 from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
 from domino_spec.draft.load import AnyDraft, draft_directory
@@ -114,8 +114,9 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
     micro_batches(training.batch_size, training.micro_batch_size, Processes(count=processes))
     text_config = known_config(recipe.target) or target_config(recipe.target)
     target = _meta_target(text_config, recipe.target)
-    draft = meta_draft(draft_shape(recipe, text_config), trained=training.trained)
-    check_block_schedule(training, draft.config.block_size)
+    shape = draft_shape(recipe, text_config)
+    check_block_schedule(training, shape.block_size)
+    draft = meta_draft(shape, trained=training.trained)
     parameters = _count_parameters(draft)
     layers = tapped_layers(draft, training)
     data, sample = _data(recipe.data, text_config.vocab_size)
@@ -162,12 +163,18 @@ def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerCo
     Raises:
         UserError: the recipe does not fit the target, or the draft that it starts from.
     """
-    for layer in recipe.draft.init_layers_from_target or ():
-        if layer >= text_config.num_hidden_layers:
-            raise UserError(
-                f"draft.init_layers_from_target holds {layer}; the target's layers are 0 to "
-                f"{text_config.num_hidden_layers - 1}"
-            )
+    shape = _draft_shape(recipe, text_config)
+    copied = recipe.draft.init_layers_from_target
+    if copied is not None:
+        layers = shape.num_hidden_layers if isinstance(shape, DraftConfig) else 1
+        depth = text_config.num_hidden_layers
+        what = "draft.init_layers_from_target"
+        require(len(copied) == layers, f"{what} names {len(copied)} layers, but the draft has {layers}")
+        require(max(copied) < depth, f"{what} holds {max(copied)}; the target's layers are 0 to {depth - 1}")
+    return shape
+
+
+def _draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerConfig:
     if recipe.draft.model != "block":
         return single_layer_config(recipe.draft, text_config)
     if recipe.draft.init_from is None:

@@ -29,7 +29,7 @@ from domino_spec.config import UserError
 from domino_spec.files import read_json, save_tensors, write_json
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
-from domino_spec.training.integrity import only_writer
+from domino_spec.training.integrity import only_writer, remove_scratch
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "capture.lock"
 SHARD_TOKENS = 50_000
@@ -202,6 +202,7 @@ class FeatureCache:
             UserError: the directory cannot be written to.
         """
         with only_writer(self.directory, self.directory / LOCK_FILE):
+            remove_scratch(self.directory)
             self.refresh()
             yield
 

@@ -49,6 +49,19 @@ def only_writer(path: Path, lock: Path, instead: str | None = None) -> Iterator[
         file.release()
 
 
+def remove_scratch(directory: Path) -> None:
+    """Delete what killed processes were writing (`files.atomic_path`); only for the only writer of a directory.
+
+    Raises:
+        UserError: a file cannot be deleted.
+    """
+    for scratch in directory.glob(".*.partial"):
+        try:
+            scratch.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot delete {scratch}: {error.strerror}") from None
+
+
 def tensors_checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, and over the facts that are kept with them."""
     digest = hashlib.sha256(repr(sorted(facts.items())).encode())

@@ -40,7 +40,7 @@ from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
 from domino_spec.training.datasets import load_training_data
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.features import FeatureSource, OnlineFeatures, capture_features, feature_scale
-from domino_spec.training.integrity import only_writer
+from domino_spec.training.integrity import only_writer, remove_scratch
 from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
 from domino_spec.training.parallel import Processes, joined_processes, whole_draft
 from domino_spec.training.state import draft_is_of_state, record_draft, refuse_other_run
@@ -85,6 +85,8 @@ def run_training(
         processes, own_device = stack.enter_context(joined_processes(device))
         if processes.is_first:
             stack.enter_context(only_writer(out, out / ".lock", "choose another --out"))
+            remove_scratch(out)
+            remove_scratch(out / "draft")
         return _train(recipe, out, processes, own_device, features, on_start, on_features, on_step, on_evaluation)
 
 

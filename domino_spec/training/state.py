@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
+from domino_spec.config import UserError, shortened
 from domino_spec.draft.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import load_metadata, load_tensors, read_json, save_tensors, write_json
@@ -110,7 +110,7 @@ def _saved_step(path: Path, metadata: dict[str, str], recipe_digest: str, total_
     step = metadata.get("step", "")
     if not (step.isascii() and step.isdecimal() and len(step) < 20 and int(step) <= total_steps):
         raise UserError(
-            f"{path} says that it is of step {step!r}, which must be a number up to {total_steps}; {_REMEDY}"
+            f"{path} says that it is of step {shortened(step)}, expected a number up to {total_steps}; {_REMEDY}"
         )
     return int(step)
 

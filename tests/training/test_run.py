@@ -327,7 +327,7 @@ def recipe_values(setup) -> dict:
         (("training", "trained"), "tail", r"trained: expected 'all' or 'head', found 'tail'"),
         (("training", "epochs"), 1.0, r"give either steps or epochs"),
         (("data", "features"), "tape", r"features: expected 'disk' or 'online'"),
-        (("training", "block_schedule"), [1], r"training.block_schedule\[0\]: expected 2 to 1,024, found 1"),
+        (("training", "block_schedule"), [1], r"training.block_schedule\[0\]: expected 2 to 64, found 1"),
         (("data", "max_length"), 3, r"data.max_length: expected 16 to 1,048,576, found 3"),
         (("data", "held_out"), 0, r"data.held_out: expected 1 to .*, found 0"),
         (("data", "temperature"), -1, r"data.temperature: expected 0 to 100, found -1.0"),
@@ -336,7 +336,7 @@ def recipe_values(setup) -> dict:
         (
             ("draft", "head", "pure_draft_prefix_len"),
             -1,
-            r"draft.head.pure_draft_prefix_len: expected 0 to 1,024, found -1",
+            r"draft.head.pure_draft_prefix_len: expected 0 to 63, found -1",
         ),
     ],
 )

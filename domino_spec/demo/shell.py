@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -95,8 +96,16 @@ def status(message: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def print_json(value: Any) -> None:
-    """Print one object on one line."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print one object on one line; null stands for numbers that are not finite, which JSON cannot hold."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def comma_separated(value: str, kind: Callable[[str], T], option: str) -> list[T]:

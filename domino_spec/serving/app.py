@@ -346,7 +346,7 @@ def _event(record: dict[str, Any]) -> bytes:
 
 
 def _dump(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
 
 
 def _json(record: dict[str, Any], status: int = 200) -> Response:

@@ -50,23 +50,15 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "none": Method("none"),
-    "ngram": Method("ngram"),
-    "dflash": Method("dflash"),
-    "dflash-argmax": Method("dflash", sample_drafts=False),
-    "domino": Method("domino"),
-    "domino-confident": Method("domino", all_drafts=False),
+    **{name: Method(name) for name in DRAFTING},
     "domino+ngram": Method("domino+ngram", all_drafts=False),
-    "domino-head-off": Method("dflash", kind="domino"),
-    "domino-tree": Method("domino-tree"),
-    "domino-best-first": Method("domino-best-first"),
-    "domino-tree-confident": Method("domino-tree", all_drafts=False),
     "domino-tree+ngram": Method("domino-tree+ngram", all_drafts=False),
-    "dflash-tree": Method("dflash-tree"),
+    "dflash-argmax": Method("dflash", sample_drafts=False),
     "domino-argmax": Method("domino", sample_drafts=False),
+    "domino-confident": Method("domino", all_drafts=False),
+    "domino-tree-confident": Method("domino-tree", all_drafts=False),
+    "domino-head-off": Method("dflash", kind="domino"),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
-    "eagle3": Method("eagle3"),
-    "dart": Method("dart"),
     TRANSFORMERS: Method(None),
     ASSISTED: Method(None),
     LOOKUP: Method(None),
@@ -122,6 +114,12 @@ def parse_method(text: str) -> Wanted:
 def method_of(name: str) -> Method:
     """The method of a contender's name, which may have `@SIZE` behind it."""
     return METHODS[name.partition("@")[0]]
+
+
+def needs_draft(text: str) -> bool:
+    """Whether a method takes a draft; raises as `parse_method`."""
+    name = parse_method(text).name.partition("@")[0]
+    return name == DFLASH or _takes_draft(name)
 
 
 def _takes_draft(name: str) -> bool:

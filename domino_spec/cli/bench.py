@@ -135,15 +135,15 @@ def bench(
         )
         return _print(report, as_json)
     names = comma_separated(methods, str, "--methods")
-    drafts = rivals.drafts_for(names)
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
     machine.prepare()
+    from domino_spec.bench.methods import needs_draft
     from domino_spec.bench.run import run_bench
 
     report = run_bench(
         target=rivals.target,
-        drafts=drafts,
+        drafts=rivals.drafts_for([name for name in names if needs_draft(name)]),
         suites=comma_separated(suites, str, "--suite"),
         methods=names,
         out=out,

@@ -9,7 +9,6 @@ import click
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import (
-    METHODS,
     Counts,
     Machine,
     Pair,
@@ -22,12 +21,13 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import console, print_json, read_prompt, status
+from domino_spec.methods import METHODS
 
 
 @cli.command()
 @click.argument("prompt", required=False)
 @pair_options
-@click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default.")
+@click.option("--method", type=click.Choice(list(METHODS)), help="How to draft; the draft's own method by default.")
 @max_new_tokens_option(default=256)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that together reach this.")
@@ -125,7 +125,7 @@ def generate(
 
 @cli.command()
 @pair_options
-@click.option("--method", type=click.Choice(METHODS[:-1]), help="How to draft; the draft's own method by default.")
+@click.option("--method", type=click.Choice([name for name in METHODS if name != "none"]), help="How to draft; the draft's own method by default.")
 @click.option("--prompt", multiple=True, help="Ask this instead of the demo's own prompts; may be repeated.")
 @max_new_tokens_option(default=96)
 @num_drafts_option

@@ -12,7 +12,6 @@ from click.core import ParameterSource
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import (
-    METHODS,
     Machine,
     Pair,
     candidates_option,
@@ -22,6 +21,7 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import print_json
+from domino_spec.methods import METHODS
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOCAL = "local"
@@ -70,7 +70,7 @@ endpoint_options = collected(
 local_options = collected(
     Local,
     "local",
-    click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default."),
+    click.option("--method", type=click.Choice(list(METHODS)), help="How to draft; the draft's own method by default."),
     click.option("--costs", type=Path, help="Where the measured costs of passes are kept between starts (JSON)."),
     click.option(
         "--prefix-cache",

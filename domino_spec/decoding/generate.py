@@ -16,6 +16,7 @@ from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request, check_prompt
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.decoding.state import State
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import Target
 
 
@@ -64,6 +65,7 @@ def decode(
     num_drafts: int | None = None,
     matching_rule: bool = False,
     generations: list[Generation] | None = None,
+    watch: DraftWatch | None = None,
 ) -> Iterator[list[Generation]]:
     """Decode R requests together; yields the same list of generations, grown, after every cycle.
 
@@ -76,6 +78,7 @@ def decode(
         num_drafts: drafts per cycle; None for the drafter's most.
         matching_rule: see `verify`.
         generations: filled in place, for callers that must keep partial text when the loop is interrupted.
+        watch: see `Engine`.
 
     Raises:
         UserError: see `check_prompt`; or, once all others have ended, a request's values were not finite.
@@ -91,6 +94,7 @@ def decode(
         capacity=max(map(len, prompts)) + limits.max_new_tokens,
         num_drafts=num_drafts,
         matching_rule=matching_rule,
+        watch=watch,
     )
     generations += [engine.submit(request) for request in requests]
     while engine.busy:

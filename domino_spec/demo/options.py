@@ -13,6 +13,7 @@ import click
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.demo.shell import prepare, status
+from domino_spec.methods import known_method
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
     from domino_spec.drafters.vocabulary import FrequentTokens
     from domino_spec.target.model import Target
 
-METHODS = (
-    "domino-tree",
-    "domino-best-first",
-    "domino",
-    "domino-tree+ngram",
-    "domino+ngram",
-    "dflash-tree",
-    "dflash",
-    "eagle3",
-    "dart",
-    "ngram",
-    "none",
-)
-METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers", "transformers-lookup", "transformers-assisted")
 DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
 
 Command = Callable[..., Any]
@@ -92,16 +79,14 @@ class Pair:
         """The draft that these methods need (None stands for a draft's own method); the default target brings its own.
 
         Raises:
-            UserError: a method needs a draft and there is none.
+            UserError: an unknown method, or one that needs a draft where there is none.
         """
-        needing = _needing_a_draft(methods)
+        needing = [method for method in methods if method is None or known_method(method).kinds]
         if not needing:
             return None
-        if self.draft is None and self.target == DEFAULT_TARGET:
-            return DEFAULT_DRAFT
-        if self.draft is None and needing != [None]:
+        if self.draft is None and self.target != DEFAULT_TARGET and needing != [None]:
             raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
-        return self.draft
+        return self.draft or (DEFAULT_DRAFT if self.target == DEFAULT_TARGET else None)
 
 
 @dataclass(frozen=True)
@@ -112,18 +97,17 @@ class Rivals:
     drafts: tuple[str, ...]
     allow_other_target: bool
 
-    def drafts_for(self, methods: Sequence[str]) -> list[str]:
-        """The drafts for these methods, which pick the one of their kind; the default target brings its own.
+    def drafts_for(self, needing: Sequence[str]) -> list[str]:
+        """The drafts for the methods that need one, each picks that of its kind; the default target brings its own.
 
         Raises:
-            UserError: a method needs a draft and there is none.
+            UserError: there are such methods and no draft.
         """
-        if not _needing_a_draft(methods):
+        if not needing:
             return []
-        if self.drafts:
-            return list(dict.fromkeys(self.drafts))
-        default = Pair(self.target, None, self.allow_other_target).draft_for(methods)
-        return [] if default is None else [default]
+        if not self.drafts and self.target != DEFAULT_TARGET:
+            raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
+        return list(dict.fromkeys(self.drafts)) or [DEFAULT_DRAFT]
 
 
 @dataclass(frozen=True)
@@ -148,11 +132,6 @@ class Counts:
             if counted is not None:
                 counted.check(target)
         return ranking, ngrams
-
-
-def _needing_a_draft(methods: Sequence[str | None]) -> list[str | None]:
-    names = (method if method is None else method.partition(":")[0] for method in methods)  # a bench's NAME:DRAFTS
-    return [name for name in names if name not in METHODS_WITHOUT_DRAFT]
 
 
 def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:

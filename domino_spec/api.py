@@ -12,8 +12,8 @@ from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.generate import decode
 from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel

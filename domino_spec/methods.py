@@ -200,9 +200,8 @@ def check_settings(methods: Sequence[str], given: Iterable[str]) -> None:
         if not any(setting in known_method(method).settings for method in methods):
             readers = [name for name, method in METHODS.items() if setting in method.settings]
             option = "--" + setting.replace("_", "-")
-            raise UserError(
-                f"{option} means nothing to method {', '.join(methods)}: leave it out (it is for {', '.join(readers)})"
-            )
+            asked = f"method {', '.join(methods)}" if methods else "the methods asked for"
+            raise UserError(f"{option} means nothing to {asked}: leave it out (it is for {', '.join(readers)})")
 
 
 def why_nothing_is_drafted(method: str, asked: bool, num_drafts: int | None = None) -> str | None:

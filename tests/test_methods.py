@@ -80,7 +80,7 @@ def test_every_method_can_be_asked_for_everywhere(tmp_path, target_dir, drafts, 
         assert "'none' is not one of" in fail(*asked)
     else:
         result = run(*asked)
-        assert result.exit_code == 0 and METHODS[method].title in result.stdout.replace("\n", " ")
+        assert result.exit_code == 0 and METHODS[method].title in result.stdout.replace("\nWith", "\nwith")
 
     result = run("serve", *pair, "--method", method, "--slots", 1, "--capacity", 64, "--port", 0, "--num-drafts", 2)
     if method == "none":

@@ -19,6 +19,7 @@ from domino_spec.bench.rows import Row, RunKey, append_row
 from domino_spec.bench.ties import TextCheck
 from domino_spec.bench.turns import Request
 from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.sampling import seed_of
 
 BATCH = 1
 """Requests decoded together; one for now."""
@@ -83,7 +84,7 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
     started = time.perf_counter()
     line: list[str] = []
     for count, (key, request, contender) in enumerate(pending, 1):
-        seed = plan.seed + key.repeat
+        seed = seed_of(plan.seed, key.repeat)
         generation = run(contender, request.token_ids, seed, plan.max_new_tokens)
         row = _row(key, seed, request, generation)
         append_row(out, row)

@@ -89,12 +89,23 @@ def build_report(out: Path, reference: str | None = None) -> dict[str, Any]:
         "mean": [asdict(means([found[c] for found in of_suites.values() if c in found])) for c in contenders],
         "pooled": [asdict(f) for f in pooled],
         "against": [asdict(entry) for entry in _against(suites, contenders, settings, draws, reference)],
+        "drafting": [_drafting(c) for c in contenders],
         "acceptance": [asdict(acceptance(rows, c)) for c in contenders if c.budget],
         "greedy_equality": _greedy_equality(out, rows),
         "differences": _differences(out, rows),
         "breakdown": [_with_prediction(b, pooled) for b in load_breakdowns(out)],
     }
     return dict(json.loads(json.dumps(report)))  # with the lists of JSON, as whoever reads report.json has it
+
+
+def _drafting(contender: Contender) -> dict[str, Any]:
+    """Whether a contender drafts, and why it does not."""
+    reason = None
+    if not contender.budget:
+        ours = contender.method == "none"
+        reason = "method none was asked for" if ours else "transformers decodes by itself, without a draft"
+    named = {"method": contender.method, "budget": contender.budget, "temperature": contender.temperature}
+    return {**named, "drafting": reason is None, "reason": reason}
 
 
 def save_breakdowns(breakdowns: Sequence[Breakdown], out: Path) -> None:

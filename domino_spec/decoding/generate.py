@@ -14,7 +14,7 @@ from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request, check_prompt
-from domino_spec.decoding.sampling import Sampling, SamplingSettings
+from domino_spec.decoding.sampling import Sampling, SamplingSettings, seed_of
 from domino_spec.decoding.state import State
 from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import Target
@@ -84,7 +84,8 @@ def decode(
         UserError: see `check_prompt`; or, once all others have ended, a request's values were not finite.
     """
     generations = [] if generations is None else generations
-    requests = [Request(prompt, replace(settings, seed=settings.seed + r), limits) for r, prompt in enumerate(prompts)]
+    seeds = [seed_of(settings.seed, r) for r in range(len(prompts))]
+    requests = [Request(p, replace(settings, seed=seed), limits) for p, seed in zip(prompts, seeds, strict=True)]
     for prompt in prompts:
         check_prompt(target, prompt, limits.max_new_tokens)
     engine = Engine(

@@ -19,7 +19,7 @@ FIRST_LOOK = 64
 """Passes with drafts before anything is said."""
 USELESS = 0.2
 """Share of passes that accept a draft below which a draft is called useless. One that was trained for its target
-accepts one in more than half of them; the acceptance length of a chain is then below 1.25 at any rate that is likely."""
+accepts one in more than half of them."""
 DEVIATIONS = 3.0
 """Standard deviations of the bound."""
 

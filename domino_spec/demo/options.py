@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.demo.shell import prepare, status
-from domino_spec.methods import known_method
+from domino_spec.methods import METHODS, known_method
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from domino_spec.target.model import Target
 
 DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
+
+MOST_THREADS = 1024
+"""More than machines have; from some number on, starting them kills the process."""
 
 Command = Callable[..., Any]
 
@@ -38,8 +43,8 @@ class Machine:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, got {self.device!r}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(f"--threads must be at least 1 and at most {MOST_THREADS}, got {self.threads}")
 
     def prepare(self) -> None:
         """Set threads and logging, before anything is loaded."""
@@ -134,6 +139,17 @@ class Counts:
         return ranking, ngrams
 
 
+SETTINGS = ("num_drafts", "candidates", "min_confidence", "sample_drafts", "ngrams")
+"""Options that only some methods read (`methods.Method.settings`)."""
+
+
+def asked_for(*names: str) -> list[str]:
+    """Those of the running command's options that were given, on the command line or by the environment."""
+    context = click.get_current_context()
+    unasked = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return [name for name in names if context.get_parameter_source(name) not in unasked]
+
+
 def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """A decorator that adds options and hands them to the command together, as one `kind` named `name`."""
 
@@ -149,6 +165,25 @@ def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> 
         return decorated
 
     return decorate
+
+
+class _Finite(click.types.FloatParamType):
+    """A number that is one: neither nan nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return float(number)
+
+
+FINITE = _Finite()
+"""Type of options that hold real numbers."""
+
+
+def method_option(names: Sequence[str] = tuple(METHODS)) -> Callable[[Command], Command]:
+    """--method, of these."""
+    return click.option("--method", type=click.Choice(names), help="How to draft; the draft's own method by default.")
 
 
 verbose_option = click.option("--verbose", is_flag=True, help="Show what the libraries underneath have to say.")

@@ -80,6 +80,18 @@ def prepare(verbose: bool, threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
+def say_nothing_is_drafted(reason: str, wanted: bool) -> None:
+    """Say once why nothing is drafted: a warning with the remedy, or, where that is what was asked for, a word."""
+    log = logging.getLogger("domino_spec")
+    if wanted:
+        log.info("nothing is drafted: %s", reason)
+    else:
+        log.warning(
+            "nothing is drafted: %s; --draft names one, --method ngram needs none, --method none says it is meant",
+            reason,
+        )
+
+
 def console(shown: bool = True) -> Console:
     """Standard output; with `shown` False, nothing that is printed to it appears."""
     from rich.console import Console

@@ -19,7 +19,7 @@ from domino_spec.decoding.engine import Engine, Stats
 from domino_spec.decoding.generation import Limits, Request
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.draft.load import AnyDraft
-from domino_spec.methods import default_method, make_drafter
+from domino_spec.methods import default_method, make_drafter, watch_for
 from domino_spec.serving.app import Service
 from domino_spec.serving.runner import STOPPED
 from domino_spec.target.model import Target
@@ -68,8 +68,9 @@ def make_engine(
     if slots < 1:
         raise UserError(f"slots must be at least 1, got {slots}")
     capacity = slot_capacity(target.max_length, capacity)
+    method = default_method(draft) if method is None else method
     drafter = make_drafter(
-        default_method(draft) if method is None else method,
+        method,
         draft,
         requests=1,  # a policy cuts what does not pay
         device=target.device,
@@ -82,6 +83,7 @@ def make_engine(
     engine = Engine(target, drafter, slots=slots, capacity=capacity, num_drafts=num_drafts, static=static)
     report("warming up")
     _warm_up(engine)
+    engine.watch = watch_for(method)
     engine.policy = None if costs is None else AdaptivePolicy(costs)
     engine.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
     return engine

@@ -95,9 +95,7 @@ def generate(
         raise UserError("--draft-vocab-size needs tokens ranked by frequency: --ranking FILE")
     if ranking is not None:
         if draft is None:
-            raise UserError(
-                "--ranking cuts a draft's vocabulary, and there is no draft: leave it out, or give --draft"
-            )
+            raise UserError("--ranking cuts a draft's vocabulary, and there is no draft: leave it out, or give --draft")
         draft = restricted(draft, ranking, draft_vocab_size, target)
     asked, method = method is not None, method or default_method(draft, sample_drafts=sample_drafts)
     check_settings([method], asked_for(*SETTINGS))

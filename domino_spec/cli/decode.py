@@ -85,8 +85,10 @@ def generate(
     from domino_spec.demo.record import generation_record
     from domino_spec.demo.terminal import AnswerWriter, MarkedText
     from domino_spec.drafters.vocabulary import restricted
+    from domino_spec.target.text import check_characters
 
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    check_characters(prompt, "the prompt")
     Limits(max_new_tokens, stop)  # what is wrong with these is said before a model is loaded
     draft_name = pair.draft_for((method,))
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
@@ -162,8 +164,11 @@ def demo(
     from domino_spec.demo.race import PROMPTS, race, warm_up
     from domino_spec.demo.record import races_record
     from domino_spec.demo.terminal import RaceView, summary
+    from domino_spec.target.text import check_characters
 
     Limits(max_new_tokens)
+    for text in prompt:
+        check_characters(text, "--prompt")
     draft_name = pair.draft_for((method,))
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     options: dict[str, Any] = {"method": method, "num_drafts": num_drafts}

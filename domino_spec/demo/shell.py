@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 class OneLineErrors(click.Group):
     """A group of commands whose errors are one line on standard error, whatever command they come from."""
@@ -34,8 +36,9 @@ class OneLineErrors(click.Group):
             _fail(error.format_message())
         except UserError as error:
             _fail(str(error))
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's own; importing it here would cost seconds
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's own, of CUDA and of a CPU, by name: importing it here would cost seconds.
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError") and NO_MEMORY not in str(error):
                 raise
             _fail(f"out of memory: {error}")
         sys.exit(status if isinstance(status, int) else 0)

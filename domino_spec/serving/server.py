@@ -21,6 +21,7 @@ from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method, make_drafter, watch_for
 from domino_spec.serving.app import Service
+from domino_spec.serving.memory import check_room
 from domino_spec.serving.runner import STOPPED
 from domino_spec.target.model import Target
 from domino_spec.target.text import encode_prompt
@@ -78,6 +79,7 @@ def make_engine(
         min_confidence=default_min_confidence(target.device),
         num_drafts=num_drafts,
     )
+    check_room(target, drafter, slots, capacity, prefix_bytes)
     adapts = num_drafts is None and drafter.max_drafts > 0
     costs = _costs(target, drafter, slots, costs_file, report) if adapts else None
     engine = Engine(target, drafter, slots=slots, capacity=capacity, num_drafts=num_drafts, static=static)

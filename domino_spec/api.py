@@ -13,10 +13,11 @@ from domino_spec.decoding.generate import decode
 from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.methods import default_method, make_drafter
+from domino_spec.methods import default_method, make_drafter, watch_for
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
 
@@ -55,6 +56,8 @@ def load_draft(
 
 
 def _custom_generate(draft: AnyDraft, target: Target) -> Callable[..., torch.Tensor]:
+    watch = watch_for(default_method(draft))
+
     def custom_generate(
         model: PreTrainedModel,
         input_ids: torch.Tensor,
@@ -81,6 +84,7 @@ def _custom_generate(draft: AnyDraft, target: Target) -> Callable[..., torch.Ten
             stopping_criteria=stopping_criteria,
             attention_mask=model_kwargs.get("attention_mask"),
             streamer=calling_streamer(),
+            watch=watch,
         )
 
     return custom_generate
@@ -122,6 +126,7 @@ def stream(
     chat: bool = True,
     enable_thinking: bool = False,
     generations: list[Generation] | None = None,
+    watch: DraftWatch | None = None,
 ) -> Iterator[list[Generation]]:
     """As `generate`, yielding the growing generations after every cycle (the same list each time).
 
@@ -134,6 +139,8 @@ def stream(
         exact: refuse a target whose verify pass may round otherwise than its plain step (`Target.check_exact`).
         ngrams: of method dart, see `make_drafter`.
         generations: filled in place, so that partial text survives an interrupt.
+        watch: counts what is accepted over several calls, and warns where drafting is of no use; None watches this
+            call alone.
     """
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     limits = Limits(max_new_tokens, tuple(stop))
@@ -144,8 +151,9 @@ def stream(
     if exact:
         target.check_exact()
     ids = [prompt_ids(target, p, chat=chat, enable_thinking=enable_thinking) for p in prompts]
+    method = default_method(draft, sample_drafts) if method is None else method
     drafter = make_drafter(
-        default_method(draft, sample_drafts) if method is None else method,
+        method,
         draft,
         requests=len(ids),
         device=target.device,
@@ -164,6 +172,7 @@ def stream(
         num_drafts=num_drafts,
         matching_rule=matching_rule,
         generations=generations,
+        watch=watch_for(method) if watch is None else watch,
     )
 
 
@@ -176,7 +185,7 @@ def generate(target: Target, draft: AnyDraft | None, prompts: Sequence[Prompt], 
         prompts: texts (wrapped in the chat template), chats, or token ids; lengths may differ.
         options: those of `stream`: `method`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`,
             `num_drafts`, `candidates`, `sample_drafts`, `min_confidence`, `matching_rule`, `exact`, `ngrams`,
-            `settings` (all warpers), `chat`, `enable_thinking`.
+            `settings` (all warpers), `chat`, `enable_thinking`, `watch`.
 
     Raises:
         UserError: a prompt or an option that cannot be used.

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from domino_spec.cli import cli
-from domino_spec.demo.options import DEFAULT_DRAFT, DEFAULT_TARGET, METHODS
+from domino_spec.demo.options import DEFAULT_DRAFT, DEFAULT_TARGET
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import EMBEDDED_DRAFT
 from domino_spec.files import load_tensors, read_jsonl
-from domino_spec.methods import METHODS as API_METHODS
+from domino_spec.methods import METHODS
 from domino_spec.target.load import EMBEDDED_TARGET
 from tests.cli_fixtures import (  # noqa: F401
     PROMPT,
@@ -61,7 +61,6 @@ def test_every_verb_of_the_first_release_is_there():
 
 
 def test_names_repeated_for_a_fast_start_are_those_of_the_library():
-    assert set(METHODS) == set(API_METHODS)
     assert (DEFAULT_TARGET, DEFAULT_DRAFT) == (EMBEDDED_TARGET, EMBEDDED_DRAFT)
 
 
@@ -93,18 +92,34 @@ def test_generate_prints_the_text_that_its_json_holds(target_dir, draft_dir):
     assert succeed(*arguments) == record["text"] + "\n"
 
 
-SERVED = [name for name, method in API_METHODS.items() if not method.kinds or "domino" in method.kinds]
+SERVED = [name for name, method in METHODS.items() if not method.kinds or "domino" in method.kinds]
 """Methods that a Domino draft serves, or that need none."""
 
 
 @pytest.mark.parametrize("method", SERVED)
 def test_every_method_writes_the_same_greedy_text(target_dir, draft_dir, method):
     options = ("--target", target_dir, "--max-new-tokens", 30)
-    plain = succeed_json("generate", PROMPT, *options)
+    plain = succeed_json("generate", PROMPT, *options, "--method", "none")
     drafted = succeed_json("generate", PROMPT, *options, "--draft", draft_dir, "--method", method)
     assert plain["method"] == "none"
     assert drafted["token_ids"] == plain["token_ids"]
     assert (drafted["draft"] is None) == (method in ("none", "ngram"))
+
+
+def test_drafting_that_is_off_is_said_and_recorded_with_the_reason(target_dir, draft_dir):
+    options = ("generate", PROMPT, "--target", target_dir, "--max-new-tokens", 4, "--json")
+    result = run(*options)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("domino-spec: warning: nothing is drafted: no draft was given; --draft names one")
+    record = json.loads(result.stdout)
+    assert (record["method"], record["drafting"], record["reason"]) == ("none", False, "no draft was given")
+    record = json.loads(succeed(*options, "--method", "none"))  # without a warning: it was asked for
+    assert (record["drafting"], record["reason"]) == (False, "method none was asked for")
+    assert "nothing is drafted: method none was asked for" in run(*options, "--method", "none", "--verbose").stderr
+    record = json.loads(succeed(*options, "--draft", draft_dir, "--num-drafts", 0))
+    assert (record["drafting"], record["reason"]) == (False, "num_drafts is 0")
+    record = json.loads(succeed(*options, "--draft", draft_dir))
+    assert (record["drafting"], record["reason"]) == (True, None)
 
 
 def test_a_seed_repeats_a_sampled_text(target_dir, draft_dir):
@@ -142,18 +157,18 @@ def test_show_drafts_uses_colour_on_a_terminal(repetitive):
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(target_dir):
-    arguments = ("--target", target_dir, "--max-new-tokens", 8)
+    arguments = ("--target", target_dir, "--method", "none", "--max-new-tokens", 8)
     assert succeed("generate", "-", *arguments, input=PROMPT) == succeed("generate", PROMPT, *arguments)
 
 
 def test_a_stop_string_and_what_follows_it_are_not_printed(target_dir):
-    arguments = ("generate", PROMPT, "--target", target_dir, "--max-new-tokens", 20)
+    arguments = ("generate", PROMPT, "--target", target_dir, "--method", "none", "--max-new-tokens", 20)
     words = succeed(*arguments).split()
     assert succeed(*arguments, "--stop", words[5]).split() == words[: words.index(words[5])]
 
 
 def test_raw_leaves_the_chat_template_out(target_dir):
-    arguments = ("generate", PROMPT, "--target", target_dir, "--max-new-tokens", 2)
+    arguments = ("generate", PROMPT, "--target", target_dir, "--method", "none", "--max-new-tokens", 2)
     assert succeed_json(*arguments)["prompt_tokens"] == 6  # the template adds a word on either side
     assert succeed_json(*arguments, "--raw")["prompt_tokens"] == 4
 
@@ -221,7 +236,8 @@ def test_regenerate_answers_every_prompt_once_and_resumes(tmp_path, target_dir, 
     assert rows.keys() == {f"p{i}" for i in range(6)}
     assert set(rows["p0"]) == {"id", "category", "temperature", "prompt_ids", "response_ids"}
     for prompt in read_jsonl(prompts, {}):
-        alone = succeed_json("generate", prompt["turns"][0], "--target", target_dir, "--max-new-tokens", 24)
+        options = ("--target", target_dir, "--method", "none", "--max-new-tokens", 24)
+        alone = succeed_json("generate", prompt["turns"][0], *options)
         assert rows[prompt["id"]]["response_ids"] == alone["token_ids"]
 
     # Killed while writing the fourth row: that row and the ones after it are answered again.

@@ -71,6 +71,14 @@ def render(report: Record, plots: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _threads_line(threads: Record) -> str:
+    """What decides how threads run, of one session."""
+    variables = ", ".join(f"{name}={value}" for name, value in threads["environment"].items())
+    return (
+        f"{threads['num_threads']} threads, {threads['processors']} processors ({variables or 'no OpenMP variables'})"
+    )
+
+
 def _provenance(report: Record) -> str:
     settings, sessions = report["settings"], report["sessions"]
     lines = [
@@ -86,7 +94,12 @@ def _provenance(report: Record) -> str:
             [f"from run {session['rows_before'] + 1}", f"`{session['command']}`"],
             ["", f"{session['started']}, commit {session['commit'] or 'unknown'}, load {session['load_average']}"],
             ["", versions],
+            *([["", _threads_line(session["threads"])]] if "threads" in session else []),
         ]
+    load = report.get("load")
+    if load:
+        stolen = f", {load['steal_seconds']:g} s of processor time taken by other guests of the host"
+        lines.append(["load while measuring", f"{load['median']:g} (median), {load['most']:g} at most{stolen}"])
     text = table(["", ""], lines).replace("---:", "---")
     if len({(session["commit"], str(session["versions"])) for session in sessions}) > 1:
         text += "\n\n**Measured in sessions of different commits or versions: compare with care.**"

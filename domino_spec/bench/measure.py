@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from domino_spec.bench import environment
 from domino_spec.bench.methods import Contender, Run
 from domino_spec.bench.rows import Row, RunKey, append_row
 from domino_spec.bench.ties import TextCheck
 from domino_spec.bench.turns import Request
 from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.sampling import seed_of
 
 BATCH = 1
 """Requests decoded together; one for now."""
@@ -83,9 +85,10 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
     started = time.perf_counter()
     line: list[str] = []
     for count, (key, request, contender) in enumerate(pending, 1):
-        seed = plan.seed + key.repeat
+        seed = seed_of(plan.seed, key.repeat)
+        before = environment.load()
         generation = run(contender, request.token_ids, seed, plan.max_new_tokens)
-        row = _row(key, seed, request, generation)
+        row = _row(key, seed, request, generation, before, environment.load())
         append_row(out, row)
         rows.append(row)
         line.append(_figures(row))
@@ -99,7 +102,12 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
     return rows
 
 
-def _row(key: RunKey, seed: int, request: Request, generation: Generation) -> Row:
+def _row(
+    key: RunKey, seed: int, request: Request, generation: Generation, before: environment.Load, after: environment.Load
+) -> Row:
+    stolen = None
+    if before["steal_seconds"] is not None and after["steal_seconds"] is not None:
+        stolen = round(after["steal_seconds"] - before["steal_seconds"], 3)
     return Row(
         **key._asdict(),
         seed=seed,
@@ -113,6 +121,8 @@ def _row(key: RunKey, seed: int, request: Request, generation: Generation) -> Ro
         seconds_prefill=generation.seconds_prefill,
         seconds_decode=generation.seconds_decode,
         turn=request.turn,
+        load_average=after["load_average"],
+        steal_seconds=stolen,
     )
 
 

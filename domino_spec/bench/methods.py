@@ -19,10 +19,12 @@ from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generation import Generation
 from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.watch import DraftWatch
+from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel
 from domino_spec.drafters.vocabulary import FrequentTokens, restricted
 from domino_spec.methods import METHODS as DRAFTING
-from domino_spec.methods import AnyDraft, choose_draft, kind_of, make_drafter
+from domino_spec.methods import check_settings, choose_draft, kind_of, make_drafter, watch_for
 from domino_spec.target.model import Target
 
 TRANSFORMERS = "transformers"
@@ -50,23 +52,15 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "none": Method("none"),
-    "ngram": Method("ngram"),
-    "dflash": Method("dflash"),
-    "dflash-argmax": Method("dflash", sample_drafts=False),
-    "domino": Method("domino"),
-    "domino-confident": Method("domino", all_drafts=False),
+    **{name: Method(name) for name in DRAFTING},
     "domino+ngram": Method("domino+ngram", all_drafts=False),
-    "domino-head-off": Method("dflash", kind="domino"),
-    "domino-tree": Method("domino-tree"),
-    "domino-best-first": Method("domino-best-first"),
-    "domino-tree-confident": Method("domino-tree", all_drafts=False),
     "domino-tree+ngram": Method("domino-tree+ngram", all_drafts=False),
-    "dflash-tree": Method("dflash-tree"),
+    "dflash-argmax": Method("dflash", sample_drafts=False),
     "domino-argmax": Method("domino", sample_drafts=False),
+    "domino-confident": Method("domino", all_drafts=False),
+    "domino-tree-confident": Method("domino-tree", all_drafts=False),
+    "domino-head-off": Method("dflash", kind="domino"),
     "domino-matching": Method("domino", sample_drafts=True, matching_rule=True),
-    "eagle3": Method("eagle3"),
-    "dart": Method("dart"),
     TRANSFORMERS: Method(None),
     ASSISTED: Method(None),
     LOOKUP: Method(None),
@@ -122,6 +116,12 @@ def parse_method(text: str) -> Wanted:
 def method_of(name: str) -> Method:
     """The method of a contender's name, which may have `@SIZE` behind it."""
     return METHODS[name.partition("@")[0]]
+
+
+def needs_draft(text: str) -> bool:
+    """Whether a method takes a draft; raises as `parse_method`."""
+    name = parse_method(text).name.partition("@")[0]
+    return name == DFLASH or _takes_draft(name)
 
 
 def _takes_draft(name: str) -> bool:
@@ -198,6 +198,22 @@ class Drafting:
         )
 
 
+def check_options(methods: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse options that none of the methods reads.
+
+    Args:
+        methods: as `parse_method` reads them.
+        given: `num_drafts`, `candidates` or `ngrams`, where they were asked for.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    names = [parse_method(text).name for text in methods]
+    peers = {*names} & {*PEERS}  # which have numbers of drafts too
+    own = [drafting for name in names if (drafting := method_of(name).drafting) is not None]
+    check_settings(own, [name for name in given if not (peers and name == "num_drafts")])
+
+
 def check_methods(methods: Sequence[str], temperatures: Sequence[float]) -> None:
     """Refuse a list of methods that cannot be run.
 
@@ -258,7 +274,7 @@ def runner(drafting: Drafting, baseline: Any, candidates: int | None, peers: Pee
         candidates: K of the head's restricted candidates, None for all.
         peers: for the methods `peers.PEERS`; else None.
     """
-    target = drafting.target
+    target, watches = drafting.target, dict[str, DraftWatch | None]()
 
     def run(contender: Contender, prompt: list[int], seed: int, max_new_tokens: int) -> Generation:
         method = method_of(contender.method)
@@ -271,6 +287,8 @@ def runner(drafting: Drafting, baseline: Any, candidates: int | None, peers: Pee
             return transformers_generate(
                 baseline, target.stop_token_ids, prompt, contender.temperature, seed, max_new_tokens
             )
+        if contender.method not in watches:
+            watches[contender.method] = watch_for(method.drafting)
         (generation,) = generate(
             target,
             drafting.draft_for(contender.method),
@@ -285,6 +303,7 @@ def runner(drafting: Drafting, baseline: Any, candidates: int | None, peers: Pee
             min_confidence=0.0 if method.all_drafts else None,
             matching_rule=method.matching_rule,
             ngrams=drafting.ngrams,
+            watch=watches[contender.method],
         )
         return generation
 

@@ -84,17 +84,38 @@ def build_report(out: Path, reference: str | None = None) -> dict[str, Any]:
         "settings": settings["configuration"],
         "sessions": settings["sessions"],
         "measured_runs": len(rows),
+        "load": _load(rows),
         "intervals": {"level": LEVEL, "resamples": RESAMPLES, "drawn": "whole conversations within each suite"},
         "suites": {name: [asdict(figures(m)) for m in found.values()] for name, found in of_suites.items()},
         "mean": [asdict(means([found[c] for found in of_suites.values() if c in found])) for c in contenders],
         "pooled": [asdict(f) for f in pooled],
         "against": [asdict(entry) for entry in _against(suites, contenders, settings, draws, reference)],
+        "drafting": [_drafting(c) for c in contenders],
         "acceptance": [asdict(acceptance(rows, c)) for c in contenders if c.budget],
         "greedy_equality": _greedy_equality(out, rows),
         "differences": _differences(out, rows),
         "breakdown": [_with_prediction(b, pooled) for b in load_breakdowns(out)],
     }
     return dict(json.loads(json.dumps(report)))  # with the lists of JSON, as whoever reads report.json has it
+
+
+def _load(rows: Sequence[Row]) -> dict[str, float] | None:
+    """What else the machine did during the runs; None for benches of versions that did not look."""
+    loads = sorted(row.load_average for row in rows if row.load_average is not None)
+    if not loads:
+        return None
+    stolen = sum(row.steal_seconds or 0.0 for row in rows)
+    return {"median": loads[len(loads) // 2], "most": loads[-1], "steal_seconds": round(stolen, 3)}
+
+
+def _drafting(contender: Contender) -> dict[str, Any]:
+    """Whether a contender drafts, and why it does not."""
+    reason = None
+    if not contender.budget:
+        ours = contender.method == "none"
+        reason = "method none was asked for" if ours else "transformers decodes by itself, without a draft"
+    named = {"method": contender.method, "budget": contender.budget, "temperature": contender.temperature}
+    return {**named, "drafting": reason is None, "reason": reason}
 
 
 def save_breakdowns(breakdowns: Sequence[Breakdown], out: Path) -> None:

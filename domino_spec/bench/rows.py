@@ -62,6 +62,10 @@ class Row(Settings):
     seconds_decode: float
     turn: int = 1
     """Which turn of its conversation the prompt is, from 1 on; later ones hold the turns and answers before them."""
+    load_average: float | None = None
+    """Processes of the machine that wanted to run, over the minute before the run's end."""
+    steal_seconds: float | None = None
+    """Processor time that a hypervisor gave to others meanwhile, over all processors."""
 
     @property
     def conversation(self) -> str:

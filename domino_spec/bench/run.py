@@ -32,6 +32,7 @@ from domino_spec.drafters.vocabulary import FrequentTokens
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 
+MOST_REPEATS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -97,6 +98,8 @@ def run_bench(
     """
     say = say or _print_progress
     methods, temperatures = list(dict.fromkeys(methods)), list(dict.fromkeys(float(t) for t in temperatures))
+    if repeats > MOST_REPEATS:
+        raise UserError(f"bench needs repeats of at most {MOST_REPEATS}, got {repeats}")
     _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
     check_methods(methods, temperatures)
     prompts = load_suites(suites, limit)

@@ -5,10 +5,12 @@ What a user can get wrong ends in one line on standard error and exit status 2; 
 
 from domino_spec.cli import bench, count, decode, profile, serve, train  # noqa: F401 - importing adds their commands
 from domino_spec.cli.group import cli
+from domino_spec.cli.threads import settle_threads
 
 __all__ = ["cli", "main"]
 
 
 def main() -> None:
     """The `domino-spec` command."""
+    settle_threads()
     cli(prog_name="domino-spec")

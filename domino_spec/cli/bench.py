@@ -11,9 +11,11 @@ from click.core import ParameterSource
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import (
+    FINITE,
     Counts,
     Machine,
     Rivals,
+    asked_for,
     candidates_option,
     counts_options,
     json_option,
@@ -66,7 +68,7 @@ OF_SERVERS = frozenset(("concurrency", "api_key", "served_model", "request_timeo
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="With --server: of the servers; OPENAI_API_KEY is safer.")
 @click.option("--served-model", metavar="NAME", help="With --server: the model's name there; the only one by default.")
 @click.option(
-    "--request-timeout", type=float, default=600.0, show_default=True, help="With --server: seconds per request."
+    "--request-timeout", type=FINITE, default=600.0, show_default=True, help="With --server: seconds per request."
 )
 @click.option("--compare", nargs=2, type=Path, metavar="A B", help="Two finished benches side by side.")
 @machine_options
@@ -135,15 +137,16 @@ def bench(
         )
         return _print(report, as_json)
     names = comma_separated(methods, str, "--methods")
-    drafts = rivals.drafts_for(names)
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
     machine.prepare()
+    from domino_spec.bench.methods import check_options, needs_draft
     from domino_spec.bench.run import run_bench
 
+    check_options(names, asked_for("num_drafts", "candidates", "ngrams"))
     report = run_bench(
         target=rivals.target,
-        drafts=drafts,
+        drafts=rivals.drafts_for([name for name in names if needs_draft(name)]),
         suites=comma_separated(suites, str, "--suite"),
         methods=names,
         out=out,

@@ -9,28 +9,32 @@ import click
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import (
-    METHODS,
+    FINITE,
+    SETTINGS,
     Counts,
     Machine,
     Pair,
+    asked_for,
     candidates_option,
     counts_options,
     json_option,
     machine_options,
     max_new_tokens_option,
+    method_option,
     num_drafts_option,
     pair_options,
 )
-from domino_spec.demo.shell import console, print_json, read_prompt, status
+from domino_spec.demo.shell import console, print_json, read_prompt, say_nothing_is_drafted, status
+from domino_spec.methods import METHODS, check_settings, default_method, why_nothing_is_drafted
 
 
 @cli.command()
 @click.argument("prompt", required=False)
 @pair_options
-@click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default.")
+@method_option()
 @max_new_tokens_option(default=256)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that together reach this.")
+@click.option("--temperature", type=FINITE, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=FINITE, default=1.0, help="Keep the likeliest tokens that together reach this.")
 @click.option("--top-k", type=int, default=0, help="Keep this many of the likeliest tokens; 0 keeps all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
@@ -38,7 +42,7 @@ from domino_spec.demo.shell import console, print_json, read_prompt, status
 @candidates_option
 @counts_options
 @click.option("--draft-vocab-size", type=int, help="Draft only the so many most frequent tokens of --ranking.")
-@click.option("--min-confidence", type=float, help="End a draft where its token is less probable; measured default.")
+@click.option("--min-confidence", type=FINITE, help="End a draft where its token is less probable; measured default.")
 @click.option("--sample-drafts/--argmax-drafts", default=None, help="Above temperature 0, sample drafts, or not.")
 @click.option("--exact", is_flag=True, help="Refuse a target whose verify pass may round otherwise than plain steps.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
@@ -81,18 +85,25 @@ def generate(
     from domino_spec.demo.record import generation_record
     from domino_spec.demo.terminal import AnswerWriter, MarkedText
     from domino_spec.drafters.vocabulary import restricted
-    from domino_spec.methods import default_method
+    from domino_spec.target.text import check_characters
 
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    check_characters(prompt, "the prompt")
     Limits(max_new_tokens, stop)  # what is wrong with these is said before a model is loaded
     draft_name = pair.draft_for((method,))
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     ranking, ngrams = counts.load(target)
     if ranking is None and draft_vocab_size is not None:
         raise UserError("--draft-vocab-size needs tokens ranked by frequency: --ranking FILE")
-    if ranking is not None and draft is not None:
+    if ranking is not None:
+        if draft is None:
+            raise UserError("--ranking cuts a draft's vocabulary, and there is no draft: leave it out, or give --draft")
         draft = restricted(draft, ranking, draft_vocab_size, target)
-    method = method or default_method(draft, sample_drafts=sample_drafts)
+    asked, method = method is not None, method or default_method(draft, sample_drafts=sample_drafts)
+    check_settings([method], asked_for(*SETTINGS))
+    drafting_off = why_nothing_is_drafted(method, asked, num_drafts)
+    if drafting_off is not None:
+        say_nothing_is_drafted(drafting_off, asked or num_drafts == 0)
     generations: list[Generation] = []
     cycles = stream(
         target,
@@ -120,12 +131,12 @@ def generate(
         writer.finish(generations[0])
     else:
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        print_json({**generation_record(generations[0], target, draft_name, method), **sampling})
+        print_json({**generation_record(generations[0], target, draft_name, method, drafting_off), **sampling})
 
 
 @cli.command()
 @pair_options
-@click.option("--method", type=click.Choice(METHODS[:-1]), help="How to draft; the draft's own method by default.")
+@method_option([name for name in METHODS if name != "none"])
 @click.option("--prompt", multiple=True, help="Ask this instead of the demo's own prompts; may be repeated.")
 @max_new_tokens_option(default=96)
 @num_drafts_option
@@ -153,8 +164,11 @@ def demo(
     from domino_spec.demo.race import PROMPTS, race, warm_up
     from domino_spec.demo.record import races_record
     from domino_spec.demo.terminal import RaceView, summary
+    from domino_spec.target.text import check_characters
 
     Limits(max_new_tokens)
+    for text in prompt:
+        check_characters(text, "--prompt")
     draft_name = pair.draft_for((method,))
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     options: dict[str, Any] = {"method": method, "num_drafts": num_drafts}

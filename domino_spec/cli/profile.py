@@ -13,12 +13,14 @@ from domino_spec.demo.options import (
     DEFAULT_TARGET,
     Machine,
     Pair,
+    asked_for,
     candidates_option,
     json_option,
     machine_options,
     pair_options,
 )
 from domino_spec.demo.shell import comma_separated, print_json, status
+from domino_spec.methods import check_settings
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -87,6 +89,7 @@ def profile(
     else:
         made_of["draft_vocab_size"] = draft_vocab_size
         target, draft = _made(shape, draft_vocab_size, names, batch, context, machine)
+    check_settings(names or default_methods(draft), asked_for("num_drafts", "candidates"))
     asked: list[int | None] = [*counts] or [None]
     wanted = [(name, count) for name in names or default_methods(draft) for count in asked]
     with ProgressView(Console(stderr=True), shown=not as_json) as view:

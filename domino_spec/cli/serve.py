@@ -7,21 +7,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import (
-    METHODS,
+    FINITE,
+    SETTINGS,
     Machine,
     Pair,
+    asked_for,
     candidates_option,
     collected,
     json_option,
     machine_options,
+    method_option,
     pair_options,
 )
 from domino_spec.demo.shell import print_json
+from domino_spec.methods import check_settings, default_method, why_nothing_is_drafted
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOCAL = "local"
@@ -70,7 +73,7 @@ endpoint_options = collected(
 local_options = collected(
     Local,
     "local",
-    click.option("--method", type=click.Choice(METHODS), help="How to draft; the draft's own method by default."),
+    method_option(),
     click.option("--costs", type=Path, help="Where the measured costs of passes are kept between starts (JSON)."),
     click.option(
         "--prefix-cache",
@@ -81,9 +84,9 @@ local_options = collected(
     ),
     click.option("--graphs", is_flag=True, help="Capture whole cycles as CUDA graphs (new: no GPU has run it yet)."),
     click.option("--max-queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait."),
-    click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds per request; 0 for any."),
+    click.option("--timeout", type=FINITE, default=600.0, show_default=True, help="Seconds per request; 0 for any."),
     click.option(
-        "--drain-seconds", type=float, default=30.0, show_default=True, help="For running requests at the end."
+        "--drain-seconds", type=FINITE, default=30.0, show_default=True, help="For running requests at the end."
     ),
     click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages that may ask."),
 )
@@ -130,6 +133,7 @@ def serve(
     domino-spec serve --engine vllm --target Qwen/Qwen3-4B --draft my-draft -- --gpu-memory-utilization 0.8
     """
     _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
+    # Without a draft the method is none; as if it had been asked for, no draft is looked for.
     method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
     machine.prepare()
@@ -137,7 +141,7 @@ def serve(
         return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
     if engine != LOCAL:
         return _serve_elsewhere(context, pair, draft_name, engine, endpoint, machine, engine_arguments, only_print)
-    _serve_here(pair, draft_name, endpoint, local, method, machine)
+    _serve_here(pair, draft_name, endpoint, local, machine)
 
 
 def _check_options(
@@ -159,17 +163,13 @@ def _check_options(
             raise UserError("--print shows the command line of another engine: give --engine vllm or sglang")
     else:
         for field in fields(Local):
-            if _given(context, field.name) and not (field.name == "method" and context.params.get("method") == "none"):
+            if asked_for(field.name) and not (field.name == "method" and context.params.get("method") == "none"):
                 option = "--" + {"cors_origins": "cors-origin"}.get(field.name, field.name.replace("_", "-"))
                 raise UserError(f"{option} is for this package's engine, not for --engine {engine}")
     if as_json and not only_check:
         raise UserError("--json goes with --check")
     if only_print and only_check:
         raise UserError("--print and --check are two things: give one")
-
-
-def _given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
 
 
 def _check(
@@ -196,9 +196,7 @@ def _check(
             dtype=machine.dtype,
             slots=endpoint.slots,
             capacity=endpoint.capacity,
-            candidates=None
-            if engine == "sglang" and not _given(context, "candidates")
-            else endpoint.candidates or None,
+            candidates=None if engine == "sglang" and not asked_for("candidates") else endpoint.candidates or None,
             num_drafts=endpoint.num_drafts,
             prefix_bytes=local.prefix_cache * 2**20,
             allow_other_target=pair.allow_other_target,
@@ -244,10 +242,10 @@ def _serve_elsewhere(
         host=endpoint.host,
         port=endpoint.port,
         model_name=endpoint.served_model_name or pair.target,
-        slots=endpoint.slots if _given(context, "slots") else None,
+        slots=endpoint.slots if asked_for("slots") else None,
         capacity=endpoint.capacity,
         dtype=machine.dtype,
-        candidates=endpoint.candidates if _given(context, "candidates") else None,
+        candidates=endpoint.candidates if asked_for("candidates") else None,
         allow_other_target=pair.allow_other_target,
         api_key=endpoint.api_key or None,
         device=machine.device,
@@ -258,14 +256,14 @@ def _serve_elsewhere(
     command = launch.launch(engine, target_source(pair.target), directory, num_drafts, settings)
     if not only_print:
         launch.installed_version(engine)
+    if draft is None:
+        _report("nothing is drafted: no draft was given")
     click.echo(command.line)
     if not only_print:
         command.run()
 
 
-def _serve_here(
-    pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
-) -> None:
+def _serve_here(pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, machine: Machine) -> None:
     """Serve on this package's engine until a signal ends it."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
@@ -280,6 +278,15 @@ def _serve_here(
     if local.graphs and choose_device(machine.device).type != "cuda":
         raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
+    method = local.method or default_method(draft)
+    check_settings([method], asked_for(*SETTINGS))
+    drafting_off = why_nothing_is_drafted(method, asked=local.method is not None, num_drafts=endpoint.num_drafts)
+    if drafting_off is not None:
+        _report(f"nothing is drafted: {drafting_off}")
+        if local.costs is not None:
+            raise UserError("--costs keeps what drafting costs, and nothing is drafted: leave it out")
+    elif local.costs is not None and endpoint.num_drafts is not None:
+        raise UserError("--costs is for choosing the number of drafts, which --num-drafts fixes: leave one of them out")
     engine = make_engine(
         target,
         draft,
@@ -299,6 +306,8 @@ def _serve_here(
         timeout=local.timeout or None,
         api_key=endpoint.api_key or None,
         cors_origins=local.cors_origins,
+        method=method,
+        drafting_off=drafting_off,
     )
 
     def say_where() -> None:

@@ -30,6 +30,7 @@ from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.static import Flight, StaticCycles
 from domino_spec.decoding.static_policy import LateChoice
 from domino_spec.decoding.verify import commit, verify
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import PREFILL_CHUNK, Target
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Engine:
         prefixes: keeps texts that ended, for prompts that begin like them; None keeps none.
         static: run static cycles where the drafter allows, captured as graphs on CUDA. Requests that want
             log-probabilities have ordinary ones, and so has whoever is decoded beside them.
+        watch: counts what is accepted, and warns where drafting is of no use; None watches nothing.
 
     Raises:
         UserError: fewer slots than one.
@@ -82,11 +84,12 @@ class Engine:
         matching_rule: bool = False,
         prefixes: PrefixCache | None = None,
         static: bool = False,
+        watch: DraftWatch | None = None,
     ) -> None:
         if slots < 1:
             raise UserError(f"an engine needs at least one slot, got {slots}")
         self.target, self.drafter, self.policy, self.matching_rule = target, drafter, policy, matching_rule
-        self.slots, self.capacity, self.prefixes = slots, capacity, prefixes
+        self.slots, self.capacity, self.prefixes, self.watch = slots, capacity, prefixes, watch
         self.num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
         self.stats = Stats()
         rows = capacity + cycle_room(drafter)
@@ -314,6 +317,8 @@ class Engine:
     def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
         tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
         proposed, sound = proposal.num_drafts.tolist(), verdict.sound.tolist()
+        if self.watch is not None:
+            self.watch.count(proposed, accepted)
         now, grown = time.perf_counter(), []
         for r, slot in enumerate(self._running):
             grown.append(slot.generation)
@@ -338,6 +343,8 @@ class Engine:
         if decoded:
             drafts, accepted = (sum(values[r] for r in decoded) for values in (heard.num_drafts, heard.accepted))
             self.stats.count(len(decoded), drafts, accepted)
+            if self.watch is not None:
+                self.watch.count(heard.num_drafts, heard.accepted)
         self._choice.learn(flight, heard)
         for r in decoded:
             slot = flight.slots[r]

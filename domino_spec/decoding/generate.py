@@ -14,8 +14,9 @@ from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request, check_prompt
-from domino_spec.decoding.sampling import Sampling, SamplingSettings
+from domino_spec.decoding.sampling import Sampling, SamplingSettings, seed_of
 from domino_spec.decoding.state import State
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import Target
 
 
@@ -65,6 +66,7 @@ def decode(
     matching_rule: bool = False,
     generations: list[Generation] | None = None,
     seeds: Sequence[int] | None = None,
+    watch: DraftWatch | None = None,
 ) -> Iterator[list[Generation]]:
     """Decode R requests together; yields the same list of generations, grown, after every cycle.
 
@@ -78,15 +80,15 @@ def decode(
         matching_rule: see `verify`.
         generations: filled in place, for callers that must keep partial text when the loop is interrupted.
         seeds: of every request's stream, in place of `seed + r`.
+        watch: see `Engine`.
 
     Raises:
         UserError: see `check_prompt`; or, once all others have ended, a request's values were not finite.
     """
     generations = [] if generations is None else generations
-    seeds = range(settings.seed, settings.seed + len(prompts)) if seeds is None else seeds
-    requests = [
-        Request(prompt, replace(settings, seed=seed), limits) for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    if seeds is None:
+        seeds = [seed_of(settings.seed, r) for r in range(len(prompts))]
+    requests = [Request(p, replace(settings, seed=seed), limits) for p, seed in zip(prompts, seeds, strict=True)]
     for prompt in prompts:
         check_prompt(target, prompt, limits.max_new_tokens)
     engine = Engine(
@@ -96,6 +98,7 @@ def decode(
         capacity=max(map(len, prompts)) + limits.max_new_tokens,
         num_drafts=num_drafts,
         matching_rule=matching_rule,
+        watch=watch,
     )
     generations += [engine.submit(request) for request in requests]
     while engine.busy:

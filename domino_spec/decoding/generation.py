@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from domino_spec.config import UserError
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.target.model import Target
-from domino_spec.target.text import StopStrings, TextStream
+from domino_spec.target.text import StopStrings, TextStream, check_characters
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Limits:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if any(not s for s in self.stop):
             raise UserError("a stop string must not be empty")
+        for text in self.stop:
+            check_characters(text, "a stop string")
 
 
 @dataclass(frozen=True)

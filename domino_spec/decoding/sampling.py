@@ -6,6 +6,7 @@ Warpers act on the target's distribution only: the draft may use any distributio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from domino_spec.config import UserError
 from domino_spec.kernels.reference import draw
+
+ALMOST_ZERO, HOTTEST = 1e-5, 1e5
+"""Least and highest temperature above 0: logits divided by less would not stay finite, by more would all be equal."""
+INT64 = 2**63
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,23 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         checks = (
             (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
+            (
+                self.temperature == 0 or ALMOST_ZERO <= self.temperature <= HOTTEST,
+                f"temperature must be 0 or between {ALMOST_ZERO:g} and {HOTTEST:g}, got {self.temperature}",
+            ),
             (self.top_k >= 0, f"top_k must not be negative, got {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be greater than 0 and at most 1, got {self.top_p}"),
             (0 <= self.min_p < 1, f"min_p must be at least 0 and less than 1, got {self.min_p}"),
             (self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}"),
+            (all(map(math.isfinite, penalties)), f"penalties must be finite numbers, got {penalties}"),
+            (
+                all(bias < math.inf for bias in self.logit_bias.values()),
+                "logit_bias must hold numbers; -inf forbids a token",
+            ),
+            (-INT64 <= self.seed < INT64, f"seed must fit into 64 bits, got {self.seed}"),
         )
         for holds, message in checks:
             if not holds:
@@ -58,6 +74,11 @@ class SamplingSettings:
     def reads_history(self) -> bool:
         """True where a distribution depends on which tokens came before, beyond the model itself."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def seed_of(seed: int, request: int) -> int:
+    """The seed of one of several requests that share a seed: it plus the request's index, within 64 bits."""
+    return (seed + request + INT64) % (2 * INT64) - INT64
 
 
 @dataclass(frozen=True)
@@ -180,7 +201,7 @@ class Sampling:
     @staticmethod
     def alike(settings: SamplingSettings, requests: int, device: torch.device | str = "cpu") -> Sampling:
         """The same settings for all; request r draws from the stream `seed + r`."""
-        return Sampling([replace(settings, seed=settings.seed + r) for r in range(requests)], device)
+        return Sampling([replace(settings, seed=seed_of(settings.seed, r)) for r in range(requests)], device)
 
     def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
         """`warp_logits` of [R, n, V], each request by its own settings."""

@@ -97,7 +97,7 @@ class Verdict:
     anchor_positions: Tensor
     """[R], position of the first feature row (the anchor's)."""
     sound: Tensor
-    """[R] bool, False where the target's output holds values that are not finite: what was decided means nothing."""
+    """[R] bool, False where the target's hidden states or logits are not finite: what was decided means nothing."""
     path: Tensor | None = None
     """[R, N + 1], rows of the pass that form the accepted path of a tree, the anchor's first; None for a chain, whose
     path is the first rows."""

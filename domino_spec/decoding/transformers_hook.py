@@ -29,6 +29,7 @@ from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.generate import decode
 from domino_spec.decoding.generation import Limits
 from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import Target
 
 _HONOURED = (
@@ -72,8 +73,11 @@ def generate_with(
     stopping_criteria: StoppingCriteriaList,
     attention_mask: Tensor | None = None,
     streamer: BaseStreamer | None = None,
+    watch: DraftWatch | None = None,
 ) -> Tensor:
     """Decode `input_ids` [R, T] (left-padded where `attention_mask` is 0) with a drafter: [R, T + longest answer].
+
+    `watch` as for `Engine`.
 
     Raises:
         UserError: a setting that our loop would not honour.
@@ -99,6 +103,7 @@ def generate_with(
         prompts,
         settings=sampling_settings(generation_config, logits_processor),
         limits=Limits(generation_config.max_length - input_ids.shape[1], stop_token_ids=stop_ids),
+        watch=watch,
     ):
         if streamer is not None:
             streamer.put(torch.tensor(generations[0].token_ids[shown:]))

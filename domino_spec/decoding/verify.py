@@ -61,7 +61,7 @@ def verify(
         else:
             probs = sampling.probs(logits, history)
             committed, num_accepted = accept_chain(probs, proposal, sampling.streams, positions)
-    sound = _sound(output.hidden, num_accepted, path)
+    sound = _sound(output.hidden, logits, num_accepted, path)
     return Verdict(committed, num_accepted, features, state.lengths - 1, sound, path, logits)
 
 
@@ -76,9 +76,13 @@ def _history(state: State, proposal: Proposal, ancestors: Tensor | None, vocab_s
     return path_history(state.tokens, state.lengths, state.prompt_lengths, proposal.tokens, on_path, vocab_size)
 
 
-def _sound(hidden: Tensor, num_accepted: Tensor, path: Tensor | None) -> Tensor:
-    """Whether the rows that decided something are finite: hidden states [R, n, H] to [R]."""
-    finite = hidden.isfinite().all(-1)  # [R, n]
+def _sound(hidden: Tensor, logits: Tensor, num_accepted: Tensor, path: Tensor | None) -> Tensor:
+    """Whether the rows that decided something are finite: hidden states [R, n, H] and logits [R, n, V] to [R].
+
+    A target may forbid tokens with minus infinity. So of its logits only the largest must be finite: it is NaN where
+    any of them is.
+    """
+    finite = hidden.isfinite().all(-1) & logits.amax(-1).isfinite()  # [R, n]
     if path is not None:
         finite = finite.gather(1, path)
     unused = torch.arange(finite.shape[1], device=finite.device) > num_accepted[:, None]

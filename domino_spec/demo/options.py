@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.demo.shell import prepare, status
+from domino_spec.methods import METHODS, known_method
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -20,21 +23,10 @@ if TYPE_CHECKING:
     from domino_spec.drafters.vocabulary import FrequentTokens
     from domino_spec.target.model import Target
 
-METHODS = (
-    "domino-tree",
-    "domino-best-first",
-    "domino",
-    "domino-tree+ngram",
-    "domino+ngram",
-    "dflash-tree",
-    "dflash",
-    "eagle3",
-    "dart",
-    "ngram",
-    "none",
-)
-METHODS_WITHOUT_DRAFT = ("ngram", "none", "transformers", "transformers-lookup", "transformers-assisted")
 DEFAULT_TARGET, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-domino"
+
+MOST_THREADS = 1024
+"""More than machines have; from some number on, starting them kills the process."""
 
 Command = Callable[..., Any]
 
@@ -51,8 +43,8 @@ class Machine:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, got {self.device!r}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(f"--threads must be at least 1 and at most {MOST_THREADS}, got {self.threads}")
 
     def prepare(self) -> None:
         """Set threads and logging, before anything is loaded."""
@@ -92,16 +84,14 @@ class Pair:
         """The draft that these methods need (None stands for a draft's own method); the default target brings its own.
 
         Raises:
-            UserError: a method needs a draft and there is none.
+            UserError: an unknown method, or one that needs a draft where there is none.
         """
-        needing = _needing_a_draft(methods)
+        needing = [method for method in methods if method is None or known_method(method).kinds]
         if not needing:
             return None
-        if self.draft is None and self.target == DEFAULT_TARGET:
-            return DEFAULT_DRAFT
-        if self.draft is None and needing != [None]:
+        if self.draft is None and self.target != DEFAULT_TARGET and needing != [None]:
             raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
-        return self.draft
+        return self.draft or (DEFAULT_DRAFT if self.target == DEFAULT_TARGET else None)
 
 
 @dataclass(frozen=True)
@@ -112,18 +102,17 @@ class Rivals:
     drafts: tuple[str, ...]
     allow_other_target: bool
 
-    def drafts_for(self, methods: Sequence[str]) -> list[str]:
-        """The drafts for these methods, which pick the one of their kind; the default target brings its own.
+    def drafts_for(self, needing: Sequence[str]) -> list[str]:
+        """The drafts for the methods that need one, each picks that of its kind; the default target brings its own.
 
         Raises:
-            UserError: a method needs a draft and there is none.
+            UserError: there are such methods and no draft.
         """
-        if not _needing_a_draft(methods):
+        if not needing:
             return []
-        if self.drafts:
-            return list(dict.fromkeys(self.drafts))
-        default = Pair(self.target, None, self.allow_other_target).draft_for(methods)
-        return [] if default is None else [default]
+        if not self.drafts and self.target != DEFAULT_TARGET:
+            raise UserError(f"method {needing[0]} needs a draft made for {self.target}: give --draft")
+        return list(dict.fromkeys(self.drafts)) or [DEFAULT_DRAFT]
 
 
 @dataclass(frozen=True)
@@ -150,9 +139,15 @@ class Counts:
         return ranking, ngrams
 
 
-def _needing_a_draft(methods: Sequence[str | None]) -> list[str | None]:
-    names = (method if method is None else method.partition(":")[0] for method in methods)  # a bench's NAME:DRAFTS
-    return [name for name in names if name not in METHODS_WITHOUT_DRAFT]
+SETTINGS = ("num_drafts", "candidates", "min_confidence", "sample_drafts", "ngrams")
+"""Options that only some methods read (`methods.Method.settings`)."""
+
+
+def asked_for(*names: str) -> list[str]:
+    """Those of the running command's options that were given, on the command line or by the environment."""
+    context = click.get_current_context()
+    unasked = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return [name for name in names if context.get_parameter_source(name) not in unasked]
 
 
 def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -170,6 +165,25 @@ def collected(kind: type, name: str, *options: Callable[[Command], Command]) -> 
         return decorated
 
     return decorate
+
+
+class _Finite(click.types.FloatParamType):
+    """A number that is one: neither nan nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return float(number)
+
+
+FINITE = _Finite()
+"""Type of options that hold real numbers."""
+
+
+def method_option(names: Sequence[str] = tuple(METHODS)) -> Callable[[Command], Command]:
+    """--method, of these."""
+    return click.option("--method", type=click.Choice(names), help="How to draft; the draft's own method by default.")
 
 
 verbose_option = click.option("--verbose", is_flag=True, help="Show what the libraries underneath have to say.")

@@ -16,7 +16,7 @@ from domino_spec.bench.ties import first_difference
 from domino_spec.config import UserError
 from domino_spec.decoding.generation import Generation
 from domino_spec.draft.load import AnyDraft
-from domino_spec.methods import default_method
+from domino_spec.methods import default_method, why_nothing_is_drafted
 from domino_spec.target.margin import TopTwo, top_two
 from domino_spec.target.model import Target
 
@@ -109,8 +109,9 @@ def race(
         UserError: as `generate`, or a method that drafts nothing.
     """
     method = default_method(draft) if method is None else method
-    if method == "none":
-        raise UserError("a race needs a draft or a drafting method: give --draft or --method ngram")
+    reason = why_nothing_is_drafted(method, asked=False, num_drafts=num_drafts)
+    if reason is not None:
+        raise UserError(f"a race needs drafts, and {reason}: give --draft or --method ngram, and --num-drafts above 0")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_drafts": num_drafts}
     plain, drafted = (_racer(target, draft, prompt, name, options) for name in ("none", method))
     while not (plain.finished and drafted.finished):

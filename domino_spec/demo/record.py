@@ -26,8 +26,13 @@ def setting_record(target: Target, draft: str | None) -> dict[str, Any]:
     }
 
 
-def generation_record(generation: Generation, target: Target, draft: str | None, method: str) -> dict[str, Any]:
-    """A finished generation. `seconds` is the time of decoding; `seconds_prefill` comes before it."""
+def generation_record(
+    generation: Generation, target: Target, draft: str | None, method: str, drafting_off: str | None = None
+) -> dict[str, Any]:
+    """A finished generation. `seconds` is the time of decoding; `seconds_prefill` comes before it.
+
+    `drafting_off` is why nothing was drafted (`methods.why_nothing_is_drafted`).
+    """
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -43,6 +48,8 @@ def generation_record(generation: Generation, target: Target, draft: str | None,
         "num_drafts": generation.num_drafts,
         "drafted": generation.accepted,
         "method": method,
+        "drafting": drafting_off is None,
+        "reason": drafting_off,
         **setting_record(target, draft),
     }
 

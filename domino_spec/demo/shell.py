@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class OneLineErrors(click.Group):
@@ -36,8 +39,9 @@ class OneLineErrors(click.Group):
             if logging.getLogger("domino_spec").isEnabledFor(logging.INFO):  # --verbose
                 traceback.print_exc()
             _fail(str(error))
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's own; importing it here would cost seconds
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's own, of CUDA and of a CPU, by name: importing it here would cost seconds.
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError") and NO_MEMORY not in str(error):
                 raise
             _fail(f"out of memory: {error}")
         sys.exit(status if isinstance(status, int) else 0)
@@ -82,6 +86,18 @@ def prepare(verbose: bool, threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
+def say_nothing_is_drafted(reason: str, wanted: bool) -> None:
+    """Say once why nothing is drafted: a warning with the remedy, or, where that is what was asked for, a word."""
+    log = logging.getLogger("domino_spec")
+    if wanted:
+        log.info("nothing is drafted: %s", reason)
+    else:
+        log.warning(
+            "nothing is drafted: %s; --draft names one, --method ngram needs none, --method none says it is meant",
+            reason,
+        )
+
+
 def console(shown: bool = True) -> Console:
     """Standard output; with `shown` False, nothing that is printed to it appears."""
     from rich.console import Console
@@ -98,8 +114,16 @@ def status(message: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def print_json(value: Any) -> None:
-    """Print one object on one line."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print one object on one line; null stands for numbers that are not finite, which JSON cannot hold."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def comma_separated(value: str, kind: Callable[[str], T], option: str) -> list[T]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from domino_spec.decoding.generation import Generation, showable
 from domino_spec.demo.race import Racer, RaceResult
 from domino_spec.demo.record import overall_speed_up
+from domino_spec.methods import METHODS
 from domino_spec.target.model import Target
 from domino_spec.target.text import StopStrings
 
@@ -93,18 +94,6 @@ def statistics(generation: Generation) -> str:
     )
 
 
-ALONE = "the target alone"
-TITLES = {
-    "domino": "with its Domino draft",
-    "domino-tree": "with its Domino draft, a tree of drafts",
-    "domino+ngram": "with its Domino draft and prompt look-up",
-    "domino-tree+ngram": "with its Domino draft, a tree of drafts, and prompt look-up",
-    "dflash-tree": "with its draft, head off, a tree of drafts",
-    "dflash": "with its draft, head off",
-    "ngram": "with prompt look-up",
-}
-
-
 class RaceView:
     """Two panels that fill while a race runs; plain lines at its end where standard output is no terminal."""
 
@@ -141,16 +130,16 @@ class RaceView:
         table = Table.grid(expand=True)
         table.add_column(ratio=1)
         table.add_column(ratio=1)
-        table.add_row(self._panel(plain, ALONE), self._panel(drafted, TITLES[drafted.method]))
+        table.add_row(self._panel(plain), self._panel(drafted))
         self._live.update(table, refresh=True)
 
-    def _panel(self, racer: Racer, title: str) -> Panel:
+    def _panel(self, racer: Racer) -> Panel:
         width = max(self._console.width // 2 - 4, 10)
         text = Text(racer.generation.text if racer.generation else "")
         last_lines = text.wrap(self._console, width)[-self._lines :]
         return Panel(
             Text("\n").join(last_lines),
-            title=title,
+            title=METHODS[racer.method].title,
             subtitle=_counters(racer),
             height=self._lines + 2,
             border_style="green" if racer.finished else "dim",
@@ -160,8 +149,9 @@ class RaceView:
         """Print how the race ended."""
         write = self._console.print
         if self._live is None:
-            for racer, title in ((result.plain, ALONE), (result.drafted, TITLES[result.drafted.method])):
+            for racer in (result.plain, result.drafted):
                 assert racer.generation is not None
+                title = METHODS[racer.method].title
                 heading = f"\n{title[0].upper()}{title[1:]}: {_counters(racer)}\n"
                 write(Text(heading + racer.generation.text), soft_wrap=True)
             write()

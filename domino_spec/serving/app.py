@@ -23,11 +23,12 @@ from domino_spec.config import UserError
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Limits
 from domino_spec.decoding.generation import Request as EngineRequest
+from domino_spec.decoding.sampling import seed_of
 from domino_spec.serving.answers import Answers
 from domino_spec.serving.fields import ApiError, invalid, parse_json
 from domino_spec.serving.metrics import CONTENT_TYPE, Metrics
 from domino_spec.serving.middleware import Doorman, log_line, on_api_error, on_crash, on_http_error
-from domino_spec.serving.protocol import Ask, Served, check_model_name, choice_seed, parse_chat, parse_completion
+from domino_spec.serving.protocol import Ask, Served, check_model_name, parse_chat, parse_completion
 from domino_spec.serving.runner import Closed, Job, QueueFull, Runner
 from domino_spec.serving.tokens import TokenTexts
 from domino_spec.target.text import encode_prompt
@@ -54,6 +55,10 @@ class Settings:
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
     """Web pages whose scripts may ask."""
+    method: str = ""
+    """How the engine drafts, for /metrics."""
+    drafting_off: str | None = None
+    """Why it does not (`methods.why_nothing_is_drafted`)."""
     log: Callable[[dict[str, Any]], None] = log_line
     """Called with a record of every request."""
 
@@ -74,7 +79,7 @@ class Service:
             raise UserError(f"{engine.target.name} has no tokenizer, and a server reads and writes text")
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
         self.runner = Runner(engine, settings.max_queue, self.metrics.grew)
-        self.metrics.watch(self.runner)
+        self.metrics.watch(self.runner, settings.method, settings.drafting_off)
         self._tokenizer, self._tokens = engine.target.tokenizer, TokenTexts(engine.target.tokenizer)
         self._served = Served(
             settings.model, engine.target.vocab_size, engine.capacity, engine.slots + settings.max_queue
@@ -181,7 +186,7 @@ class Service:
             ids = self._encode(ask, prompt)
             limits = Limits(self._max_tokens(ask, len(ids)), ask.stop, self._stop_tokens(ask))
             for _ in range(ask.n):
-                settings = replace(ask.settings, seed=choice_seed(ask.settings.seed, len(requests)))
+                settings = replace(ask.settings, seed=seed_of(ask.settings.seed, len(requests)))
                 requests.append(EngineRequest(ids, settings, limits, ask.top_logprobs))
                 prefixes.append(self._echo(ask, prompt))
         return requests, prefixes
@@ -343,7 +348,7 @@ def _event(record: dict[str, Any]) -> bytes:
 
 
 def _dump(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
 
 
 def _json(record: dict[str, Any], status: int = 200) -> Response:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from domino_spec.decoding.sampling import INT64
+
 MOST_STOP_STRINGS = 4
-INT64 = 2**63
 
 
 class ApiError(Exception):

@@ -39,9 +39,9 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, buckets=buckets, registry=self.registry)
 
-    def watch(self, runner: Runner) -> None:
-        """Report what a runner and its engine count themselves."""
-        self.registry.register(_EngineCollector(runner))
+    def watch(self, runner: Runner, method: str, drafting_off: str | None) -> None:
+        """Report what a runner and its engine count themselves, with what they draft or why they do not."""
+        self.registry.register(_EngineCollector(runner, method, drafting_off))
 
     def grew(self, job: Job, before: Progress, now: Progress) -> None:
         """A job has progressed."""
@@ -75,12 +75,19 @@ def outcome(status: int) -> str:
 class _EngineCollector:
     """Reads the counts when Prometheus asks for them."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, method: str, drafting_off: str | None) -> None:
+        self._runner, self._method, self._drafting_off = runner, method, drafting_off
 
     def collect(self) -> Iterator[Metric]:
         """One family per count."""
         stats = self._runner.engine.stats
+        drafting = self._drafting_off is None
+        yield _gauge("drafting", "1 where the server drafts when it pays, 0 where drafting is off.", float(drafting))
+        info = GaugeMetricFamily(
+            f"{PREFIX}_method_info", "How the server drafts, or why it does not.", labels=("method", "drafting_off")
+        )
+        info.add_metric((self._method, self._drafting_off or ""), 1.0)
+        yield info
         yield _gauge("running_requests", "Requests that have a slot.", self._runner.num_running)
         yield _gauge("waiting_requests", "Requests that wait for a slot.", self._runner.num_waiting)
         yield _gauge("slots", "Requests that are decoded together at most.", self._runner.engine.slots)

@@ -6,18 +6,16 @@ is said about memory is what will be allocated.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from domino_spec import __version__
 from domino_spec.config import DraftConfig, UserError
-from domino_spec.decoding.drafter import Drafter, cycle_room
+from domino_spec.decoding.drafter import Drafter
 from domino_spec.draft.describe import fit_of
 from domino_spec.draft.load import AnyDraft, draft_directory, read_any_draft
 from domino_spec.draft.model import Draft
@@ -26,15 +24,12 @@ from domino_spec.kernels import cpu
 from domino_spec.methods import KIND_NAMES, check_draft, default_method, kind_of, make_drafter
 from domino_spec.serving.hooks import check_hooks
 from domino_spec.serving.launch import ENGINES, check_served, installed_version
+from domino_spec.serving.memory import bytes_of, cache_needs, fits, memory_sentence
 from domino_spec.serving.server import slot_capacity
 from domino_spec.target.load import load_tokenizer, target_source
 from domino_spec.target.model import Target
 from domino_spec.target.outline import TargetOutline, outline_target
 from domino_spec.target.packing import can_pack
-
-GIB = 2**30
-ROOM = 0.9
-"""The part of what is available that weights and caches may take; activations need the rest."""
 
 
 @dataclass(frozen=True)
@@ -226,11 +221,7 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if isinstance(draft, Draft) else 0
         needs["draft"] = _bytes(draft) + own_rows + copied * packed
     tokens = slot_capacity(target.max_length, plan.capacity)
-    rows = tokens + cycle_room(drafter)
-    caches = (target.new_cache(plan.slots, rows), drafter.allocate(plan.slots, rows))
-    needs[f"caches of {plan.slots} slots of {tokens:,} tokens"] = sum(t.nbytes for t in _tensors(caches))
-    if plan.prefix_bytes:
-        needs["earlier turns"] = plan.prefix_bytes
+    needs |= cache_needs(target, drafter, plan.slots, tokens, plan.prefix_bytes)
     return memory_finding(needs, device)
 
 
@@ -242,29 +233,13 @@ def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: in
     if draft is not None:
         needs["draft"] = _bytes(draft)
         caches.append(make_drafter(kind_of(draft), draft, requests=1, device=device).allocate(1, tokens))
-    needs[f"caches of one text of {tokens:,} tokens"] = sum(t.nbytes for t in _tensors(caches))
+    needs[f"caches of one text of {tokens:,} tokens"] = bytes_of(caches)
     return memory_finding(needs, device)
 
 
-def memory_finding(needs: dict[str, int], device: torch.device) -> Finding:
+def memory_finding(needs: Mapping[str, int], device: torch.device) -> Finding:
     """What is needed, in bytes by purpose, against what the device has left."""
-    total, available = sum(needs.values()), available_bytes(device)
-    parts = ", ".join(f"{purpose} {_gib(count)}" for purpose, count in needs.items())
-    sentence = f"{_gib(total)} GiB needed ({parts}), {_gib(available)} available"
-    if total > ROOM * available:
-        return Finding("memory", f"{sentence}: too little", works=False)
-    return Finding("memory", sentence)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.1f}" if count >= 0.05 * GIB else f"{count / GIB:.2f}"
+    return Finding("memory", memory_sentence(needs, device), fits(needs, device))
 
 
 def _bytes(module: nn.Module) -> int:
@@ -277,18 +252,3 @@ def _packed_bytes(module: nn.Module, lm_head: Tensor, device: torch.device) -> i
         return lm_head.nbytes
     linears = sum(m.weight.nbytes for m in module.modules() if type(m) is nn.Linear and m.weight is not lm_head)
     return linears + lm_head.nbytes
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in caches of any kind."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            yield from _tensors(item)

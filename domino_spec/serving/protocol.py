@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from domino_spec.config import UserError
-from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.sampling import ALMOST_ZERO, INT64, SamplingSettings
 from domino_spec.serving.fields import (
-    INT64,
     ApiError,
     Fields,
     are_token_ids,
@@ -27,8 +26,6 @@ MOST_CHOICES = 128
 MOST_LOGPROBS = 20
 MOST_TOKENS = 1_000_000_000
 """More than any text or vocabulary has."""
-ALMOST_ZERO = 1e-5
-"""Temperatures below this are 0: logits divided by less would not stay finite."""
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -209,11 +206,6 @@ def _settings(fields: Fields, served: Served) -> SamplingSettings:
         )
     except UserError as error:
         raise invalid(str(error).split()[0], str(error)) from None
-
-
-def choice_seed(seed: int, choice: int) -> int:
-    """The seed of a choice: the request's plus its index, within 64 bits."""
-    return (seed + choice + INT64) % (2 * INT64) - INT64
 
 
 def check_model_name(name: str, served: Served) -> None:

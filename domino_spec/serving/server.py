@@ -19,8 +19,9 @@ from domino_spec.decoding.engine import Engine, Stats
 from domino_spec.decoding.generation import Limits, Request
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.draft.load import AnyDraft
-from domino_spec.methods import default_method, make_drafter
+from domino_spec.methods import default_method, make_drafter, watch_for
 from domino_spec.serving.app import Service
+from domino_spec.serving.memory import check_room
 from domino_spec.serving.runner import STOPPED
 from domino_spec.target.model import Target
 from domino_spec.target.text import encode_prompt
@@ -68,8 +69,9 @@ def make_engine(
     if slots < 1:
         raise UserError(f"slots must be at least 1, got {slots}")
     capacity = slot_capacity(target.max_length, capacity)
+    method = default_method(draft) if method is None else method
     drafter = make_drafter(
-        default_method(draft) if method is None else method,
+        method,
         draft,
         requests=1,  # a policy cuts what does not pay
         device=target.device,
@@ -77,11 +79,13 @@ def make_engine(
         min_confidence=default_min_confidence(target.device),
         num_drafts=num_drafts,
     )
+    check_room(target, drafter, slots, capacity, prefix_bytes)
     adapts = num_drafts is None and drafter.max_drafts > 0
     costs = _costs(target, drafter, slots, costs_file, report) if adapts else None
     engine = Engine(target, drafter, slots=slots, capacity=capacity, num_drafts=num_drafts, static=static)
     report("warming up")
     _warm_up(engine)
+    engine.watch = watch_for(method)
     engine.policy = None if costs is None else AdaptivePolicy(costs)
     engine.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
     return engine

@@ -36,10 +36,12 @@ def encode_prompt(
 
     Raises:
         ChatTemplateError: the chat template fails, or does not take the messages.
-        UserError: the prompt is empty, or the tokenizer fails at it.
+        UserError: the prompt is empty, holds what is no character, or the tokenizer fails at it.
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise UserError("the prompt is empty")
+    for text in [prompt] if isinstance(prompt, str) else [str(value) for part in prompt for value in part.values()]:
+        check_characters(text, "the prompt")
     if not isinstance(prompt, str) and not prompt:
         raise UserError("the prompt holds no messages")
     if isinstance(prompt, str) and (not chat or tokenizer.chat_template is None):
@@ -55,6 +57,25 @@ def encode_prompt(
     with _rendering(tokenizer):
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
         return list(encoded["input_ids"])
+
+
+def check_characters(text: str, what: str) -> None:
+    """Refuse text that UTF-8 cannot hold: bytes of another encoding on a command line, half a pair in JSON.
+
+    Args:
+        text: from outside.
+        what: it is, for the message.
+
+    Raises:
+        UserError: naming the first place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not valid UTF-8 text: character {error.start + 1} of it is no character; "
+            "convert it to UTF-8 and try again"
+        ) from None
 
 
 def render_chat(

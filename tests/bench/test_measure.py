@@ -23,6 +23,8 @@ KEYS = [  # DESIGN section 8
     *("suite", "id", "method", "budget", "temperature", "seed", "repeat", "batch", "threads", "prompt_tokens"),
     *("token_ids", "num_verify_passes", "num_drafts", "acceptance_lengths", "seconds_prefill", "seconds_decode"),
     "turn",
+    "load_average",
+    "steal_seconds",
 ]
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from domino_spec.api import generate
-from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.serving.protocol import choice_seed
+from domino_spec.decoding.sampling import SamplingSettings, seed_of
 from domino_spec.target.text import encode_prompt
 from tests.serving.running import MODEL, serving, word_target
 from tests.tiny import EOS, MASK
@@ -107,7 +106,7 @@ def test_choice_i_has_the_seed_plus_i(server, words, draft):
 
 
 def test_a_seed_wraps_within_64_bits():
-    assert choice_seed(2**63 - 1, 1) == -(2**63) and choice_seed(-5, 2) == -3
+    assert seed_of(2**63 - 1, 1) == -(2**63) and seed_of(-5, 2) == -3
 
 
 def test_without_a_seed_answers_differ_and_with_one_they_do_not(server):

@@ -143,6 +143,20 @@ def test_a_request_whose_output_is_not_finite_fails_alone(pool, temperature):
         assert server.http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_row_of_the_output_layer_that_is_not_finite_is_an_error_and_no_text(stream):
+    target = word_target()
+    lm_head = target._lm_head
+    with serving(target, slots=2) as server:
+        target._lm_head = lambda hidden: lm_head(hidden).index_fill(-1, torch.tensor([7]), torch.nan)
+        for asked in (server.complete, server.chat):
+            with pytest.raises(openai.InternalServerError, match="not finite") as caught:
+                asked("w3 w4", stream=stream, logprobs=True if asked == server.chat else 2, max_tokens=5)
+            assert (caught.value.status_code, caught.value.code) == (500, "output_not_finite")
+        target._lm_head = lm_head
+        assert server.complete("w3 w4", max_tokens=5).choices[0].text
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_when_the_engine_crashes_everybody_is_told(words, draft, pool):
     with serving(words, draft, slots=1) as server:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domino_spec.config import DEFAULT_CANDIDATES
+from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.draft.load import load_draft, save_any_draft
 from domino_spec.draft.model import Draft
+from domino_spec.serving import memory
 from domino_spec.serving import preflight as checking
 from domino_spec.serving.preflight import Finding, Plan, preflight
 from domino_spec.serving.server import make_engine
@@ -121,9 +122,26 @@ def test_the_memory_it_names_is_the_memory_that_the_engine_takes(tmp_path, monke
 
 
 def test_too_little_memory_stands_in_the_way(target_dir, draft_dir, monkeypatch):
-    monkeypatch.setattr(checking, "available_bytes", lambda device: 1000)
-    memory = preflight(plan(target_dir, draft_dir))[-1]
-    assert memory.part == "memory" and not memory.works and memory.sentence.endswith("too little")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    finding = preflight(plan(target_dir, draft_dir))[-1]
+    assert finding.part == "memory" and not finding.works and finding.sentence.endswith("too little")
+
+
+def test_caches_that_memory_cannot_hold_are_refused_before_they_are_allocated(target_dir, monkeypatch):
+    target = load.load_target(target_dir)
+    allocated, new_cache = [], type(target).new_cache
+
+    def noted(self, requests: int, rows: int):
+        allocated.append(requests)
+        return new_cache(self, requests, rows)
+
+    monkeypatch.setattr(type(target), "new_cache", noted)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)
+    with pytest.raises(UserError, match=r"caches of 200000 slots.*1.0 available.*ask for fewer --slots"):
+        make_engine(target, None, slots=200000, capacity=200)
+    with pytest.raises(UserError, match=r"earlier turns 4096.0.*less --prefix-cache"):
+        make_engine(target, None, slots=1, capacity=200, prefix_bytes=2**42)
+    assert allocated == [1, 1], "one slot, to see what it takes"
 
 
 def test_every_fault_is_named_and_memory_is_left_out(tmp_path, target_dir, draft_dir):

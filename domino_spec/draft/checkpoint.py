@@ -318,17 +318,21 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, or tensors that do not fit the
             configuration.
     """
+    if not outline:
+        read_draft(directory, outline=True)  # what does not fit is refused before gigabytes are read
     config = read_config(directory)
-    tensors = read_weights(directory, outline=outline)
-    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in tensors)
-    tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in tensors.items()}
+    saved = read_weights(directory, outline=outline)
+    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in saved)
+    tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in saved.items()}
+    if len(tensors) < len(saved):
+        raise UserError(f"{directory / WEIGHTS_FILE}: the head is there twice, with {_OLD_HEAD_PREFIX} and without")
     vocabulary = tensors.pop(_VOCABULARY, None)
     if (vocabulary is None) != (config.draft_vocab_size is None):
         raise UserError(
             f"{directory}: draft_vocab_size and the tensor draft_vocab_ids must both be there or both be missing"
         )
     if vocabulary is not None:
-        _check_vocabulary(vocabulary, config, directory / WEIGHTS_FILE)
+        check_vocabulary(vocabulary, config, directory / WEIGHTS_FILE)
     with torch.device("meta"):
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
@@ -343,10 +347,13 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     return draft.requires_grad_(False).eval()
 
 
-def _check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
+def check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
     """Refuse what is not a list of so many tokens of the target, ascending and so all different.
 
     With a token twice, a tree would hold two siblings alike and draw more of the target's distribution than there is.
+
+    Raises:
+        UserError: says what was expected and what was found.
     """
     if token_ids.dtype != torch.int64 or token_ids.shape != (config.draft_vocab_size,):
         raise UserError(
@@ -384,10 +391,11 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
             raise UserError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, but {CONFIG_FILE} means {tuple(shape)}"
             )
-        if name != _VOCABULARY and not tensors[name].is_floating_point():
+        dtype = tensors[name].dtype
+        if name != _VOCABULARY and not (dtype.is_floating_point and dtype.itemsize >= 2):
             raise UserError(
-                f"{where}: tensor {name}: expected floating point, found {_dtype_name(tensors[name])}; quantised "
-                "drafts are not supported"
+                f"{where}: tensor {name}: expected floating point of 16 bits or more, found "
+                f"{_dtype_name(tensors[name])}; quantised drafts are not supported"
             )
     if unknown := sorted(set(tensors) - set(expected)):
         raise UserError(f"{where}: unexpected tensor {unknown[0]}")

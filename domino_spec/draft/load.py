@@ -114,10 +114,12 @@ def check_finite(draft: AnyDraft, name: str) -> None:
     Raises:
         UserError: names the tensor, and the type if it could not hold what was saved.
     """
-    for tensor_name, parameter in draft.named_parameters():
-        least, most = torch.aminmax(parameter)  # NaN wherever there is one
-        if not (least - most).isfinite():
-            dtype = str(parameter.dtype).removeprefix("torch.")
+    for tensor_name, tensor in (*draft.named_parameters(), *draft.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        least, most = torch.aminmax(tensor)  # NaN wherever there is one
+        if not (least.isfinite() and most.isfinite()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"draft {name}: tensor {tensor_name} holds values that are not finite in {dtype}")
 
 

@@ -246,6 +246,8 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, tensors that do not fit the
             configuration, or another kind of draft.
     """
+    if not outline:
+        read_single_layer(directory, outline=True)  # what does not fit is refused before gigabytes are read
     published = read_published(directory)
     config = parse_single_layer(published, str(directory / CONFIG_FILE))
     tensors, where = read_weights(directory, outline=outline), directory / WEIGHTS_FILE
@@ -264,12 +266,10 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
         shapes = SingleLayerDraft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
         shapes.layout = layout
         expected = {name: tensor.shape for name, tensor in single_layer_tensors(shapes).items()}
-    check_tensors(tensors, {n: s for n, s in expected.items() if n not in (_D2T, _T2D)}, where)
-    if embedding is not None and embedding.shape != (config.vocab_size, config.hidden_size):
-        raise UserError(
-            f"{where}: tensor {_EMBEDDING} has shape {tuple(embedding.shape)}, but {CONFIG_FILE} means "
-            f"{(config.vocab_size, config.hidden_size)}"
-        )
+    expected = {n: s for n, s in expected.items() if n not in (_D2T, _T2D)}
+    if embedding is not None:
+        expected[_EMBEDDING] = torch.Size((config.vocab_size, config.hidden_size))
+    check_tensors(tensors if embedding is None else tensors | {_EMBEDDING: embedding}, expected, where)
     with torch.device("meta") if outline else nullcontext():
         draft = SingleLayerDraft(config, vocabulary)
     own_names = {

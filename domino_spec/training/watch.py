@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.draft.checkpoint import last_layer_tap
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import atomic_path, read_json, write_json
 from domino_spec.recipe import Recipe
@@ -117,6 +118,8 @@ def _shape(config: DraftConfig | SingleLayerConfig) -> str:
         f"{config.max_drafts} drafts ({'shifted' if config.shift_label else 'unshifted'} labels)",
         f"taps {' '.join(map(str, config.target_layer_ids))}",
     ]
+    if config.reads_last_layer:
+        parts.append(f"last layer {last_layer_tap(config).replace('_', ' its final ')}")
     if config.draft_vocab_size is not None:
         parts.append(f"draft vocabulary {config.draft_vocab_size}")
     if config.head is None:

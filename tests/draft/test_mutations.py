@@ -110,6 +110,7 @@ def test_the_unchanged_draft_works(drafts, kind):
     assert loads_and_drafts_or_is_refused(target, root / kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_value_in_any_key_is_one_line_or_works(drafts, tmp_path, kind):
     target, root = drafts

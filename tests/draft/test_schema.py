@@ -265,11 +265,26 @@ def test_a_draft_vocabulary_is_so_many_different_tokens_of_the_target(saved, ids
         read_draft(saved, outline=outline)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn])
 def test_weights_that_are_no_numbers_with_a_point_are_refused(saved, dtype):
     change_tensors(saved, **{"fc.weight": torch.ones(32, 64).to(dtype)})
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(UserError, match=f"tensor fc.weight: expected floating point, found {name}"):
+    with pytest.raises(UserError, match=f"tensor fc.weight: expected floating point of 16 bits or more, found {name}"):
+        read_draft(saved)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(saved):
+    change_tensors(saved, **{"logit_head.embed_proj.0.weight": torch.ones(6, 44)})
+    with pytest.raises(UserError, match=r"the head is there twice, with logit_head. and without"):
+        read_draft(saved)
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["logit_head.embed_proj.0.weight"]
+    (saved / "model.safetensors").unlink()
+    for name in ("a", "b"):
+        save_file(tensors, saved / f"{name}.safetensors")
+    weight_map = {"weight_map": {"fc.weight": "a.safetensors", "norm.weight": "b.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    with pytest.raises(UserError, match=r"b.safetensors: tensor draft_vocab_ids is in another file, too"):
         read_draft(saved)
 
 

@@ -237,22 +237,22 @@ _OBJECTS = (
 )
 """Files in JSON that transformers may read. It goes on without some of them where they are not valid."""
 
-_MOST_PARTS = 1024
-"""Layers that are tried where no file says how many there are; experts and labels that are tried anywhere."""
+_LAYERS, _OTHERS = 256, 1024
+"""Layers, and experts or labels, that are made for any target; more have to be in its files."""
 
 
 def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
     """Refuse more layers, experts or labels than the files hold tensors for: hours could go by in making them."""
-    layers = len(stored) or _MOST_PARTS
-    others = max([layers, _MOST_PARTS, *(size for tensor in stored.values() for size in tensor.shape)])
+    layers = max(_LAYERS, len(stored))
+    others = max([_OTHERS, layers, *(size for tensor in stored.values() for size in tensor.shape)])
     for key, value in values.items():
         if isinstance(value, Mapping):
             _check_counts(value, stored, f"{where}{key}.")
-        most = layers if re.search(r"(layers?|depth|blocks?)$", key) else others
-        counts = most is layers or re.search(r"(experts?|labels?)$", key)
-        if counts and isinstance(value, int) and value > most:
-            source = "its files hold tensors for no more than" if stored else "there can be no more than"
-            raise UserError(f"{where}{key}: found {value}, but {source} {most}")
+        elif isinstance(value, int):
+            is_layers = re.search(r"(layers?|depth|blocks?)$", key)
+            most = layers if is_layers else others
+            if value > most and (is_layers or re.search(r"(experts?|labels?)$", key)):
+                raise UserError(f"{where}{key}: found {value}, more than its files can hold: expected at most {most}")
 
 
 def check_stop_tokens(generation: Any, config: Any, what: str) -> None:

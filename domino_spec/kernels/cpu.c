@@ -6,10 +6,10 @@
  *
  * Built by native.py and called by bindings.py, which checks the arguments; cpu.py says what they are.
  */
-#include <omp.h>
-
 #include "cpu.h"
 #include "vectors.h"
+
+#include <omp.h> /* clang, which vectors.h refuses, may have none */
 
 #if LANES == 16
 #define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from domino_spec.config import UserError
 from domino_spec.files import cache_directory
 from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.check import checked_target
 from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
 
@@ -38,6 +39,7 @@ def load_target(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     pack: bool = True,
+    check: bool = True,
 ) -> Target:
     """Load a frozen target.
 
@@ -46,9 +48,11 @@ def load_target(
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
         device: "auto" is CUDA where there is one, else CPU.
         pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
+        check: compare a few passes with the model's own modules in transformers (`check.py`).
 
     Raises:
-        UserError: it does not exist, is not a model, or its weights cannot be read.
+        UserError: it does not exist, is not a model, its weights cannot be read, or it gives something else here than
+            in transformers.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -57,18 +61,25 @@ def load_target(
     source = target_source(name)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"cannot load target {name}: {first_line(error)}") from error
-    frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
-    target = Target(frozen.to(device), tokenizer, name)
-    return target.pack() if pack and can_pack(target.device, target.dtype) else target
+
+    def load() -> Target:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+            raise UserError(f"cannot load target {name}: {first_line(error)}") from error
+        frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
+        return Target(frozen.to(device), tokenizer, name)
+
+    target = load()
+    packs = pack and can_pack(target.device, target.dtype)
+    if check:
+        return checked_target(target, packs, again=load)
+    return target.pack() if packs else target
 
 
 def target_config(name_or_path: str | Path) -> Any:

@@ -12,9 +12,9 @@ holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import Cache, PreTrainedModel
 from domino_spec.config import UserError
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
+from domino_spec.target.packing import can_pack
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ _WINDOW = 5
 _PARENTS = (-1, 0, 0, 1)
 """Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
 _LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
+_OWN_PASSES = ((11, 1, 2), (4, 3))
+"""Tokens of each pass in which transformers reads a request's long path over its cache."""
 
 
 class Misfit(UserError):
@@ -66,23 +69,24 @@ class Reference:
     """Of each request, for the same tokens."""
 
 
-def checked_target(target: Target, pack: bool, again: Callable[[], Target]) -> Target:
-    """The target after the check, packed if so asked.
+def checked_target(load: Callable[[], Target], pack: bool) -> Target:
+    """A target that has passed the check.
 
     If it passes with its own modules only, it is loaded again and packed without replacements, which is said once.
 
     Args:
-        target: as it was loaded, its modules its own.
-        pack: call `Target.pack`.
-        again: loads the same target.
+        load: gives the target as its files have it, every module its own.
+        pack: prepare it for inference on a CPU (`Target.pack`), if that is where it is.
 
     Raises:
         UserError: it gives something else here than in transformers.
     """
+    target = load()
+    pack = pack and can_pack(target.device, target.dtype)
     reference = read_reference(target)
     try:
         if pack:
-            with _told_by_name(target, "its modules cannot be packed"):
+            with _told_by_name(target, "a pass over a few tokens fails here"):
                 target.pack()
         check_target(target, reference)
         return target
@@ -91,9 +95,9 @@ def checked_target(target: Target, pack: bool, again: Callable[[], Target]) -> T
             raise
         reason = str(misfit)
     del target  # two copies of the weights may not fit
-    target = again().pack(replace=False)
+    target = load().pack(replace=False)
     check_target(target, reference)
-    _log.warning("%s; its own modules run instead of faster ones", reason)
+    _log.warning("%s; its own modules run instead, which is slower", reason)
     return target
 
 
@@ -106,15 +110,13 @@ def read_reference(target: Target) -> Reference:
     """
     texts = _texts(target)
     read = []
-    with own_attention(target), target.shorter_window(_WINDOW), _told_by_name(target, "transformers cannot run it"):
-        for text, length in zip(texts, _PROMPT_LENGTHS, strict=True):
+    with own_attention(target), target.shorter_window(_WINDOW), _told_by_name(target, "transformers' own pass over a few tokens fails"):
+        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
             prompt, drafts = text[:length], text[length:]
-            long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), len(_LONG_PATH))
-            short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), 1)
-            rows = [*range(length + 2), None, length + 2]  # of the long path; None is the last of the short one
-            chosen = [short.rows(-1, 0) if row is None else long.rows(row, 0) for row in rows]
-            parts = zip(*((one.hidden, one.logits, one.layers) for one in chosen), strict=True)
-            read.append(Outputs(*map(torch.cat, parts)))
+            long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
+            short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
+            # The tree's rows are the long path's first two, the short one's last, and the long one's last.
+            read.append(_joined(long.rows(length + 2), short.rows(-1, 0), long.rows(-1, 0)))
     if not all(outputs.hidden.isfinite().all() for outputs in read):
         dtype = str(target.dtype).removeprefix("torch.")
         raise UserError(
@@ -163,37 +165,64 @@ def _set_attention(target: Target, name: str) -> None:
         raise UserError(f"{target.name}: the attention of {type(model).__name__} is its own and cannot be exchanged")
 
 
-def _own_outputs(target: Target, tokens: Tensor, steps: int) -> Outputs:
-    """What transformers gives for `tokens` [n], the last `steps` of them one by one over its cache."""
+def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
+    """What transformers gives for `tokens` [n], read in passes of these sizes over its cache."""
     model: Any = target.model
     found: list[Outputs] = []
     final: list[Any] = []
     cache: dict[str, Cache] = {}
     hook = target.decoder.register_forward_hook(lambda module, arguments, output: final.append(output))
     try:
-        for part in tokens.split([len(tokens) - steps, *[1] * steps]):
+        for part in tokens.split(list(sizes)):
             output = model(input_ids=part[None], use_cache=True, output_hidden_states=True, **cache)
             cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
             # Every entry but the last is the output of the layer before it; the last has been normed.
-            states = output.hidden_states[1:-1]
+            states = (output.hidden_states or ())[1:-1]
             layers = torch.stack(states, dim=2)[0] if states else torch.empty(len(part), 0, 0)
             found.append(Outputs(final[-1].last_hidden_state[0], output.logits[0], layers))
     finally:
         hook.remove()
-    parts = zip(*((one.hidden, one.logits, one.layers) for one in found), strict=True)
-    return Outputs(*map(torch.cat, parts))
+    return _joined(*found)
+
+
+def _joined(*outputs: Outputs) -> Outputs:
+    """Those of several passes, one after another."""
+    return Outputs(*(torch.cat([getattr(one, field.name) for one in outputs]) for field in fields(Outputs)))
 
 
 @torch.inference_mode()
 def check_target(target: Target, reference: Reference) -> None:
     """Compare what a target gives with its reference.
 
+    If only the outputs of its layers differ, it decodes, but not with drafts that read them (`Target.no_features`).
+
     Raises:
-        Misfit: something differs by more than rounding.
+        Misfit: hidden states or logits differ by more than rounding.
     """
-    with target.shorter_window(_WINDOW), _told_by_name(target, "it cannot be run here"):
-        for when, got, expected in _comparisons(target, reference):
-            _compare(target, when, got, expected)
+    target.no_features = None
+    with target.shorter_window(_WINDOW), _told_by_name(target, "a pass over a few tokens fails here"):
+        compared = list(_comparisons(target, reference))
+    for when, got, expected in compared:
+        for what, ours, theirs in (
+            ("hidden states", got.hidden, expected.hidden),
+            ("logits", got.logits, expected.logits),
+        ):
+            if difference := _difference(target, ours, theirs):
+                raise Misfit(
+                    f"{target.name} is not supported: the {what} of {type(target.model).__name__} {when} differ from "
+                    f"transformers' own by {difference}, so its text would be wrong"
+                )
+    for _, got, expected in compared:
+        if difference := _difference(target, got.layers[:, :-1], expected.layers):
+            target.no_features = f"the layers' outputs differ from transformers' hidden states by {difference}"
+            return
+        try:
+            normed = target.final_norm(got.layers[:, -1])
+        except UserError:  # what a draft will say
+            return
+        if difference := _difference(target, normed, expected.hidden):
+            target.no_features = f"what follows the last layer is not its norm: results differ by {difference}"
+            return
 
 
 def _comparisons(target: Target, reference: Reference) -> Iterator[tuple[str, Outputs, Outputs]]:
@@ -236,32 +265,16 @@ def _outputs(target: Target, tokens: Tensor, cache: Any, ancestors: Tensor | Non
     return list(map(Outputs, found.hidden, target.lm_head(found.hidden), layers))
 
 
-def _compare(target: Target, when: str, got: Outputs, expected: Outputs) -> None:
-    rounding = _rounding(target)
-    for what, ours, theirs in (
-        ("hidden states", got.hidden, expected.hidden),
-        ("logits", got.logits, expected.logits),
-        ("layers' outputs", got.layers[:, :-1], expected.layers),
-        ("normed last layer's output", target.final_norm(got.layers[:, -1]), expected.hidden),
-    ):
-        difference = _difference(ours, theirs)
-        if not difference <= rounding:
-            family = type(target.model).__name__
-            raise Misfit(
-                f"{target.name}: the {what} of {family} {when} differ by {difference:.2g} of their size from "
-                f"transformers' own (rounding: {rounding:.2g}), so its text would be wrong; it is not supported"
-            )
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a row, relative to the row's length; infinite for other shapes."""
+def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
+    """By how much two results differ at most in a row, relative to the row's length; empty if by rounding."""
     if ours.shape != theirs.shape:
-        return float("inf")
-    if not ours.numel():
-        return 0.0
+        return f"their shape, {list(ours.shape)} instead of {list(theirs.shape)}"
     ours, theirs = ours.float(), theirs.float()
-    error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return error.max().item()
+    lengths = theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    relative, rounding = ((ours - theirs).norm(dim=-1) / lengths), _rounding(target)
+    if (relative <= rounding).all():  # of no rows, too; not of what is not a number
+        return ""
+    return f"{relative.max():.2g} of their size (rounding: {rounding:.2g})"
 
 
 def _rounding(target: Target) -> float:
@@ -286,4 +299,5 @@ def _told_by_name(target: Target, what: str) -> Iterator[None]:
     except Exception as error:
         _log.debug("%s: %s", target.name, what, exc_info=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Misfit(f"{target.name}: {type(target.model).__name__} is not supported, {what}: {reason}") from error
+        family = type(target.model).__name__
+        raise Misfit(f"{target.name} is not supported: {family}, {what}: {reason}") from error

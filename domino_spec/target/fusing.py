@@ -86,7 +86,7 @@ class FusedProjection(nn.Module):
             norm = getattr(attention, name, None)
             if norm is not None:
                 fused = fused_norm(norm)
-                if fused is None:
+                if fused is None or len(fused.weight) != self.head_dim:  # a norm over all heads (MiniMax-M2)
                     raise NotFusible
                 self.head_norms.append((first, count, fused))
 

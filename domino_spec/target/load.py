@@ -12,6 +12,7 @@ import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def load_target(
         UserError: it does not exist, is not a model, its weights cannot be read, or it gives something else here than
             in transformers.
     """
+    if check:
+        load = partial(load_target, name_or_path, dtype=dtype, device=device, pack=False, check=False)
+        return checked_target(load, pack)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
@@ -61,25 +65,18 @@ def load_target(
     source = target_source(name)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else "auto"
-
-    def load() -> Target:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-            raise UserError(f"cannot load target {name}: {first_line(error)}") from error
-        frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
-        return Target(frozen.to(device), tokenizer, name)
-
-    target = load()
-    packs = pack and can_pack(target.device, target.dtype)
-    if check:
-        return checked_target(target, packs, again=load)
-    return target.pack() if packs else target
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"cannot load target {name}: {first_line(error)}") from error
+    frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
+    target = Target(frozen.to(device), tokenizer, name)
+    return target.pack() if pack and can_pack(target.device, target.dtype) else target
 
 
 def target_config(name_or_path: str | Path) -> Any:

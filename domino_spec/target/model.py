@@ -99,6 +99,8 @@ class Target:
         self.packed = False
         self.replaced = False
         """Whether modules of the model were replaced (`pack`)."""
+        self.no_features: str | None = None
+        """Why drafts cannot read the layers' outputs, where the check at load found that (`check.py`)."""
         layers = getattr(self.decoder, "layers", None)
         lm_head_weight = getattr(self._lm_head, "weight", None)
         cache_argument = _cache_argument(self.decoder)
@@ -113,7 +115,7 @@ class Target:
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
         self._taps = FeatureTaps(layers)
         self._in_one_step: DecoderLayers | None = None
-        self._windows = _attention_windows(self.config)
+        self._windows = _attention_windows(self.config, name)
         self._cache_argument = cache_argument
         self.max_length = _max_length(self.config, name)
         """Longest text that can be decoded, in tokens."""
@@ -166,13 +168,14 @@ class Target:
         """The norm between the last layer and the LM head.
 
         Raises:
-            UserError: the decoder has none that is known.
+            UserError: the decoder has none that is known, or it is not what stands there.
         """
-        for name in _FINAL_NORMS:
-            norm = getattr(self.decoder, name, None)
-            if isinstance(norm, nn.Module):
-                return norm
-        raise UserError(f"{self.name}: {type(self.decoder).__name__} has no final norm, which drafts need")
+        norms = (getattr(self.decoder, name, None) for name in _FINAL_NORMS)
+        norm = next((module for module in norms if isinstance(module, nn.Module)), None)
+        if norm is None or self.no_features is not None:
+            reason = self.no_features or "no final norm is known"
+            raise UserError(f"{self.name} decodes without a draft only: of {type(self.model).__name__}, {reason}")
+        return norm
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -315,7 +318,12 @@ class Target:
             cache: rows of the committed text; the caller commits by raising `cache.lengths`.
             feature_layers: decoder layers to tap, counted from 0.
             ancestors: [R, N, N] for a tree of tokens, see `attention.pass_mask`; None for a chain.
+
+        Raises:
+            UserError: layers are tapped whose outputs are known to be of no use (`no_features`).
         """
+        if feature_layers and self.no_features is not None:
+            raise UserError(f"{self.name} gives no features: of {type(self.model).__name__}, {self.no_features}")
         num_tokens = tokens.shape[1]
         extent = cache.begin_pass(num_tokens)
         lengths = cache.lengths
@@ -419,12 +427,12 @@ def _constant_rope_length(config: Any, max_length: int) -> int | None:
     return min(limits, default=None)
 
 
-def _attention_windows(config: Any) -> dict[str, int | None]:
+def _attention_windows(config: Any, name: str) -> dict[str, int | None]:
     """Which masks a pass must build: one per kind of attention layer, with its window."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(f"layers of type {', '.join(sorted(unknown))} are not supported")
+        raise UserError(f"{name}: layers of type {', '.join(sorted(map(str, unknown)))} are not supported")
     if kinds:
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
     if window is not None and getattr(config, "use_sliding_window", True):

@@ -288,7 +288,10 @@ NOT_TRIED = {
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite (logits_scaling 1)": ("granite", dict(logits_scaling=1.0)),
-    "granitemoe_swa (logits_scaling 1)": ("granitemoe_swa", dict(logits_scaling=1.0)),
+    "granitemoe_swa (logits_scaling 1)": (
+        "granitemoe_swa",
+        dict(logits_scaling=1.0, layer_rope_theta=[1e3, 0, 1e4, 1e3]),
+    ),
     "cohere (logit_scale 1)": ("cohere", dict(logit_scale=1.0)),
     "cohere2 (logit_scale 1)": ("cohere2", dict(logit_scale=1.0)),
     "llama (tied embeddings)": ("llama", dict(tie_word_embeddings=True)),

@@ -24,7 +24,6 @@ from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import check_finite, draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
-from domino_spec.draft.schema import ROPES
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DraftRecipe
 from domino_spec.target.model import Target
@@ -91,19 +90,12 @@ def single_layer_config(recipe: DraftRecipe, target_config: Any) -> SingleLayerC
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
-    """Base and further RoPE settings of a target, for a draft that attends fully.
-
-    A target whose angles depend on the length of the text, or are of a kind that drafts do not have, gives its base.
-    """
+    """Base and further RoPE settings of a target, for a draft that attends fully."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
         rope = dict(rope.get("full_attention") or {})
-    theta, kind = rope.get("rope_theta") or 10000.0, rope.get("rope_type", "default")
-    if kind == "default" or kind not in ROPES:
-        return theta, None
-    needed, optional = ROPES[kind]
-    numbers = {name: rope[name] for name in (*needed, *optional) if rope.get(name) is not None}
-    return theta, {"rope_type": kind, **numbers}
+    theta = rope.pop("rope_theta", 10000.0)
+    return theta, None if rope.get("rope_type", "default") == "default" else rope
 
 
 def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) -> DraftConfig:
@@ -132,7 +124,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
         target_layer_ids=recipe.target_layer_ids or default_target_layer_ids(config.num_hidden_layers, num_layers),
         mask_token_id=mask_token_id,
         block_size=DEFAULT_BLOCK_SIZE if recipe.block_size is None else recipe.block_size,
-        shift_label=recipe.head is not None if recipe.shift_label is None else recipe.shift_label,
+        shift_label=recipe.shift_label is not False,
         head=None if recipe.head is None else recipe.head.over(HeadConfig()),
         draft_vocab_size=recipe.draft_vocab_size,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
@@ -167,11 +159,6 @@ def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
         if start.head is not None:
             for f in fields(start.head):
                 _agree(recipe, f"head.{f.name}", getattr(head, f.name), getattr(start.head, f.name))
-    if head is None and start.shift_label:
-        raise UserError(
-            f"draft.head is null, but slots of {recipe.init_from} predict the token one position later (shift_label), "
-            "which readers of drafts without a head do not expect"
-        )
     size = start.draft_vocab_size or recipe.draft_vocab_size
     return replace(start, head=head, draft_vocab_size=size, published={})
 
@@ -208,7 +195,8 @@ def new_draft(
     if recipe.init_from is not None:
         return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
     draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
-    _start_final_norm(draft.backbone.norm, target)
+    # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
+    draft.backbone.norm.weight.data.copy_(_norm_scale(target.final_norm))
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
     return draft.bind(target)
@@ -229,7 +217,7 @@ def _new_single_layer(
         for name, parameter in draft.named_parameters():
             if not name.endswith("norm.weight"):
                 nn.init.normal_(parameter, std=0.02)
-    _start_final_norm(draft.norm, target)
+    draft.norm.weight.copy_(_norm_scale(target.final_norm))
     draft.bind(target)
     draft.lm_head.weight.copy_(draft.ends.lm_head)
     # The feature begins as the highest level, as it is; what lower levels add is learned (docs/log.md).
@@ -311,14 +299,6 @@ def _layer_weights(target: Target, layer_id: int) -> dict[str, Tensor]:
         if name.endswith("norm"):
             source[f"{name}.weight"] = _norm_scale(module)
     return source
-
-
-@torch.no_grad()
-def _start_final_norm(norm: nn.RMSNorm, target: Target) -> None:
-    """The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss."""
-    last = getattr(target.decoder, "norm", None)
-    if last is not None:
-        norm.weight.copy_(_norm_scale(last))
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:

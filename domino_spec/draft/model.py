@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domino_spec.config import DraftConfig, UserError
+from domino_spec.config import DraftConfig
 from domino_spec.draft.backbone import Backbone
 from domino_spec.draft.head import DominoHead
 from domino_spec.kernels.embedding import EmbeddingTable
@@ -32,9 +32,8 @@ class TargetEnds:
     """Token ids [...] to embeddings [..., H]; the model's own module, which may scale (Gemma)."""
     lm_head: Tensor
     """[V, H]: rows of the output projection for the tokens this draft can propose."""
-    final_norm: nn.Module | None
-    """The target's last norm, which turns the output of its last layer into what the LM head reads; None where the
-    target's architecture does not show it."""
+    final_norm: nn.Module
+    """The target's last norm, which turns the output of its last layer into what the LM head reads."""
 
 
 class Draft(nn.Module):
@@ -65,18 +64,11 @@ class Draft(nn.Module):
         self._ends: list[TargetEnds] = []
 
     def bind(self, target: Target) -> Draft:
-        """Borrow embedding and LM head from `target` (checked by `pairing.check_pairing`); returns self.
-
-        Raises:
-            UserError: the draft reads the target's last layer after a norm that the target does not show.
-        """
+        """Borrow embedding and LM head from `target` (checked by `pairing.check_pairing`); returns self."""
         weight = target.lm_head_weight
         if self.draft_vocab_ids is not None:
             weight = weight[self.draft_vocab_ids.to(weight.device)]
-        norm = getattr(target.decoder, "norm", None)
-        if self.config.last_tap_normed and norm is None:
-            raise UserError(f"the draft reads the last layer after its final norm, which {target.name} does not show")
-        self._ends = [TargetEnds(target.embedding, weight, norm)]
+        self._ends = [TargetEnds(target.embedding, weight, target.final_norm)]
         return self
 
     @property
@@ -84,15 +76,6 @@ class Draft(nn.Module):
         """The borrowed ends; `bind` comes first."""
         assert self._ends, "the draft is not bound to a target"
         return self._ends[0]
-
-    def read_features(self, features: Tensor) -> Tensor:
-        """The target's raw outputs at the taps [..., F] as this draft reads them: the last layer's may be normed."""
-        if not self.config.last_tap_normed:
-            return features
-        taps = zip(self.config.target_layer_ids, features.split(self.config.hidden_size, dim=-1), strict=True)
-        last, norm = self.config.num_target_layers - 1, self.ends.final_norm
-        assert norm is not None
-        return torch.cat([norm(part.contiguous()) if layer == last else part for layer, part in taps], dim=-1)
 
     @property
     def feature_scale(self) -> Tensor | None:

@@ -79,6 +79,17 @@ SIZES: dict[str, Any] = dict(
     sliding_window=WINDOW,
     use_sliding_window=True,
     index_topk=4,
+    index_block_size=2,
+    index_topk_blocks=1,
+    clip_qkv=2.0,
+    mup_enabled=True,
+    swiglu_limit=1.0,
+    route_scale=1.7,
+    router_scaling_factor=1.7,
+    moe_routed_scaling_factor=1.7,
+    moe_router_logit_softcapping=2.0,
+    lm_head_bias=True,
+    attention_out_bias=True,
     index_head_dim=8,
     index_n_heads=2,
     final_logit_softcapping=10.0,
@@ -128,6 +139,23 @@ _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_atten
 _TWO_ROPES = {
     kind: dict(rope_type="default", rope_theta=base) for kind, base in zip(MIXED[:2], (1e3, 1e4), strict=True)
 }
+_LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1e3,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+_YARN = dict(rope_type="yarn", rope_theta=1e3, factor=4.0, original_max_position_embeddings=16)
+_DYNAMIC = dict(rope_type="dynamic", rope_theta=1e3, factor=4.0)
+_LONG = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    short_factor=[1.0 + 0.1 * i for i in range(4)],
+    long_factor=[2.0 + i for i in range(4)],
+    original_max_position_embeddings=16,
+)
 _NO_PER_LAYER_INPUT = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -156,12 +184,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "deepseek_v32": dict(num_key_value_heads=4, index_topk=4),
     "dots3_note": dict(
-        text_config=_LATENT, vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, mlp_bias=False)
+        text_config=_LATENT,
+        vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, adapter_out_dim=32, mlp_bias=False),
+        audio_config=dict(adapter_input_size=32, adapter_out_dim=32),
     ),
     "dots3_note_text": _LATENT,
     "electra": dict(is_decoder=True, embedding_size=32),
     "emu3": dict(text_config=_IDS),
     "ernie": _DECODER,
+    # The composite class leaves out the cap of logits that its text configuration has.
+    "gemma3": dict(text_config=dict(final_logit_softcapping=None)),
     "gemma3n_text": dict(
         num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4
     ),
@@ -181,6 +213,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": dict(head_dim=8),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": dict(num_key_value_heads=4, layer_types=_HYBRID, linear_num_heads=4, linear_head_dim=8),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "longcat_flash": dict(
         num_key_value_heads=4, head_dim=8, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2
@@ -253,20 +286,65 @@ NOT_TRIED = {
 """Families that the sweep cannot build, and why."""
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite (logits_scaling 1)": ("granite", dict(logits_scaling=1.0)),
+    "granitemoe_swa (logits_scaling 1)": (
+        "granitemoe_swa",
+        dict(logits_scaling=1.0, layer_rope_theta=[1e3, 0, 1e4, 1e3]),
+    ),
+    "cohere (logit_scale 1)": ("cohere", dict(logit_scale=1.0)),
+    "cohere2 (logit_scale 1)": ("cohere2", dict(logit_scale=1.0)),
+    "llama (tied embeddings)": ("llama", dict(tie_word_embeddings=True)),
+    "qwen3 (no windows)": ("qwen3", dict(use_sliding_window=False, sliding_window=None, layer_types=None)),
+    "qwen2 (windows from layer 2 on)": ("qwen2", dict(layer_types=None, max_window_layers=2)),
+    "gemma2 (no caps)": ("gemma2", dict(attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "stablelm (parallel residual)": ("stablelm", dict(use_parallel_residual=True)),
+    "gpt_neox (sequential residual)": ("gpt_neox", dict(use_parallel_residual=False)),
+    "deepseek_v3 (no rank of queries)": ("deepseek_v3", dict(q_lora_rank=None)),
+    "llama (rope llama3)": ("llama", dict(rope_parameters=_LLAMA3)),
+    "llama (rope yarn)": ("llama", dict(rope_parameters=_YARN)),
+    "llama (rope dynamic)": ("llama", dict(rope_parameters=_DYNAMIC, max_position_embeddings=16)),
+    "phi3 (rope longrope)": ("phi3", dict(rope_parameters=_LONG, original_max_position_embeddings=16)),
+    "phi3 (rope longrope, within its context)": (
+        "phi3",
+        dict(rope_parameters=_LONG | dict(original_max_position_embeddings=64), original_max_position_embeddings=64),
+    ),
+    "lfm2 (attention only)": ("lfm2", dict(layer_types=["full_attention"] * 4)),
+    "opt (norms after)": ("opt", dict(do_layer_norm_before=False)),
+    "phi3 (no windows)": ("phi3", dict(sliding_window=None)),
+    "phi3 (partial rotary)": (
+        "phi3",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    ),
+}
+"""Families a second time, with other settings. Texts of 31 and 36 tokens cross an original context of 16."""
+
+
 def families() -> list[str]:
-    """Names of all causal LM families, sorted."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Names of all causal LM families, sorted, then of variants of those that the installed transformers has."""
+    return [
+        *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        *(name for name in VARIANTS if _family(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ]
 
 
 def class_name(family: str) -> str:
     """The class that transformers makes of a family."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_family(family)]
+
+
+def _family(name: str) -> str:
+    return VARIANTS[name][0] if name in VARIANTS else name
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The configuration of a tiny model of a family."""
-    config_class = CONFIG_MAPPING[family]
-    return config_class(**_values(config_class, FAMILIES.get(family, {})))
+    """The configuration of a tiny model of a family or variant."""
+    own = _family(family)
+    config_class = CONFIG_MAPPING[own]
+    specific = FAMILIES.get(own, {}) | (VARIANTS[family][1] if family in VARIANTS else {})
+    config = config_class(**_values(config_class, specific))
+    config.architectures, config.dtype = [class_name(family)], torch.float32
+    return config
 
 
 def _values(config_class: type[PreTrainedConfig], specific: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ checkpoints must load and save unchanged).
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 DEFAULT_CANDIDATES = 128
@@ -23,6 +25,12 @@ T = TypeVar("T")
 
 class UserError(ValueError):
     """Something the user can put right. The command line prints it as one line and exits with status 2."""
+
+
+def cache_directory() -> Path:
+    """Where converted models and compiled loops are kept: $DOMINO_SPEC_CACHE, else ~/.cache/domino-spec."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "domino-spec"
+    return Path(os.environ.get("DOMINO_SPEC_CACHE", default))
 
 
 def parse_settings(cls: type[T], values: object, where: str) -> T:

@@ -22,6 +22,7 @@ from domino_spec.demo.options import (
     rivals_options,
 )
 from domino_spec.demo.shell import comma_separated, print_json
+from domino_spec.extras import require
 
 OF_METHODS = frozenset(
     (
@@ -115,6 +116,7 @@ def bench(
     if out is None:
         raise UserError("no directory given for the measurements: domino-spec bench --suite SUITE --out DIR")
     if servers:
+        require("bench", "bench")
         machine.prepare()
         from domino_spec.bench.server.run import run_server_bench
 
@@ -138,7 +140,8 @@ def bench(
     drafts = rivals.drafts_for(names)
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
-    machine.prepare()
+    require("bench", "bench")
+    machine.prepare(rivals.target)
     from domino_spec.bench.run import run_bench
 
     report = run_bench(

@@ -19,6 +19,7 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import comma_separated, print_json, status
+from domino_spec.extras import require
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -70,7 +71,8 @@ def profile(
     counts = comma_separated(num_drafts or "", int, "--num-drafts")
     sizes = comma_separated(rows or "", int, "--rows")
     _check_source(pair, shape, draft_vocab_size)
-    machine.prepare()
+    require("bench", "profile")
+    machine.prepare(pair.target if shape is None else None)
     from rich.console import Console
 
     from domino_spec.bench.profile import check_numbers, default_methods, profile_cycles, profile_record

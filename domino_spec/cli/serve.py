@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import print_json
+from domino_spec.extras import require
 
-NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOCAL = "local"
 
 
@@ -132,7 +131,9 @@ def serve(
     _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
     method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
-    machine.prepare()
+    if engine == LOCAL:
+        require("serve", "serve")
+    machine.prepare(pair.target)
     if only_check:
         return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
     if engine != LOCAL:
@@ -267,8 +268,6 @@ def _serve_here(
     pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
 ) -> None:
     """Serve on this package's engine until a signal ends it."""
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
     if local.timeout < 0 or local.drain_seconds < 0:
         raise UserError("--timeout and --drain-seconds must not be negative")
     from domino_spec.serving.address import bind, url

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from domino_spec.config import UserError
+from domino_spec.target.embedded import check_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,13 +54,19 @@ class _StandardError(logging.Handler):
         print(f"domino-spec: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
-def prepare(verbose: bool, threads: int | None = None) -> None:
+def prepare(verbose: bool, threads: int | None = None, target: str | None = None) -> None:
     """Set threads and logging, before anything is loaded.
 
     Args:
         verbose: let the libraries underneath write what they like, and this package say what it does.
         threads: CPU threads of PyTorch; None leaves its choice.
+        target: what will be loaded.
+
+    Raises:
+        UserError: it is the embedded target, whose weights are not installed.
     """
+    if target is not None:
+        check_target(target)
     log = logging.getLogger("domino_spec")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, _StandardError) for handler in log.handlers):

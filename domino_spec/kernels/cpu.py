@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.files import atomic_path, cache_directory
+from domino_spec.config import UserError, cache_directory
+from domino_spec.files import atomic_path
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "layers.c", "rollout.c", "blended.c"))
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "cpu.h", "selection.h"))

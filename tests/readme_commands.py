@@ -27,7 +27,6 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 NOT_RUN = (
     "make ",  # CI runs these themselves
-    ". .venv/bin/activate",  # the environment is this script's
     "domino-spec serve --engine vllm",  # needs a GPU's models; tests/engines boots vLLM
 )
 SHORTER = {

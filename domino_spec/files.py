@@ -37,12 +37,6 @@ _TYPES = {
 """Names of types in headers of safetensors files."""
 
 
-def cache_directory() -> Path:
-    """Where converted models and compiled loops are kept: $DOMINO_SPEC_CACHE, else ~/.cache/domino-spec."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "domino-spec"
-    return Path(os.environ.get("DOMINO_SPEC_CACHE", default))
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` only when the block ends well.

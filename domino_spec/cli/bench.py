@@ -24,6 +24,7 @@ from domino_spec.demo.options import (
     rivals_options,
 )
 from domino_spec.demo.shell import comma_separated, print_json
+from domino_spec.extras import require
 
 OF_METHODS = frozenset(
     (
@@ -117,6 +118,7 @@ def bench(
     if out is None:
         raise UserError("no directory given for the measurements: domino-spec bench --suite SUITE --out DIR")
     if servers:
+        require("bench", "bench")
         machine.prepare()
         from domino_spec.bench.server.run import run_server_bench
 
@@ -139,7 +141,8 @@ def bench(
     names = comma_separated(methods, str, "--methods")
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
-    machine.prepare()
+    require("bench", "bench")
+    machine.prepare(rivals.target)
     from domino_spec.bench.methods import check_options, needs_draft
     from domino_spec.bench.run import run_bench
 

@@ -28,7 +28,7 @@ def vocabulary(recipe: Path, out: Path, size: int | None, verbose: bool, as_json
     domino-spec generate "Why?" --ranking ranking.json --draft-vocab-size 8192
     """
     settings = load_recipe(recipe)
-    prepare(verbose)
+    prepare(verbose, target=settings.target)
     from domino_spec.training.vocabulary import write_vocabulary
 
     with status("Counting tokens"):
@@ -57,7 +57,7 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     domino-spec generate "Why?" --draft my-dart --ngrams ngrams.safetensors
     """
     settings = load_recipe(recipe)
-    prepare(verbose)
+    prepare(verbose, target=settings.target)
     from domino_spec.training.ngrams import write_ngrams
 
     with status("Counting n-grams"):

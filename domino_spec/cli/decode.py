@@ -78,7 +78,7 @@ def generate(
     domino-spec generate - --method ngram --json < question.txt
     """
     prompt = read_prompt(prompt)
-    machine.prepare()
+    machine.prepare(pair.target)
     from domino_spec.api import stream
     from domino_spec.decoding.generation import Generation, Limits
     from domino_spec.decoding.sampling import SamplingSettings
@@ -159,7 +159,7 @@ def demo(
     domino-spec demo
     domino-spec demo --prompt "Tell me about the moon." --max-new-tokens 200
     """
-    machine.prepare()
+    machine.prepare(pair.target)
     from domino_spec.decoding.generation import Limits
     from domino_spec.demo.race import PROMPTS, race, warm_up
     from domino_spec.demo.record import races_record

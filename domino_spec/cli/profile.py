@@ -20,6 +20,7 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import comma_separated, print_json, status
+from domino_spec.extras import require
 from domino_spec.methods import check_settings
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def profile(
     counts = comma_separated(num_drafts or "", int, "--num-drafts")
     sizes = comma_separated(rows or "", int, "--rows")
     _check_source(pair, shape, draft_vocab_size)
-    machine.prepare()
+    require("bench", "profile")
+    machine.prepare(pair.target if shape is None else None)
     from rich.console import Console
 
     from domino_spec.bench.profile import check_numbers, default_methods, profile_cycles, profile_record

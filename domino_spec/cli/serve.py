@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from domino_spec.demo.options import (
     pair_options,
 )
 from domino_spec.demo.shell import print_json
+from domino_spec.extras import require
 from domino_spec.methods import check_settings, default_method, why_nothing_is_drafted
 
-NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOCAL = "local"
 
 
@@ -136,7 +135,9 @@ def serve(
     # Without a draft the method is none; as if it had been asked for, no draft is looked for.
     method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
-    machine.prepare()
+    if engine == LOCAL:
+        require("serve", "serve")
+    machine.prepare(pair.target)
     if only_check:
         return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
     if engine != LOCAL:
@@ -265,8 +266,6 @@ def _serve_elsewhere(
 
 def _serve_here(pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, machine: Machine) -> None:
     """Serve on this package's engine until a signal ends it."""
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
     if local.timeout < 0 or local.drain_seconds < 0:
         raise UserError("--timeout and --drain-seconds must not be negative")
     from domino_spec.serving.address import bind, url

@@ -11,6 +11,7 @@ from domino_spec.cli.group import cli
 from domino_spec.config import UserError
 from domino_spec.demo.options import Machine, json_option, machine_options, no_check_option, verbose_option
 from domino_spec.demo.shell import console, prepare, print_json, status
+from domino_spec.extras import require
 from domino_spec.recipe import load_recipe
 
 
@@ -34,7 +35,7 @@ def regenerate(
     domino-spec regenerate my-draft.yaml --server http://localhost:8000
     """
     settings = load_recipe(recipe)
-    machine.prepare()
+    machine.prepare(settings.target)
     from domino_spec.demo.answering import answer_recipe, result_lines
 
     out = out or Path(settings.data.responses)
@@ -75,7 +76,9 @@ def train(
     domino-spec train my-draft.yaml --out runs/my-draft
     """
     settings = load_recipe(recipe)
-    Machine(device, "auto", threads, verbose).prepare()
+    if not dry_run:
+        require("train", "train")
+    Machine(device, "auto", threads, verbose).prepare(None if dry_run else settings.target)
     if dry_run:
         from domino_spec.training.estimate import estimate_lines, estimate_training
 
@@ -140,7 +143,7 @@ def inspect(draft: str, target: str | None, verbose: bool, as_json: bool) -> Non
     \b
     domino-spec inspect smollm2-135m-domino --target smollm2-135m
     """
-    prepare(verbose)
+    prepare(verbose, target=target)
     from domino_spec.demo.record import draft_lines, draft_record
     from domino_spec.draft.describe import check_fit, describe_draft
     from domino_spec.draft.load import draft_directory

@@ -47,9 +47,9 @@ class Machine:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UserError(f"--threads must be at least 1 and at most {MOST_THREADS}, got {self.threads}")
 
-    def prepare(self) -> None:
-        """Set threads and logging, before anything is loaded."""
-        prepare(self.verbose, self.threads)
+    def prepare(self, target: str | None = None) -> None:
+        """Set threads and logging, before anything is loaded; refuse a `target` whose weights are not installed."""
+        prepare(self.verbose, self.threads, target)
 
     def load(self, target: str, draft: str | None, allow_other_target: bool = False) -> tuple[Target, AnyDraft | None]:
         """Load a target and, if it is named, a draft for it.

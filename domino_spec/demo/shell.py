@@ -9,12 +9,14 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from domino_spec.config import UserError
+from domino_spec.target.embedded import check_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,19 +62,30 @@ class _StandardError(logging.Handler):
         print(f"domino-spec: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
-def prepare(verbose: bool, threads: int | None = None) -> None:
+def prepare(verbose: bool, threads: int | None = None, target: str | None = None) -> None:
     """Set threads and logging, before anything is loaded.
 
     Args:
         verbose: let the libraries underneath write what they like, and this package say what it does.
         threads: CPU threads of PyTorch; None leaves its choice.
+        target: what will be loaded.
+
+    Raises:
+        UserError: it is the embedded target, whose weights are not installed.
     """
+    if target is not None:
+        check_target(target)
     log = logging.getLogger("domino_spec")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, _StandardError) for handler in log.handlers):
         log.addHandler(_StandardError())
     if not verbose:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the hub's client is imported
+        # Both are read when the libraries that they silence are imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.filterwarnings("ignore", module=r"(?!domino_spec\b)")
+        if logging.lastResort is not None:  # what writes for loggers that nobody has configured
+            logging.lastResort.setLevel(logging.ERROR)
         import huggingface_hub.utils.logging
         import transformers
 

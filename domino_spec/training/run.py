@@ -32,6 +32,7 @@ from domino_spec.config import UserError
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
 from domino_spec.draft.model import Draft
+from domino_spec.extras import require
 from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe
 from domino_spec.target.load import load_target
@@ -82,6 +83,7 @@ def run_training(
     for option, directory in (("--out", out), ("--features", features)):
         if directory is not None and os.path.isfile(directory):
             raise UserError(f"{option} {directory} is a file: give a directory")
+    require("train", "training")
     tracker_modules(recipe.training.trackers)
     with contextlib.ExitStack() as stack:
         processes, own_device = stack.enter_context(joined_processes(device))
@@ -89,7 +91,8 @@ def run_training(
             stack.enter_context(only_writer(out, out / ".lock", "choose another --out"))
             remove_scratch(out)
             remove_scratch(out / "draft")
-        return _train(recipe, out, processes, own_device, features, check, on_start, on_features, on_step, on_evaluation)
+        options = on_start, on_features, on_step, on_evaluation
+        return _train(recipe, out, processes, own_device, features, check, *options)
 
 
 def _train(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 import signal
@@ -92,8 +91,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install starlette uvicorn prometheus_client" in fail("serve")
 
 

@@ -122,7 +122,7 @@ def test_the_memory_it_names_is_the_memory_that_the_engine_takes(tmp_path, monke
 
 
 def test_too_little_memory_stands_in_the_way(target_dir, draft_dir, monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     finding = preflight(plan(target_dir, draft_dir))[-1]
     assert finding.part == "memory" and not finding.works and finding.sentence.endswith("too little")
 
@@ -136,7 +136,7 @@ def test_caches_that_memory_cannot_hold_are_refused_before_they_are_allocated(ta
         return new_cache(self, requests, rows)
 
     monkeypatch.setattr(type(target), "new_cache", noted)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
     with pytest.raises(UserError, match=r"caches of 200000 slots.*1.0 available.*ask for fewer --slots"):
         make_engine(target, None, slots=200000, capacity=200)
     with pytest.raises(UserError, match=r"earlier turns 4096.0.*less --prefix-cache"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.target.load import cache_directory, load_target, target_config
+from domino_spec.config import UserError, cache_directory
+from domino_spec.target.load import load_target, target_config
 from tests.tiny import VOCAB, random_prompts, tiny_model, word_tokenizer
 
 

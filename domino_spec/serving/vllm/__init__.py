@@ -1,6 +1,6 @@
 """The vLLM plug-in: Domino drafts under vLLM's speculative method `dflash`.
 
-    pip install domino-spec
+    pip install .    # in a checkout of this package
     vllm serve TARGET --speculative-config '{"method": "dflash", "model": DRAFT, "num_speculative_tokens": N}'
 
 vLLM has the DFlash backbone (its attention over context and block, its cache) but no head. What is added to it:

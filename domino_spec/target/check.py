@@ -110,7 +110,11 @@ def read_reference(target: Target) -> Reference:
     """
     texts = _texts(target)
     read = []
-    with own_attention(target), target.shorter_window(_WINDOW), _told_by_name(target, "transformers' own pass over a few tokens fails"):
+    with (
+        own_attention(target),
+        target.shorter_window(_WINDOW),
+        _told_by_name(target, "transformers' own pass over a few tokens fails"),
+    ):
         for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
             prompt, drafts = text[:length], text[length:]
             long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)

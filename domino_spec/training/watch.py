@@ -119,7 +119,7 @@ def _shape(config: DraftConfig | SingleLayerConfig) -> str:
         f"taps {' '.join(map(str, config.target_layer_ids))}",
     ]
     if config.reads_last_layer:
-        parts.append(f"last layer {last_layer_tap(config).replace('_', ' its final ')}")
+        parts[-1] += f" (the last {last_layer_tap(config).replace('_', ' its final ')})"
     if config.draft_vocab_size is not None:
         parts.append(f"draft vocabulary {config.draft_vocab_size}")
     if config.head is None:

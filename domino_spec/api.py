@@ -17,6 +17,7 @@ from domino_spec.draft import load as draft_loading
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.ngram_model import NgramModel
 from domino_spec.methods import default_method, make_drafter
+from domino_spec.target.check import check_target, read_reference
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
 
@@ -45,10 +46,12 @@ def load_draft(
         allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
 
     Raises:
-        UserError: it does not exist, cannot be read, or was made for another target.
+        UserError: it does not exist, cannot be read, or was made for another target; or an ordinary model gives
+            something else in this package's passes than in its own (`target/check.py`).
     """
     if isinstance(target, PreTrainedModel):
         target = Target(target, None, target.name_or_path or type(target).__name__)
+        check_target(target, read_reference(target))
     draft = draft_loading.load_draft(name_or_path, target, dtype=dtype, allow_other_target=allow_other_target)
     draft.custom_generate = _custom_generate(draft, target)
     return draft

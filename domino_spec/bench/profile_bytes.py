@@ -73,7 +73,7 @@ def target_bytes(target: Target, work: Work, requests: int, context: int) -> dic
     logits = work.rows * target.vocab_size * size
     layers = sum(_layer_bytes(layer, config) for layer in target.layers)
     return {
-        "verify": layers + weight_bytes(target.decoder.norm) + cached,
+        "verify": layers + weight_bytes(target.final_norm) + cached,
         "verify_lm_head": weight_bytes(head) + logits,
         "accept_commit": logits,
     }

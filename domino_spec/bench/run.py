@@ -57,6 +57,7 @@ def run_bench(
     ranking: Path | None = None,
     ngrams: Path | None = None,
     allow_other_target: bool = False,
+    check: bool = True,
     breakdown: bool = True,
     say: Say | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def run_bench(
         ranking: tokens by frequency (`drafters.vocabulary`), for methods with `@SIZE`.
         ngrams: counts of text (`drafters.ngram_model`), for method `dart`.
         allow_other_target: accept a draft trained for other weights of the same shape.
+        check: as `load_target` takes it.
         breakdown: time the stages of a cycle too, at a real context.
         say: takes lines of progress; None prints them to stderr.
 
@@ -100,7 +102,7 @@ def run_bench(
     _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
     check_methods(methods, temperatures)
     prompts = load_suites(suites, limit)
-    loaded, drafted = _load_models(target, drafts, threads, device, dtype, allow_other_target)
+    loaded, drafted = _load_models(target, drafts, threads, device, dtype, allow_other_target, check)
     check_prompts(loaded, prompts, max_new_tokens, enable_thinking)
     drafting = Drafting(
         loaded,
@@ -171,14 +173,20 @@ def _check_numbers(**numbers: int) -> None:
 
 
 def _load_models(
-    target: str, drafts: Sequence[str], threads: int | None, device: str, dtype: str, allow_other_target: bool = False
+    target: str,
+    drafts: Sequence[str],
+    threads: int | None,
+    device: str,
+    dtype: str,
+    allow_other_target: bool = False,
+    check: bool = True,
 ) -> tuple[Target, list[AnyDraft]]:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if threads is not None:
         _check_numbers(threads=threads)
         torch.set_num_threads(threads)
-    loaded = load_target(target, dtype=dtype, device=device)
+    loaded = load_target(target, dtype=dtype, device=device, check=check)
     return loaded, [load_draft(draft, loaded, allow_other_target=allow_other_target) for draft in drafts]
 
 

@@ -162,6 +162,7 @@ def bench(
         ranking=counts.ranking,
         ngrams=counts.ngrams,
         allow_other_target=rivals.allow_other_target,
+        check=not machine.no_check,
     )
     _print(report, as_json)
 

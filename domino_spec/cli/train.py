@@ -9,7 +9,7 @@ import click
 
 from domino_spec.cli.group import cli
 from domino_spec.config import UserError
-from domino_spec.demo.options import Machine, json_option, machine_options, verbose_option
+from domino_spec.demo.options import Machine, json_option, machine_options, no_check_option, verbose_option
 from domino_spec.demo.shell import console, prepare, print_json, status
 from domino_spec.recipe import load_recipe
 
@@ -53,6 +53,7 @@ def regenerate(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N.")
 @click.option("--threads", type=int, help="CPU threads; PyTorch's choice by default.")
 @verbose_option
+@no_check_option
 @json_option
 def train(
     recipe: Path,
@@ -62,6 +63,7 @@ def train(
     device: str,
     threads: int | None,
     verbose: bool,
+    no_check: bool,
     as_json: bool,
 ) -> None:
     """Train the draft of RECIPE into a run directory.
@@ -88,7 +90,7 @@ def train(
     from domino_spec.training.run import run_training
 
     with TrainingView(console(), shown=is_first_process() and not as_json) as view:
-        run_training(settings, out, device=device, features=features, **view.callbacks)
+        run_training(settings, out, device=device, features=features, check=not no_check, **view.callbacks)
     if not is_first_process():
         return
     report = write_report(out)

@@ -114,9 +114,10 @@ def check_prompt(target: Target, prompt: Sequence[int], max_new_tokens: int) -> 
     if min(prompt) < 0 or max(prompt) >= target.vocab_size:
         raise UserError(f"a prompt holds token ids outside the vocabulary of {target.vocab_size} of {target.name}")
     if len(prompt) + max_new_tokens > target.max_length:
+        reason = "" if target.rope_limit is None else ": its RoPE changes all angles in longer texts"
         raise UserError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed the context of "
-            f"{target.max_length} tokens of {target.name}"
+            f"{target.max_length} tokens of {target.name}{reason}"
         )
 
 

@@ -47,6 +47,7 @@ class Machine:
     dtype: str
     threads: int | None
     verbose: bool
+    no_check: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -73,7 +74,7 @@ class Machine:
             raise UserError(f"--device {self.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         with status(f"Loading {target}"):
-            loaded = load_target(target, dtype=dtype, device=self.device)
+            loaded = load_target(target, dtype=dtype, device=self.device, check=not self.no_check)
         if draft is None:
             return loaded, None
         with status(f"Loading {draft}"):
@@ -183,6 +184,9 @@ candidates_option = click.option(
 num_drafts_option = click.option(
     "--num-drafts", type=int, help="Drafts per cycle; as many as the method can make by default."
 )
+no_check_option = click.option(
+    "--no-check", is_flag=True, help="Load the target without comparing a few passes with transformers' own."
+)
 machine_options = collected(
     Machine,
     "machine",
@@ -195,6 +199,7 @@ machine_options = collected(
     ),
     click.option("--threads", type=int, help="CPU threads; PyTorch's choice by default."),
     verbose_option,
+    no_check_option,
 )
 _target_option = click.option(
     "--target", default=DEFAULT_TARGET, show_default=True, help="Also a directory or a hub id."

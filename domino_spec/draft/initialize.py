@@ -196,7 +196,7 @@ def new_draft(
         return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
     draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
     # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
-    draft.backbone.norm.weight.data.copy_(_norm_scale(target.decoder.norm))
+    draft.backbone.norm.weight.data.copy_(_norm_scale(target.final_norm))
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
     return draft.bind(target)
@@ -217,7 +217,7 @@ def _new_single_layer(
         for name, parameter in draft.named_parameters():
             if not name.endswith("norm.weight"):
                 nn.init.normal_(parameter, std=0.02)
-    draft.norm.weight.copy_(_norm_scale(target.decoder.norm))
+    draft.norm.weight.copy_(_norm_scale(target.final_norm))
     draft.bind(target)
     draft.lm_head.weight.copy_(draft.ends.lm_head)
     # The feature begins as the highest level, as it is; what lower levels add is learned (docs/log.md).

@@ -68,7 +68,7 @@ class Draft(nn.Module):
         weight = target.lm_head_weight
         if self.draft_vocab_ids is not None:
             weight = weight[self.draft_vocab_ids.to(weight.device)]
-        self._ends = [TargetEnds(target.embedding, weight, target.decoder.norm)]
+        self._ends = [TargetEnds(target.embedding, weight, target.final_norm)]
         return self
 
     @property

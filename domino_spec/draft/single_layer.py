@@ -206,7 +206,7 @@ class SingleLayerDraft(nn.Module):
         if self.draft_vocab_ids is not None:
             weight = weight[self.draft_vocab_ids.to(weight.device)]
         self.stop_token_ids = target.stop_token_ids
-        self._ends = [TargetEnds(target.embedding, weight, target.decoder.norm)]
+        self._ends = [TargetEnds(target.embedding, weight, target.final_norm)]
         return self
 
     @property

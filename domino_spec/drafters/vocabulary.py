@@ -310,7 +310,7 @@ def _sharing_copy(module: Module) -> Module:
 def _rows(linear: Any, choices: Tensor) -> Any:
     """The chosen outputs of a linear layer without a bias, packed where it is."""
     packed = isinstance(linear, PackedLinear)
-    weight = (linear.unpacked if packed else linear.weight)[choices]
+    weight = linear.weight[choices]
     if packed:
         return PackedLinear(weight)
     smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -104,8 +104,18 @@ class TargetCache(RequestRows, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Write new rows [R, kv_heads, N, D] of one layer; returns all rows up to `extent` [R, kv_heads, extent, D]."""
+        """Write new rows [R, kv_heads, N, D] of one layer; returns all rows up to `extent` [R, kv_heads, extent, D].
+
+        Raises:
+            ValueError: the layer has other heads than the cache was made for.
+        """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
+        for kind, new in (("keys", key_states), ("values", value_states)):
+            if new.shape[1::2] != keys.shape[1::2]:
+                raise ValueError(
+                    f"layer {layer_idx} has {kind} of {new.shape[1]} heads of {new.shape[3]}, the cache holds "
+                    f"{keys.shape[1]} of {keys.shape[3]}"
+                )
         if self._contiguous is not None:
             keys[:, :, self._contiguous] = key_states
             values[:, :, self._contiguous] = value_states

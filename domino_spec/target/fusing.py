@@ -2,22 +2,27 @@
 
 Half of a small model's pass on CPU goes into the dozens of small PyTorch calls of every layer, not into its products.
 Families of models differ in details (a scale here, a norm there), so nothing is assumed about a module that only looks
-familiar: it is replaced where the replacement gives the same output on random input, and stays where it does not.
-Where all layers of a model consist of such modules, `fused_layers` runs them in one step.
+familiar: it is replaced if the replacement gives the same output, and stays if it does not. Norms and MLPs are tried on
+random input, attention on the arguments of a real call, because transformers renames those. The check at load
+(`check.py`) then compares the whole target with the model's own modules.
+If all layers of a model consist of such modules, `fused_layers` runs them in one step.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from domino_spec.kernels import cpu
 from domino_spec.kernels.layers_cpu import DecoderLayers, Layer, Norm, Product
-from domino_spec.target.attention import folded_attention
+from domino_spec.target.attention import folded_attention, watch_attention
 from domino_spec.target.packing import PackedLinear
 
 _log = logging.getLogger(__name__)
@@ -81,7 +86,7 @@ class FusedProjection(nn.Module):
             norm = getattr(attention, name, None)
             if norm is not None:
                 fused = fused_norm(norm)
-                if fused is None:
+                if fused is None or len(fused.weight) != self.head_dim:  # a norm over all heads (MiniMax-M2)
                     raise NotFusible
                 self.head_norms.append((first, count, fused))
 
@@ -97,51 +102,95 @@ class FusedProjection(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """A target's grouped-query attention, called as transformers calls its own."""
+    """A target's grouped-query attention, called as transformers calls its own.
 
-    def __init__(self, attention: Any) -> None:
+    It takes what it needs out of the call by its type, because the names of arguments differ between versions.
+
+    Args:
+        attention: has q_proj, k_proj, v_proj, o_proj, `head_dim`, `layer_idx`, and maybe q_norm and k_norm.
+        scaling: of the products of queries and keys; None reads it from `attention`.
+    """
+
+    def __init__(self, attention: Any, scaling: float | None = None) -> None:
         super().__init__()
         self.project = FusedProjection(attention)
         self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
-        self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
+        self.layer_idx = attention.layer_idx
+        self.scaling: float = attention.scaling if scaling is None else scaling
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:
-        """[R, N, H] to the same."""
-        query, key, value = self.project(hidden_states, *position_embeddings)
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, None]:
+        """[R, N, H] to the same.
+
+        Args:
+            hidden_states: [R, N, H].
+            arguments: among these and `named`, a pair of tensors (cos and sin of RoPE, [R or 1, N, D]), a tensor of
+                four dimensions (the mask, [R or 1, 1, N, T]; none is causal), and a cache.
+            named: as `arguments`.
+        """
+        given = (*arguments, *named.values())
+        cos, sin = next(argument for argument in given if _is_pair(argument))
+        mask = next((x for x in given if isinstance(x, Tensor) and x.dim() == 4), None)
+        cache = next((argument for argument in given if isinstance(argument, Cache)), None)
+        query, key, value = self.project(hidden_states, cos, sin)
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
-        if attention_mask is None or attention_mask.dtype != torch.bool:
-            out, _ = folded_attention(self, query.transpose(1, 2), keys, values, attention_mask, self.scaling)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        if mask is None or mask.dtype != torch.bool:
+            out, _ = folded_attention(self, query.transpose(1, 2), keys, values, mask, self.scaling)
         else:
-            if past_key_values is None:
+            if cache is None:
                 keys, values = keys.contiguous(), values.contiguous()
-            out = cpu.attend(query, keys, values, attention_mask, self.scaling)
+            out = cpu.attend(query, keys, values, mask, self.scaling)
         return self.output(out.reshape(*hidden_states.shape[:2], -1)), None
+
+
+def _is_pair(argument: Any) -> bool:
+    return isinstance(argument, (tuple, list)) and len(argument) == 2 and all(isinstance(x, Tensor) for x in argument)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model called one of its attention modules."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def repeat(self, module: nn.Module) -> Any:
+        """What `module` gives for these arguments; keys and values go to the same rows of the cache again."""
+        return module(*self.arguments, **self.named)
+
+
+@contextmanager
+def attention_calls(model: nn.Module) -> Iterator[dict[nn.Module, Call]]:
+    """The last call of every familiar attention module below `model` meanwhile."""
+    calls: dict[nn.Module, Call] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls[module] = Call(arguments, named)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if _is_attention(module):
+                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield calls
 
 
 class NotFusible(Exception):
     """A part of the module has no fused form."""
 
 
-def fuse(model: nn.Module) -> int:
+def fuse(model: nn.Module, calls: Mapping[nn.Module, Call] | None = None) -> int:
     """Replace what can be replaced below `model`; returns how many modules were.
 
     Args:
         model: frozen, float32, on CPU; before its linear layers are packed.
+        calls: from `attention_calls`; attention without a call stays.
     """
     replaced = 0
     for name, child in list(model.named_children()):
-        fused = _fused(child)
+        fused = _fused(child, calls or {})
         if fused is None:
-            replaced += fuse(child)
+            replaced += fuse(child, calls)
         else:
             setattr(model, name, fused)
             replaced += 1
@@ -174,35 +223,48 @@ def fused_norm(norm: Any) -> FusedNorm | None:
     return next((f for f in (FusedNorm(weight, eps), FusedNorm(1 + weight, eps)) if _agree(norm, f, x)), None)
 
 
-def _fused(module: Any) -> nn.Module | None:
+def _fused(module: Any, calls: Mapping[nn.Module, Call]) -> nn.Module | None:
     """The fused form of a module, if it has one that agrees with it."""
     try:
         if _has_linears(module, "gate_proj", "up_proj", "down_proj"):
             mlp, x = FusedMLP(module), _noise(3, module.gate_proj.in_features)
             return mlp if _agree(module, mlp, x) else None
-        if _has_linears(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-            attention, x = FusedAttention(module), _noise(2, 3, module.q_proj.in_features)
-            rotary = (_noise(2, 3, attention.project.head_dim), _noise(2, 3, attention.project.head_dim))
-            mask = torch.ones(3, 3, dtype=torch.bool).tril().expand(2, 1, 3, 3)
-            return attention if _agree(module, attention, x, position_embeddings=rotary, attention_mask=mask) else None
+        if _is_attention(module):
+            return _fused_attention(module, calls[module])
         return fused_norm(module)
-    except (NotFusible, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (NotFusible, AttributeError, KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
         _log.debug("%s stays as it is: %r", type(module).__name__, error)
         return None
 
 
-def _agree(module: nn.Module, fused: nn.Module, x: Tensor, **arguments) -> bool:
+def _fused_attention(attention: Any, call: Call) -> FusedAttention | None:
+    with torch.no_grad():
+        with watch_attention() as watched:
+            expected = call.repeat(attention)
+        (asked,) = watched
+        if asked["softcap"] is not None or asked["s_aux"] is not None:  # a random call may not show what they change
+            raise NotFusible
+        fused = FusedAttention(attention, asked["scaling"] or attention.head_dim**-0.5)
+        got = call.repeat(fused)
+    if not isinstance(expected, tuple) or len(expected) != len(got):
+        return None
+    return fused if near(expected[0], got[0]) else None
+
+
+def _agree(module: nn.Module, fused: nn.Module, x: Tensor) -> bool:
     """Whether both give the same output, on input of the scale that norms leave."""
     with torch.no_grad():
-        expected, got = module(x, **arguments), fused(x, **arguments)
-    if isinstance(expected, tuple):
-        expected, got = expected[0], got[0]
-    return near(expected, got)
+        return near(module(x), fused(x))
 
 
 def near(expected: Tensor, got: Tensor) -> bool:
     """Whether two results differ by no more than float32 products in another order do."""
-    return bool((expected - got).abs().max() <= _TOLERANCE * expected.abs().max())
+    same_shape = expected.shape == got.shape
+    return same_shape and bool((expected - got).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return _has_linears(module, "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _has_linears(module: nn.Module, *names: str) -> bool:

@@ -12,6 +12,7 @@ import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from domino_spec.config import UserError
 from domino_spec.files import cache_directory
 from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.check import checked_target
 from domino_spec.target.model import Target, stop_token_ids
 from domino_spec.target.packing import can_pack
 
@@ -38,6 +40,7 @@ def load_target(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     pack: bool = True,
+    check: bool = True,
 ) -> Target:
     """Load a frozen target.
 
@@ -46,10 +49,15 @@ def load_target(
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
         device: "auto" is CUDA where there is one, else CPU.
         pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
+        check: compare a few passes with the model's own modules in transformers (`check.py`).
 
     Raises:
-        UserError: it does not exist, is not a model, or its weights cannot be read.
+        UserError: it does not exist, is not a model, its weights cannot be read, or it gives something else here than
+            in transformers.
     """
+    if check:
+        load = partial(load_target, name_or_path, dtype=dtype, device=device, pack=False, check=False)
+        return checked_target(load, pack)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")

@@ -6,11 +6,13 @@ Everything above this file sees tokens, hidden states, logits and features; ever
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,15 @@ from domino_spec.kernels import cpu
 from domino_spec.kernels.layers_cpu import DecoderLayers
 from domino_spec.target.attention import pass_mask
 from domino_spec.target.cache import TargetCache
-from domino_spec.target.fusing import FusedAttention, fuse, fused_layers, near
+from domino_spec.target.fusing import FusedAttention, attention_calls, fuse, fused_layers, near
 from domino_spec.target.packing import pack_linears
 
 _log = logging.getLogger(__name__)
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+"""Keys in which configurations say how long a text may be."""
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "embedding_norm", "ln_f")
+"""Names that decoders give the norm after their last layer."""
 PREFILL_CHUNK = 512
 """Tokens per request in one prefill pass: bounds the memory of activations and masks on long prompts."""
 
@@ -91,19 +97,39 @@ class Target:
         self.embedding: nn.Module = model.get_input_embeddings()
         self._lm_head = model.get_output_embeddings()
         self.packed = False
+        self.replaced = False
+        """Whether modules of the model were replaced (`pack`)."""
+        self.no_features: str | None = None
+        """Why drafts cannot read the layers' outputs, where the check at load found that (`check.py`)."""
         layers = getattr(self.decoder, "layers", None)
-        if layers is None or self._lm_head is None:
+        lm_head_weight = getattr(self._lm_head, "weight", None)
+        cache_argument = _cache_argument(self.decoder)
+        if not isinstance(layers, nn.ModuleList) or not isinstance(lm_head_weight, Tensor) or cache_argument is None:
             raise UserError(f"{name}: {type(model).__name__} is not an ordinary decoder-only language model")
         for scale in ("logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier"):
             if getattr(self.config, scale, None) not in (None, 1.0):
                 raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
-        self.layers: Sequence[nn.Module] = layers
-        self.lm_head_weight: Tensor = self._lm_head.weight
+        self.layers: Sequence[nn.Module] = layers  # type: ignore[assignment]
+        self.lm_head_weight: Tensor = lm_head_weight
         """[V, H], the frozen output projection."""
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
-        self._taps = FeatureTaps(layers)
+        self._taps = FeatureTaps(self.layers)
         self._in_one_step: DecoderLayers | None = None
-        self._windows = _attention_windows(self.config)
+        self._windows = _attention_windows(self.config, name)
+        self._cache_argument = cache_argument
+        self.max_length = _max_length(self.config, name)
+        """Longest text that can be decoded, in tokens."""
+        self.rope_limit = _constant_rope_length(self.config, self.max_length)
+        """Tokens up to which the angles of RoPE do not depend on the length of the text; None where they never do."""
+        if self.rope_limit is not None and self.rope_limit < self.max_length:
+            _log.warning(
+                "%s: its RoPE changes all angles in texts longer than %d tokens, so it is used up to that length, "
+                "not to its %d",
+                name,
+                self.rope_limit,
+                self.max_length,
+            )
+            self.max_length = self.rope_limit
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
 
     @property
@@ -138,9 +164,18 @@ class Target:
         return len(self.layers)
 
     @property
-    def max_length(self) -> int:
-        """Longest text the model's positions allow, in tokens."""
-        return self.config.max_position_embeddings
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the LM head.
+
+        Raises:
+            UserError: the decoder has none that is known, or it is not what stands there.
+        """
+        norms = (getattr(self.decoder, name, None) for name in _FINAL_NORMS)
+        norm = next((module for module in norms if isinstance(module, nn.Module)), None)
+        if norm is None or self.no_features is not None:
+            reason = self.no_features or "no final norm is known"
+            raise UserError(f"{self.name} decodes without a draft only: of {type(self.model).__name__}, {reason}")
+        return norm
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -148,28 +183,42 @@ class Target:
         generation = getattr(self.model, "generation_config", None)
         return stop_token_ids(generation, self.config, self.tokenizer)
 
-    def pack(self) -> Target:
+    def pack(self, replace: bool = True) -> Target:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self.
 
-        Hooks on what was joined are not called any more, on decoder layers neither where all of them are one step.
+        Hooks on what was joined are not called any more, on decoder layers neither where all of them are one step. The
+        model cannot be saved any more.
+
+        Args:
+            replace: False keeps the model's own modules, of which only the linear layers are packed.
         """
-        if cpu.is_available(self.device, self.dtype):
-            fuse(self.decoder)
+        replace = replace and cpu.is_available(self.device, self.dtype)
+        expected: list[Tensor] = []
+        if replace:
+            with attention_calls(self.decoder) as calls:
+                expected = self._sample_passes()
+            self.replaced = fuse(self.decoder, calls) > 0
         pack_linears(self.model)
         self._lm_head = self.model.get_output_embeddings()
         self.packed = True
-        if cpu.is_available(self.device, self.dtype):
-            self._join_layers()
+        self.model.save_pretrained = self._refuse_saving  # type: ignore[method-assign,assignment]
+        if self.replaced:
+            self._join_layers(expected)
         return self
 
-    @torch.inference_mode()
-    def _join_layers(self) -> None:
-        """Run all layers in one native step, where that gives what the model's own forward gives."""
+    def _refuse_saving(self, *arguments: Any, **options: Any) -> NoReturn:
+        """In the place of `save_pretrained`, which would write a model without the weights that are packed."""
+        raise UserError(
+            f"{self.name} is packed for decoding and cannot be saved; load it with load_target(..., pack=False)"
+        )
+
+    def _join_layers(self, expected: list[Tensor]) -> None:
+        """Run all layers in one native step, if that gives what the model's own modules gave."""
         kinds = getattr(self.config, "layer_types", None) if len(self._windows) > 1 else None
         joined = fused_layers(self.layers, kinds or [next(iter(self._windows))] * self.num_layers)
         if joined is None:
             return
-        expected, got = self._sample_passes(), []
+        got: list[Tensor] = []
         self._in_one_step = joined
         try:
             got = self._sample_passes()
@@ -178,6 +227,7 @@ class Target:
         if not got or not all(map(near, expected, got)):
             self._in_one_step = None
 
+    @torch.no_grad()
     def _sample_passes(self) -> list[Tensor]:
         """Results of two passes over random tokens: from the start, and after texts of unequal length."""
         tokens = torch.randint(self.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -196,14 +246,38 @@ class Target:
             UserError: they may, because some product or attention of the target is not done by the native loops.
         """
         native = cpu.is_available(self.device, self.dtype) and self.packed
-        attention_fused = all(isinstance(getattr(layer, "self_attn", None), FusedAttention) for layer in self.layers)
-        if not native or not attention_fused or any(isinstance(m, nn.Linear) for m in self.model.modules()):
+        if not native:
             dtype = str(self.dtype).removeprefix("torch.")
             raise UserError(
                 f"exact decoding needs float32 on a CPU and a C compiler; {self.name} is {dtype} on {self.device}"
-                if not native
-                else f"exact decoding needs attention that this package can take over; {self.name} has another kind"
             )
+        if not all(isinstance(getattr(layer, "self_attn", None), FusedAttention) for layer in self.layers):
+            raise UserError(
+                f"exact decoding needs attention that this package can take over; {self.name} has another kind"
+            )
+        others = (m for m in self.model.modules() if not isinstance(m, nn.Embedding))
+        if any(weight.dim() > 1 for module in others for weight in module.parameters(recurse=False)):
+            raise UserError(
+                f"exact decoding needs products that the native loops do; {self.name} has others (experts, say)"
+            )
+
+    @contextmanager
+    def shorter_window(self, window: int) -> Iterator[None]:
+        """Sliding windows of `window` tokens at most meanwhile, in passes here and in the masks of transformers.
+
+        So that a few tokens show whether windows are right (`check.py`).
+        """
+        ours, theirs = self._windows, getattr(self.config, "sliding_window", None)
+        if theirs is None or all(own is None for own in ours.values()):
+            yield
+            return
+        window = min(window, theirs)
+        try:
+            self._windows = {kind: None if own is None else window for kind, own in ours.items()}
+            self.config.sliding_window = window
+            yield
+        finally:
+            self._windows, self.config.sliding_window = ours, theirs
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[...] to [..., H] through the model's own module, which may scale (Gemma)."""
@@ -244,7 +318,12 @@ class Target:
             cache: rows of the committed text; the caller commits by raising `cache.lengths`.
             feature_layers: decoder layers to tap, counted from 0.
             ancestors: [R, N, N] for a tree of tokens, see `attention.pass_mask`; None for a chain.
+
+        Raises:
+            UserError: layers are tapped whose outputs are known to be of no use (`no_features`).
         """
+        if feature_layers and self.no_features is not None:
+            raise UserError(f"{self.name} gives no features: of {type(self.model).__name__}, {self.no_features}")
         num_tokens = tokens.shape[1]
         extent = cache.begin_pass(num_tokens)
         lengths = cache.lengths
@@ -252,12 +331,16 @@ class Target:
             depth = torch.arange(num_tokens, device=tokens.device)[None]
         else:
             depth = ancestors.sum(-1) - 1
+        positions = lengths[:, None] + depth  # [R, N]
+        if self.rope_limit is not None:
+            # Rows past the longest text are never committed; their positions must not change the angles of the others.
+            positions = positions.clamp(max=self.rope_limit - 1)
         masks = {
             kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in self._windows.items()
         }
         if self._in_one_step is not None:
             x = self.embedding(tokens)
-            cos, sin = self.decoder.rotary_emb(x, lengths[:, None] + depth)
+            cos, sin = self.decoder.rotary_emb(x, positions)
             hidden, features = self._in_one_step(
                 x, cos, sin, cache.keys, cache.values, cache.rows, masks, feature_layers
             )
@@ -266,9 +349,9 @@ class Target:
         output = self.decoder(
             input_ids=tokens,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=lengths[:, None] + depth,
-            past_key_values=cache,
+            position_ids=positions,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         return TargetPass(output.last_hidden_state, self._taps.take(feature_layers))
 
@@ -283,7 +366,15 @@ class Target:
 
         Returns:
             Features [R, T, layers * H] (rows past a request's length are meaningless), or None.
+
+        Raises:
+            UserError: a text is longer than the angles of RoPE stay the same (`rope_limit`).
         """
+        if self.rope_limit is not None and tokens.shape[1] > self.rope_limit:
+            raise UserError(
+                f"{self.name} cannot read a text of {tokens.shape[1]} tokens: its RoPE changes all angles in texts "
+                f"longer than {self.rope_limit}"
+            )
         chunks = []
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
             # Padded rows of shorter requests are written too, but every row is overwritten before it can be seen.
@@ -304,12 +395,44 @@ def stop_token_ids(generation: Any, config: Any, tokenizer: PreTrainedTokenizerB
     return frozenset(ids)
 
 
-def _attention_windows(config: Any) -> dict[str, int | None]:
+def _cache_argument(decoder: nn.Module) -> str | None:
+    """The name under which a decoder takes its cache, by its type: versions of transformers differ in it."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)), None)
+
+
+def _max_length(config: Any, name: str) -> int:
+    """Longest text that a configuration allows, in tokens."""
+    for key in _LENGTHS:
+        if isinstance(length := getattr(config, key, None), int):
+            return length
+    raise UserError(f"{name}: its configuration does not say how long a text may be (max_position_embeddings)")
+
+
+def _constant_rope_length(config: Any, max_length: int) -> int | None:
+    """Tokens up to which transformers computes the same angles for a position, whatever the length; None if always.
+
+    `longrope` has two sets of frequencies and `dynamic` a base that grows: transformers takes those of the longest
+    position in a pass, so a draft, or a neighbour in the batch, would change them for everyone.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in [parameters, *nested]:
+        kind = rope.get("rope_type") or ""
+        if "dynamic" in kind:
+            limits.append(max_length)
+        elif kind == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or max_length)
+    return min(limits, default=None)
+
+
+def _attention_windows(config: Any, name: str) -> dict[str, int | None]:
     """Which masks a pass must build: one per kind of attention layer, with its window."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(f"layers of type {', '.join(sorted(unknown))} are not supported")
+        raise UserError(f"{name}: layers of type {', '.join(sorted(map(str, unknown)))} are not supported")
     if kinds:
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
     if window is not None and getattr(config, "use_sliding_window", True):

@@ -36,14 +36,14 @@ class PackedLinear(nn.Module):
             self.panels = cpu.pack(weight)
             self.bias = None if bias is None else cpu.pack_bias(bias)
         else:
-            self.weight, self.bias = weight, bias
+            self._given, self.bias = weight, bias
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
 
     @property
-    def unpacked(self) -> Tensor:
-        """The weight [out, in] as it was given."""
+    def weight(self) -> Tensor:
+        """[out, in], as it was given; from panels a copy. Some models read it (routers of experts)."""
         if self.panels is None:
-            return self.weight
+            return self._given
         return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         if self.panels is not None:
             return cpu.linear(x, self.panels, self.out_features, self.bias)
         if x.numel() <= STOCK_ROWS * self.in_features:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._given, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 

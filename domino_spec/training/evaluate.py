@@ -175,7 +175,7 @@ def text_probabilities(target: Target, features: Tensor, tokens: Tensor) -> Tens
     found = [torch.ones(1, device=features.device)]
     for start in range(0, len(tokens) - 1, TEXT_ROWS):
         rows = features[start : min(start + TEXT_ROWS, len(tokens) - 1)]
-        logits = (target.decoder.norm(rows.to(weight.dtype)) @ weight.t()).float()
+        logits = (target.final_norm(rows.to(weight.dtype)) @ weight.t()).float()
         chosen = tokens[start + 1 : start + 1 + len(rows), None]
         found.append(torch.exp(logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)))
     return torch.cat(found)

@@ -52,6 +52,7 @@ def run_training(
     *,
     device: str = "auto",
     features: Path | None = None,
+    check: bool = True,
     on_start: Callable[[RunFacts], None] = lambda facts: None,
     on_features: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[StepResult], None] = lambda result: None,
@@ -64,6 +65,7 @@ def run_training(
         out: directory of the run.
         device: "auto", "cpu" or "cuda".
         features: directory of the feature cache, `out/features` where not given.
+        check: as `load_target` takes it.
         on_start: called once data and device are known.
         on_features: called with captured and total tokens.
         on_step: called after every optimizer step.
@@ -73,7 +75,9 @@ def run_training(
         UserError: bad data, a run of another recipe in `out`, or a file that cannot be read or written.
     """
     with joined_processes(device) as (processes, own_device):
-        return _train(recipe, out, processes, own_device, features, on_start, on_features, on_step, on_evaluation)
+        return _train(
+            recipe, out, processes, own_device, features, check, on_start, on_features, on_step, on_evaluation
+        )
 
 
 def _train(
@@ -82,13 +86,15 @@ def _train(
     processes: Processes,
     device: str,
     features: Path | None,
+    check: bool,
     on_start: Callable[[RunFacts], None],
     on_features: Callable[[int, int], None],
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
 ) -> AnyDraft:
     tracker_modules(recipe.training.trackers)
-    target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
+    dtype = getattr(torch, recipe.data.feature_dtype)
+    target = load_target(recipe.target, dtype=dtype, device=device, pack=False, check=check)
     sequences = load_training_data(recipe.data, target)
     training, held_out = split_held_out(sequences, recipe.data.held_out)
     vocabulary = None

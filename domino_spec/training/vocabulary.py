@@ -42,7 +42,7 @@ def write_vocabulary(recipe: Recipe, out: Path, size: int | None = None, device:
     Raises:
         UserError: bad data, too small a size, or a file that cannot be read or written.
     """
-    target = load_target(recipe.target, device=device, pack=False)
+    target = load_target(recipe.target, device=device, pack=False, check=False)  # it is not run
     training, _ = split_held_out(load_training_data(recipe.data, target), recipe.data.held_out)
     ranking = count_for(target, answer_texts(training), f"training answers of {recipe.data.responses}", size)
     ranking.save(out)

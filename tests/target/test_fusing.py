@@ -76,12 +76,12 @@ class _Doubled(nn.Module):
 
 
 def test_what_only_looks_familiar_stays():
-    model = wide_model("llama")
-    layers = model.get_decoder().layers
+    target = as_target(wide_model("llama"))
+    model, layers = target.model, target.layers
     layers[0].mlp = _Doubled(layers[0].mlp)
     layers[1].input_layernorm = nn.LayerNorm(64)
     layers[2].self_attn.scaling *= 1.01  # fused with its own scale, so this one is fine
-    fuse(model)
+    target.pack()
     assert type(layers[0].mlp) is _Doubled and type(layers[1].input_layernorm) is nn.LayerNorm
     assert isinstance(layers[2].self_attn, FusedAttention)
     assert {FusedAttention, FusedMLP, FusedNorm} <= kinds(model)

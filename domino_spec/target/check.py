@@ -1,0 +1,308 @@
+"""The check at load: a target must give here what its own modules give in transformers.
+
+A few tokens of two requests go through the model's own modules, attention, masks and cache, request by request and
+without padding, before anything is replaced: the reference. The same tokens then go through this package's attention,
+masks, cache and replacements, in the passes that decoding makes: a ragged prefill, then a tree, a chain and a step over
+the cache. If something differs by more than rounding, the target is refused, because its text would be wrong.
+
+Sliding windows are shortened meanwhile, here and in transformers' masks, so that a few tokens are more than a window
+holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from domino_spec.config import UserError
+from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.model import Target
+from domino_spec.target.packing import can_pack
+
+_log = logging.getLogger(__name__)
+
+_PROMPT_LENGTHS = (11, 4)
+"""Tokens of each request before the passes over the cache. All texts are longer than `_WINDOW`."""
+_WINDOW = 5
+_PARENTS = (-1, 0, 0, 1)
+"""Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
+_LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
+_OWN_PASSES = ((11, 1, 2), (4, 3))
+"""Tokens of each pass in which transformers reads a request's long path over its cache."""
+
+
+class Misfit(UserError):
+    """A target gives something else here than in transformers."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gave for n tokens."""
+
+    hidden: Tensor
+    """[n, H], after the final norm."""
+    logits: Tensor
+    """[n, V]."""
+    layers: Tensor
+    """[n, L, H], the output of every layer; of a reference without the last, [n, L - 1, H]."""
+
+    def rows(self, first: int, *rows: int) -> Outputs:
+        """Some rows, counted from `first`; all before `first` if none is named."""
+        chosen = [first + row for row in rows] if rows else list(range(first))
+        return Outputs(self.hidden[chosen], self.logits[chosen], self.layers[chosen])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model's own modules give for the tokens of the check."""
+
+    tokens: tuple[Tensor, ...]
+    """Of each request: those of its prompt, then those of the tree, [n + 4]."""
+    outputs: tuple[Outputs, ...]
+    """Of each request, for the same tokens."""
+
+
+def checked_target(load: Callable[[], Target], pack: bool) -> Target:
+    """A target that has passed the check.
+
+    If it passes with its own modules only, it is loaded again and packed without replacements, which is said once.
+
+    Args:
+        load: gives the target as its files have it, every module its own.
+        pack: prepare it for inference on a CPU (`Target.pack`), if that is where it is.
+
+    Raises:
+        UserError: it gives something else here than in transformers.
+    """
+    target = load()
+    pack = pack and can_pack(target.device, target.dtype)
+    reference = read_reference(target)
+    try:
+        if pack:
+            with _told_by_name(target, "a pass over a few tokens fails here"):
+                target.pack()
+        check_target(target, reference)
+        return target
+    except Misfit as misfit:
+        if not target.replaced:
+            raise
+        reason = str(misfit)
+    del target  # two copies of the weights may not fit
+    target = load().pack(replace=False)
+    check_target(target, reference)
+    _log.warning("%s; its own modules run instead, which is slower", reason)
+    return target
+
+
+@torch.inference_mode()
+def read_reference(target: Target) -> Reference:
+    """What the model's own modules give, before `Target.pack`.
+
+    Raises:
+        UserError: they cannot be run on a few tokens, or give values that are not finite.
+    """
+    texts = _texts(target)
+    read = []
+    failing = "transformers' own pass over a few tokens fails"
+    with _told_by_name(target, failing), own_attention(target), target.shorter_window(_WINDOW):
+        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
+            prompt, drafts = text[:length], text[length:]
+            long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
+            short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
+            # The tree's rows are the long path's first two, the short one's last, and the long one's last.
+            read.append(_joined(long.rows(length + 2), short.rows(-1, 0), long.rows(-1, 0)))
+    if not all(outputs.hidden.isfinite().all() for outputs in read):
+        dtype = str(target.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{target.name} gives values that are not finite in {dtype}: its weights are damaged, or need another dtype"
+        )
+    return Reference(tuple(texts), tuple(read))
+
+
+def _texts(target: Target) -> list[Tensor]:
+    """Tokens of both requests; none that the configuration gives a meaning of its own, such as an image's."""
+    named = [value for key, value in vars(target.config).items() if key.endswith(("token_id", "token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    ordinary = [token for token in range(target.vocab_size) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+    lengths = [length + len(_PARENTS) for length in _PROMPT_LENGTHS]
+    drawn = (torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths)
+    return [torch.tensor([ordinary[i] for i in indices], device=target.device) for indices in drawn]
+
+
+@contextmanager
+def own_attention(target: Target) -> Iterator[None]:
+    """The attention that transformers would choose for the model, in the place of this package's, meanwhile.
+
+    Raises:
+        UserError: the model does not take its attention from transformers' table, so it cannot be exchanged.
+    """
+    model = target.model
+    if model.config._attn_implementation != ATTENTION_NAME:
+        yield
+        return
+    try:
+        _set_attention(target, model.get_correct_attn_implementation(None))
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _set_attention(target: Target, name: str) -> None:
+    model = target.model
+    try:
+        model.set_attn_implementation(name)
+    except ValueError:  # a part of the model, an image's encoder say, has none of that name
+        name = "eager"
+        model.set_attn_implementation(name)
+    configs = {id(m.config): m.config for m in target.decoder.modules() if isinstance(m, PreTrainedModel)}
+    if any(config._attn_implementation != name for config in (model.config, *configs.values())):
+        raise UserError(f"{target.name}: the attention of {type(model).__name__} is its own and cannot be exchanged")
+
+
+def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
+    """What transformers gives for `tokens` [n], read in passes of these sizes over its cache."""
+    model: Any = target.model
+    found: list[Outputs] = []
+    final: list[Any] = []
+    cache: dict[str, Cache] = {}
+    hook = target.decoder.register_forward_hook(lambda module, arguments, output: final.append(output))
+    try:
+        for part in tokens.split(list(sizes)):
+            output = model(input_ids=part[None], use_cache=True, output_hidden_states=True, **cache)
+            cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
+            hidden = final[-1].last_hidden_state[0]  # [n, H]
+            # The first entry is the embedding, the last one has been normed; the others are outputs of layers.
+            states = [state[0] for state in (output.hidden_states or ())[1:-1]]
+            layers = torch.stack(states, dim=1) if states else hidden.new_empty(len(part), 0, hidden.shape[1])
+            found.append(Outputs(hidden, output.logits[0], layers))
+    finally:
+        hook.remove()
+    return _joined(*found)
+
+
+def _joined(*outputs: Outputs) -> Outputs:
+    """Those of several passes, one after another."""
+    return Outputs(*(torch.cat([getattr(one, field.name) for one in outputs]) for field in fields(Outputs)))
+
+
+@torch.inference_mode()
+def check_target(target: Target, reference: Reference) -> None:
+    """Compare what a target gives with its reference.
+
+    If only the outputs of its layers differ, it decodes, but not with drafts that read them (`Target.no_features`).
+
+    Raises:
+        Misfit: hidden states or logits differ by more than rounding.
+    """
+    target.no_features = None
+    with target.shorter_window(_WINDOW), _told_by_name(target, "a pass over a few tokens fails here"):
+        compared = list(_comparisons(target, reference))
+    for when, got, expected in compared:
+        for what, ours, theirs in (
+            ("hidden states", got.hidden, expected.hidden),
+            ("logits", got.logits, expected.logits),
+        ):
+            if difference := _difference(target, ours, theirs):
+                raise Misfit(
+                    f"{target.name} is not supported: the {what} of {type(target.model).__name__} {when} differ from "
+                    f"transformers' own by {difference}, so its text would be wrong"
+                )
+    for _, got, expected in compared:
+        if difference := _difference(target, got.layers[:, :-1], expected.layers):
+            target.no_features = f"the layers' outputs differ from transformers' hidden states by {difference}"
+            return
+        try:
+            normed = target.final_norm(got.layers[:, -1])
+        except UserError:  # what a draft will say
+            return
+        if difference := _difference(target, normed, expected.hidden):
+            target.no_features = f"what follows the last layer is not its norm: results differ by {difference}"
+            return
+
+
+def _comparisons(target: Target, reference: Reference) -> Iterator[tuple[str, Outputs, Outputs]]:
+    """Names of passes, what they give here, and what they must give."""
+    lengths = torch.tensor(_PROMPT_LENGTHS, device=target.device)
+    longest = max(_PROMPT_LENGTHS)
+    prompts = [text[:length] for text, length in zip(reference.tokens, _PROMPT_LENGTHS, strict=True)]
+    tree = torch.stack([text[-len(_PARENTS) :] for text in reference.tokens])  # [R, 4]
+    cache = target.new_cache(len(prompts), longest + len(_PARENTS))
+
+    expected = [outputs.rows(length) for outputs, length in zip(reference.outputs, _PROMPT_LENGTHS, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    for request, outputs in enumerate(_outputs(target, padded, cache)):
+        yield "in a first pass", outputs.rows(_PROMPT_LENGTHS[request]), expected[request]
+    cache.lengths.copy_(lengths)
+
+    for when, rows, ancestors in (
+        ("in a tree over the cache", range(len(_PARENTS)), _ancestors(target.device)),
+        ("in a chain over the cache", _LONG_PATH, None),
+        ("in a step over the cache", (0,), None),
+    ):
+        given = _outputs(target, tree[:, [*rows]], cache, ancestors)
+        for request, outputs in enumerate(given):
+            yield when, outputs, reference.outputs[request].rows(_PROMPT_LENGTHS[request], *rows)
+
+
+def _ancestors(device: torch.device) -> Tensor:
+    """[R, 4, 4], True where a row of the tree descends from another or is it."""
+    seen = torch.eye(len(_PARENTS), dtype=torch.bool)
+    for row, parent in enumerate(_PARENTS[1:], 1):
+        seen[row] |= seen[parent]
+    return seen.expand(len(_PROMPT_LENGTHS), -1, -1).to(device)
+
+
+def _outputs(target: Target, tokens: Tensor, cache: Any, ancestors: Tensor | None = None) -> list[Outputs]:
+    """What a pass here gives for `tokens` [R, N], of each request."""
+    found = target.forward(tokens, cache, range(target.num_layers), ancestors)
+    assert found.features is not None
+    layers = found.features.unflatten(-1, (target.num_layers, -1))
+    return list(map(Outputs, found.hidden, target.lm_head(found.hidden), layers))
+
+
+def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
+    """By how much two results differ at most in a row, relative to the row's length; empty if by rounding."""
+    if ours.shape != theirs.shape:
+        return f"their shape, {list(ours.shape)} instead of {list(theirs.shape)}"
+    ours, theirs = ours.float(), theirs.float()
+    lengths = theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    relative, rounding = ((ours - theirs).norm(dim=-1) / lengths), _rounding(target)
+    if (relative <= rounding).all():  # of no rows, too; not of what is not a number
+        return ""
+    return f"{relative.max():.2g} of their size (rounding: {rounding:.2g})"
+
+
+def _rounding(target: Target) -> float:
+    """By how much rounding may change a row, relative to its length.
+
+    A layer adds to its input twice, and each sum is rounded to the target's type by up to eps / 2. The errors of 2 L
+    sums are independent, so together they grow like the square root of 2 L; 4 times that leaves room for what happens
+    between the sums. (SmolLM2 in bfloat16 differs by an eighth of it.) Float32 has a floor, because another order of
+    summation changes more than the last bit; another formula changes far more than the floor.
+    """
+    eps = torch.finfo(target.dtype).eps
+    if target.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        eps = 2**-10  # products of TF32
+    return max(1e-4, 2 * eps * (2 * target.num_layers) ** 0.5)
+
+
+@contextmanager
+def _told_by_name(target: Target, what: str) -> Iterator[None]:
+    """Whatever a family's own code raises is one line, since any family may come here."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        _log.debug("%s: %s", target.name, what, exc_info=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        family = type(target.model).__name__
+        raise Misfit(f"{target.name} is not supported: {family}, {what}: {reason}") from error

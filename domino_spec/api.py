@@ -47,8 +47,8 @@ def load_draft(
         allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
 
     Raises:
-        UserError: it does not exist, cannot be read, or was made for another target; or an ordinary model gives something
-            else in this package's passes than in its own (`target/check.py`).
+        UserError: it does not exist, cannot be read, or was made for another target; or an ordinary model gives
+            something else in this package's passes than in its own (`target/check.py`).
     """
     if isinstance(target, PreTrainedModel):
         target = Target(target, None, target.name_or_path or type(target).__name__)

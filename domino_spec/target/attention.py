@@ -73,13 +73,13 @@ _watchers: list[list[dict[str, Any]]] = []
 
 @contextmanager
 def watch_attention() -> Iterator[list[dict[str, Any]]]:
-    """The arguments of every call of `folded_attention` meanwhile, those that change a result: scaling, softcap, s_aux."""
+    """Of every call of `folded_attention` meanwhile, the arguments that change a result: scaling, softcap, s_aux."""
     calls: list[dict[str, Any]] = []
     _watchers.append(calls)
     try:
         yield calls
     finally:
-        _watchers.remove(calls)
+        _watchers.pop()
 
 
 def folded_attention(

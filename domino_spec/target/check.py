@@ -2,10 +2,10 @@
 
 A few tokens of two requests go through the model's own modules, attention, masks and cache, request by request and
 without padding, before anything is replaced: the reference. The same tokens then go through this package's attention,
-masks, cache and replacements, in the passes that decoding makes: a ragged prefill, a tree, a chain and a single step over
-the cache. What differs by more than rounding refuses the target, because its text would not be its own.
+masks, cache and replacements, in the passes that decoding makes: a ragged prefill, then a tree, a chain and a step over
+the cache. If something differs by more than rounding, the target is refused, because its text would be wrong.
 
-Sliding windows are shortened meanwhile, here and in transformers' masks, so that these few tokens are more than a window
+Sliding windows are shortened meanwhile, here and in transformers' masks, so that a few tokens are more than a window
 holds.
 """
 
@@ -110,11 +110,8 @@ def read_reference(target: Target) -> Reference:
     """
     texts = _texts(target)
     read = []
-    with (
-        own_attention(target),
-        target.shorter_window(_WINDOW),
-        _told_by_name(target, "transformers' own pass over a few tokens fails"),
-    ):
+    failing = "transformers' own pass over a few tokens fails"
+    with _told_by_name(target, failing), own_attention(target), target.shorter_window(_WINDOW):
         for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
             prompt, drafts = text[:length], text[length:]
             long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
@@ -131,8 +128,9 @@ def read_reference(target: Target) -> Reference:
 
 def _texts(target: Target) -> list[Tensor]:
     """Tokens of both requests; none that the configuration gives a meaning of its own, such as an image's."""
-    named = {value for key, value in vars(target.config).items() if key.endswith(("token_id", "token_index"))}
-    ordinary = [token for token in range(target.vocab_size) if token not in named]
+    named = [value for key, value in vars(target.config).items() if key.endswith(("token_id", "token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    ordinary = [token for token in range(target.vocab_size) if token not in special]
     generator = torch.Generator().manual_seed(0)
     lengths = [length + len(_PARENTS) for length in _PROMPT_LENGTHS]
     drawn = (torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths)
@@ -180,10 +178,11 @@ def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Output
         for part in tokens.split(list(sizes)):
             output = model(input_ids=part[None], use_cache=True, output_hidden_states=True, **cache)
             cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
-            # Every entry but the last is the output of the layer before it; the last has been normed.
-            states = (output.hidden_states or ())[1:-1]
-            layers = torch.stack(states, dim=2)[0] if states else torch.empty(len(part), 0, 0)
-            found.append(Outputs(final[-1].last_hidden_state[0], output.logits[0], layers))
+            hidden = final[-1].last_hidden_state[0]  # [n, H]
+            # The first entry is the embedding, the last one has been normed; the others are outputs of layers.
+            states = [state[0] for state in (output.hidden_states or ())[1:-1]]
+            layers = torch.stack(states, dim=1) if states else hidden.new_empty(len(part), 0, hidden.shape[1])
+            found.append(Outputs(hidden, output.logits[0], layers))
     finally:
         hook.remove()
     return _joined(*found)
@@ -284,8 +283,10 @@ def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
 def _rounding(target: Target) -> float:
     """By how much rounding may change a row, relative to its length.
 
-    Each of two additions per layer rounds the sum to the target's type; errors of L layers that point anywhere add up to
-    the square root of L. Tiny random models enlarge what comes in, so float32 gets a floor, far below any other formula.
+    A layer adds to its input twice, and each sum is rounded to the target's type by up to eps / 2. The errors of 2 L
+    sums are independent, so together they grow like the square root of 2 L; 4 times that leaves room for what happens
+    between the sums. (SmolLM2 in bfloat16 differs by an eighth of it.) Float32 has a floor, because another order of
+    summation changes more than the last bit; another formula changes far more than the floor.
     """
     eps = torch.finfo(target.dtype).eps
     if target.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

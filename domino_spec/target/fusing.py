@@ -123,8 +123,8 @@ class FusedAttention(nn.Module):
 
         Args:
             hidden_states: [R, N, H].
-            arguments: among these and `named`, a pair of tensors (cos and sin of RoPE, [R or 1, N, D]), a tensor of four
-                dimensions (the mask, [R or 1, 1, N, T]; none is causal), and a cache.
+            arguments: among these and `named`, a pair of tensors (cos and sin of RoPE, [R or 1, N, D]), a tensor of
+                four dimensions (the mask, [R or 1, 1, N, T]; none is causal), and a cache.
             named: as `arguments`.
         """
         given = (*arguments, *named.values())

@@ -113,7 +113,7 @@ class Target:
         self.lm_head_weight: Tensor = lm_head_weight
         """[V, H], the frozen output projection."""
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
-        self._taps = FeatureTaps(layers)
+        self._taps = FeatureTaps(self.layers)
         self._in_one_step: DecoderLayers | None = None
         self._windows = _attention_windows(self.config, name)
         self._cache_argument = cache_argument

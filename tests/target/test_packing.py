@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from domino_spec import load_draft, load_target
+from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
 from domino_spec.drafters.domino import BlockDrafter
 from domino_spec.drafters.plain import PlainDecoding
@@ -91,6 +93,23 @@ def setup_directory(tmp_path_factory, model):
     model.save_pretrained(path)
     word_tokenizer().save_pretrained(path)
     return path
+
+
+def test_a_packed_target_is_saved_whole_or_not_at_all(tmp_path, setup_directory, model):
+    with pytest.raises(UserError, match=r"packed for decoding and cannot be saved.*pack=False"):
+        load_target(setup_directory, device="cpu").model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    load_target(setup_directory, device="cpu", pack=False).model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_of_a_packed_layer_can_be_read(dtype):
+    """Routers of some experts multiply by it themselves."""
+    weight = torch.randn(40, 24).to(dtype)
+    assert torch.equal(PackedLinear(weight).weight, weight)
 
 
 def test_a_packed_draft_is_not_saved_by_halves(tmp_path, target):

@@ -23,6 +23,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
 
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB,
+    unpadded_vocab_size=VOCAB,
     hidden_size=32,
     d_model=32,
     n_embd=32,
@@ -129,6 +130,16 @@ PARTS = dict(
 
 _LATENT = dict(num_key_value_heads=4)
 """Latent attention (MLA) has as many key heads as query heads."""
+_SLIDING_LATENT = dict(
+    num_key_value_heads=4,
+    swa_num_attention_heads=4,
+    swa_num_key_value_heads=4,
+    swa_q_lora_rank=12,
+    swa_kv_lora_rank=16,
+    swa_head_dim=20,
+    swa_qk_nope_head_dim=12,
+    swa_v_head_dim=10,
+)
 _DECODER = dict(is_decoder=True)
 """Encoders that are causal only when told."""
 _ENCODER_TOO = dict(encoder_layers=LAYERS)
@@ -170,6 +181,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": dict(encoder_layers=LAYERS, attention_type="original_full"),
     "blenderbot": _ENCODER_TOO,
     "blenderbot-small": _ENCODER_TOO,
+    "blt": dict(encoder_hash_byte_group_vocab=VOCAB),
     "camembert": _DECODER,
     "codegen": dict(rotary_dim=4),
     "cohere_compass_text": dict(rope_parameters=_TWO_ROPES),
@@ -184,11 +196,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "deepseek_v32": dict(num_key_value_heads=4, index_topk=4),
     "dots3_note": dict(
-        text_config=_LATENT,
+        text_config=_SLIDING_LATENT,
         vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, adapter_out_dim=32, mlp_bias=False),
         audio_config=dict(adapter_input_size=32, adapter_out_dim=32),
     ),
-    "dots3_note_text": _LATENT,
+    "dots3_note_text": _SLIDING_LATENT,
     "electra": dict(is_decoder=True, embedding_size=32),
     "emu3": dict(text_config=_IDS),
     "ernie": _DECODER,
@@ -202,6 +214,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "gemma4_text": dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB),
     "gemma4_assistant": dict(text_config=_NO_PER_LAYER_INPUT),
+    "gemma4_unified": dict(vision_config=dict(mm_embed_dim=32, output_proj_dims=32, mm_posemb_size=8)),
     "gemma4_unified_assistant": dict(text_config=dict(num_kv_shared_layers=DEFAULT)),
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": dict(num_key_value_heads=4, index_topk=4),
@@ -260,6 +273,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         shape_embed_dim=32,
     ),
     "roformer": dict(is_decoder=True, embedding_size=32),
+    "sarvam_mla": _LATENT,
     "whisper": _ENCODER_TOO,
     "xlm": dict(emb_dim=32),
     "xlm-roberta": _DECODER,
@@ -276,9 +290,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 NOT_TRIED = {
-    "blt": "reads bytes; transformers' own `generate` fails with its configuration",
     "gemma3n": "its image part needs the library timm",
     "gemma4_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
+    "gemma4_unified": dict(vision_config=dict(mm_embed_dim=32, output_proj_dims=32, mm_posemb_size=8)),
     "gemma4_unified_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
     "musicgen": "`AutoModelForCausalLM` cannot make it from its own configuration",
     "musicgen_melody": "`AutoModelForCausalLM` cannot make it from its own configuration",

@@ -24,6 +24,7 @@ from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
 from domino_spec.target.shapes import KNOWN_TARGETS
+from domino_spec.training.memory import free_memory as free_memory
 
 STD = 0.02
 """Of random weights."""
@@ -222,21 +223,3 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: choose a smaller shape, "
             "batch or context, or another device"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device, for this process's container where it runs in one; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except (OSError, ValueError):
-        pass
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text("utf-8") for name in ("memory.max", "memory.current"))
-        found.append(int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        pass
-    return min(found) if found else None

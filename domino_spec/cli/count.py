@@ -7,9 +7,13 @@ from pathlib import Path
 import click
 
 from domino_spec.cli.group import cli
+from domino_spec.config import UserError
 from domino_spec.demo.options import json_option, verbose_option
 from domino_spec.demo.shell import prepare, print_json, status
 from domino_spec.recipe import load_recipe
+
+LONGEST_ORDER = 16
+"""Tokens of the longest n-grams that are counted."""
 
 
 @cli.command()
@@ -57,6 +61,8 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     domino-spec generate "Why?" --draft my-dart --ngrams ngrams.safetensors
     """
     settings = load_recipe(recipe)
+    if order > LONGEST_ORDER:
+        raise UserError(f"--order must be at most {LONGEST_ORDER}, got {order}: longer n-grams hardly occur twice")
     prepare(verbose, target=settings.target)
     from domino_spec.training.ngrams import write_ngrams
 

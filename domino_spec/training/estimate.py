@@ -111,12 +111,9 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
     training = recipe.training
-    micro_batches(training.batch_size, training.micro_batch_size, Processes(count=processes))
     text_config = known_config(recipe.target) or target_config(recipe.target)
+    draft = planned_draft(recipe, text_config, processes)
     target = _meta_target(text_config, recipe.target)
-    shape = draft_shape(recipe, text_config)
-    check_block_schedule(training, shape.block_size)
-    draft = meta_draft(shape, trained=training.trained)
     parameters = _count_parameters(draft)
     layers = tapped_layers(draft, training)
     data, sample = _data(recipe.data, text_config.vocab_size)
@@ -155,6 +152,25 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
         device_hours=seconds / 3600,
         hours=seconds / 3600 / processes,
     )
+
+
+def planned_draft(recipe: Recipe, text_config: Any, processes: int) -> AnyDraft:
+    """The draft that a recipe would train, without contents, once all is checked that needs no data and no weights.
+
+    Args:
+        recipe: to be trained.
+        text_config: of its target (transformers).
+        processes: that share the work.
+
+    Raises:
+        UserError: parts of the recipe do not fit each other, the target, the draft that it starts from, or the number
+            of processes.
+    """
+    training = recipe.training
+    micro_batches(training.batch_size, training.micro_batch_size, Processes(count=processes))
+    shape = draft_shape(recipe, text_config)
+    check_block_schedule(training, shape.block_size)
+    return meta_draft(shape, trained=training.trained)
 
 
 def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerConfig:

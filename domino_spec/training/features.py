@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import zlib
@@ -148,11 +149,11 @@ class FeatureCache:
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, safe_open] = {}
         self._verified: set[str] = set()
-        if not (directory / SETTINGS_FILE).exists():
+        if not os.path.exists(directory / SETTINGS_FILE):
             with only_writer(
                 directory, directory / LOCK_FILE
             ):  # two processes with different settings must not both begin
-                if not (directory / SETTINGS_FILE).exists():
+                if not os.path.exists(directory / SETTINGS_FILE):
                     write_json(settings, directory / SETTINGS_FILE)
         if read_settings(directory) != settings:
             raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
@@ -330,7 +331,7 @@ def capture_features(
         "dtype": str(target.dtype).removeprefix("torch."),
         "hidden_size": target.hidden_size,
     }
-    held = read_settings(directory)["layers"] if (directory / SETTINGS_FILE).exists() else []
+    held = read_settings(directory)["layers"] if os.path.exists(directory / SETTINGS_FILE) else []
     if set(held) >= set(layers):
         settings["layers"] = held
     cache = FeatureCache(directory, settings)

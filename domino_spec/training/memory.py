@@ -7,6 +7,7 @@ contents and adding up what it keeps for the backward pass; what kernels need fo
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,24 @@ def state_memory(total: int, trained: int, recipe: OptimizationRecipe, processes
         "optimizer_moments": 8 * trained // share,
         "step_copies": copies,
     }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, for this process's container where it runs in one; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError):
+        pass
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text("utf-8") for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        pass
+    return min(found) if found else None
 
 
 def work_memory(

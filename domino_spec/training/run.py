@@ -35,14 +35,16 @@ from domino_spec.draft.model import Draft
 from domino_spec.extras import require
 from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe
-from domino_spec.target.load import load_target
+from domino_spec.target.load import load_target, target_config
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
 from domino_spec.training.datasets import load_training_data
+from domino_spec.training.estimate import planned_draft
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.features import FeatureSource, OnlineFeatures, capture_features, feature_scale
 from domino_spec.training.integrity import only_writer, remove_scratch
 from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
+from domino_spec.training.memory import free_memory, state_memory
 from domino_spec.training.parallel import Processes, joined_processes, whole_draft
 from domino_spec.training.state import draft_is_of_state, record_draft, refuse_other_run
 from domino_spec.training.step import tapped_layers
@@ -107,6 +109,7 @@ def _train(
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
 ) -> AnyDraft:
+    _check_fit(recipe, processes, device)
     dtype = getattr(torch, recipe.data.feature_dtype)
     target = load_target(recipe.target, dtype=dtype, device=device, pack=False, check=check)
     sequences = load_training_data(recipe.data, target)
@@ -166,6 +169,25 @@ def _train(
             save_draft()
         train(trainer, held_out, out, digest, record_step, record_evaluation, save_draft)
     return draft
+
+
+def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
+    """Look at what is known before a weight is loaded or made.
+
+    Raises:
+        UserError: the recipe does not fit its target or itself, or the state of its draft does not fit into memory.
+    """
+    draft = planned_draft(recipe, target_config(recipe.target), processes.count)
+    total = sum(p.numel() for p in draft.parameters())
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    needed = sum(state_memory(total, trained, recipe.training, processes.count).values())
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    free = None if where.type == "cuda" and not torch.cuda.is_available() else free_memory(where)
+    if free is not None and needed > free:
+        raise UserError(
+            f"the draft has {total:,} parameters: weights, gradients and optimizer take {needed / 1e9:.1f} GB, and "
+            f"{where} has {free / 1e9:.1f} GB free; make the draft smaller"
+        )
 
 
 def _feature_source(

@@ -16,6 +16,8 @@ import torch
 
 from domino_spec.config import UserError
 from domino_spec.files import load_tensors, save_tensors
+from domino_spec.recipe import HeadRecipe
+from domino_spec.training import run as run_module
 from domino_spec.training.integrity import only_writer, tensors_checksum
 from domino_spec.training.report import write_report
 from domino_spec.training.run import run_training
@@ -231,6 +233,9 @@ def test_out_and_features_must_be_directories(setup, tmp_path):
         run_training(setup.recipe(), file / "run", device="cpu")
     with pytest.raises(UserError, match=r"--features .*/file is a file: give a directory"):
         run_training(setup.recipe(), tmp_path / "run", device="cpu", features=file)
+    for options in (dict(out=tmp_path / ("x" * 300)), dict(out=tmp_path / "run", features=tmp_path / ("x" * 300))):
+        with pytest.raises(UserError, match=r"cannot write to .*/x+: File name too long"):
+            run_training(setup.recipe(), **options, device="cpu")
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"id": 3}', "{}"])
@@ -351,3 +356,27 @@ def test_a_lock_that_the_file_system_does_not_have_is_said(tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING), only_writer(tmp_path, tmp_path / ".lock", ""):
         pass
     assert "has no locks" in caplog.text
+
+
+# Before anything is loaded
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(draft=dict(init_layers_from_target=(9,))), "draft.init_layers_from_target holds 9"),
+        (dict(draft=dict(target_layer_ids=(0, 4))), "target_layer_ids holds 4"),
+        (dict(training=dict(block_schedule=(2, 5))), "training.block_schedule holds 5"),
+        (dict(draft=dict(head=HeadRecipe(65_536, 65_536))), "parameters: weights, gradients and optimizer take"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_the_target_is_loaded(setup, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(run_module, "load_target", lambda *a, **o: pytest.fail("the target is loaded"))
+    monkeypatch.setattr(run_module, "free_memory", lambda device: 100_000_000_000)
+    with pytest.raises(UserError, match=message):
+        run_training(changed(setup.recipe(), **changes), tmp_path, device="cpu")
+
+
+def test_a_batch_of_more_than_the_data_is_refused(setup, tmp_path):
+    with pytest.raises(UserError, match=r"training.batch_size is 18, but there are only 16 sequences to train on"):
+        run_training(setup.recipe(batch_size=18), tmp_path, device="cpu")

@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from domino_spec.config import Settings, UserError, cache_directory, found, parse_settings
+from domino_spec.config import Settings, UserError, cache_directory, parse_settings, shortened
 from domino_spec.extras import EXTRAS, missing_packages
 from domino_spec.files import read_object
 from domino_spec.target.attention import ATTENTION_NAME
@@ -81,7 +81,6 @@ def load_target(
     what = f"target {name}"
     model = load_model(source, what, dtype)
     tokenizer = load_tokenizer(source, what)
-    check_stop_tokens(model.generation_config, model.config, what)
     frozen: Any = model.requires_grad_(False)  # `to` is decorated in a way that hides its signature
     target = Target(frozen.to(device), tokenizer, name)
     return target.pack() if pack and can_pack(target.device, target.dtype) else target
@@ -102,6 +101,7 @@ def load_model(source: str, what: str, dtype: torch.dtype | str, attention: str 
     """
     stored = stored_tensors(Path(source)) if Path(source).is_dir() else None
     config = load_config(source, what, stored)
+    load_generation_config(source, what, config)
     if stored is not None:  # transformers would allocate what does not fit before it is refused
         outlined_model(config, stored, what)
     with reading(what, source), without_report():
@@ -145,7 +145,10 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
 
 
 def load_tokenizer(source: str, what: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a target; arguments and errors as `load_model`."""
+    """The tokenizer of a target; arguments and errors as `load_model`.
+
+    transformers reads the configuration for it, so `load_config` has to have checked that.
+    """
     with reading(f"the tokenizer of {what}", source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -214,6 +217,7 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
     for key in _REQUIRED:
         if read[key] is None:
             raise UserError(f"{where}: missing key {key!r}")
+    _check_stop_tokens(read["eos_token_id"], config, where)
     return config
 
 
@@ -260,26 +264,6 @@ def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where
                 raise UserError(f"{where}{key}: found {value}, more than its files can hold: expected at most {most}")
 
 
-def check_stop_tokens(generation: Any, config: Any, what: str) -> None:
-    """Refuse tokens that end an answer and are none of the vocabulary's.
-
-    Args:
-        generation: a generation configuration, or None.
-        config: of `load_config`.
-        what: as `load_model` takes it.
-
-    Raises:
-        UserError: names the file.
-    """
-    text = config.get_text_config()
-    for file, source in (("generation_config.json", generation), ("config.json", text)):
-        named = getattr(source, "eos_token_id", None)
-        for token in named if isinstance(named, list) else [] if named is None else [named]:
-            if type(token) is not int or not 0 <= token < text.vocab_size:
-                tokens = f"tokens from 0 to {text.vocab_size - 1}"
-                raise UserError(f"{what}: {file}: eos_token_id: expected {tokens}, found {found(named)}")
-
-
 @dataclass(frozen=True)
 class TargetText:
     """What is known of a target without its weights: enough to talk to a server that runs it."""
@@ -300,19 +284,38 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
     source, what = target_source(name), f"target {name}"
     config = load_config(source, what)
     tokenizer = load_tokenizer(source, what)
-    generation = load_generation_config(source, what)
-    check_stop_tokens(generation, config, what)
+    generation = load_generation_config(source, what, config)
     text = config.get_text_config()
     return TargetText(tokenizer, stop_token_ids(generation, text, tokenizer), text.max_position_embeddings)
 
 
-def load_generation_config(source: str, what: str) -> GenerationConfig | None:
-    """How a target is meant to generate, or None: many do not say; arguments and errors as `load_model`."""
+def load_generation_config(source: str, what: str, config: Any) -> GenerationConfig | None:
+    """How a target is meant to generate, or None: many do not say.
+
+    Args:
+        source: of `target_source`.
+        what: as `load_model` takes it.
+        config: of `load_config`.
+
+    Raises:
+        UserError: the file cannot be read, or names tokens that cannot end an answer.
+    """
     with reading(f"the generation configuration of {what}", source):
         try:
-            return GenerationConfig.from_pretrained(source)
+            generation = GenerationConfig.from_pretrained(source)
         except OSError:
             return None
+    _check_stop_tokens(generation.eos_token_id, config, f"{what}: generation_config.json")
+    return generation
+
+
+def _check_stop_tokens(named: Any, config: Any, where: str) -> None:
+    """Refuse `eos_token_id` of a file unless it is a token of the vocabulary, several of them, or None."""
+    size = config.get_text_config().vocab_size
+    for token in named if isinstance(named, list) else [] if named is None else [named]:
+        if type(token) is not int or not 0 <= token < size:
+            expected = f"tokens from 0 to {size - 1}"
+            raise UserError(f"{where}: eos_token_id: expected {expected}, found {shortened(named)}")
 
 
 def target_source(name: str) -> str:

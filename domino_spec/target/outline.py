@@ -19,7 +19,6 @@ from torch import Tensor
 
 from domino_spec.files import weight_files
 from domino_spec.target.load import (
-    check_stop_tokens,
     load_config,
     load_generation_config,
     outlined_model,
@@ -61,7 +60,7 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
     stored = None if directory is None else stored_tensors(directory)
     config = load_config(source, what, stored)
     model = outlined_model(config, stored, what)
-    check_stop_tokens(load_generation_config(source, what), config, what)
+    load_generation_config(source, what, config)
     quantization = getattr(config, "quantization_config", None)
     tensors = list((stored or {}).values())
     if dtypes := {tensor.dtype for tensor in tensors if tensor.is_floating_point()}:

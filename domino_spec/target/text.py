@@ -105,9 +105,10 @@ def _rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     except Exception as error:
         where = f"the chat template of {tokenizer.name_or_path or 'the target'}"
-        refuses = type(error) is TemplateError  # what `raise_exception` raises; jinja's own errors are subclasses
-        fault = "does not take these messages" if refuses else "cannot be used"
-        raise ChatTemplateError(f"{where} {fault}: {reason(error)}") from error
+        if type(error) is TemplateError:  # what `raise_exception` raises; jinja's own errors are subclasses
+            said = " ".join(str(error).split())[:300]
+            raise ChatTemplateError(f"{where} does not take these messages: {said}") from error
+        raise ChatTemplateError(f"{where} cannot be used: {reason(error)}") from error
 
 
 class TextStream:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
+
 import pytest
 import torch
 
 from domino_spec.config import UserError, cache_directory
-from domino_spec.target.load import load_target, target_config
+from domino_spec.demo.shell import prepare
+from domino_spec.target import load
+from domino_spec.target.load import load_target, load_target_text, target_config
+from domino_spec.target.outline import outline_target
+from tests.cli_fixtures import fail, run
 from tests.tiny import VOCAB, random_prompts, tiny_model, word_tokenizer
 
 
@@ -82,3 +90,126 @@ def test_cuda_that_is_not_there_is_refused(directory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device"):
         load_target(directory, device="cuda")
+
+
+@pytest.fixture
+def copy(directory, tmp_path):
+    """A copy of the directory that a test may spoil."""
+    return shutil.copytree(directory, tmp_path / "target")
+
+
+def change(path, **values):
+    """Set keys of a file in JSON."""
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+
+
+BAD_VALUES = {
+    "hidden_size": ["32", 32.5, None, -1, 2**63, [32], True],
+    "num_hidden_layers": [2**31, 10**6, 2**63, 0, "4", 5],
+    "num_attention_heads": [0, -4, 3, 2**31, "4"],
+    "num_key_value_heads": [0, -2, 2**31, [2]],
+    "head_dim": [0, 2**40, 8.0],
+    "vocab_size": [0, 2**31, 2**63, "60"],
+    "max_position_embeddings": [0, -1, "many", 1.5],
+    "layer_types": ["full_attention", ["full_attention"], ["bogus"] * 4, 5, [1, 2, 3, 4]],
+    "sliding_window": ["8", -8, 0, 1.5],
+    "rope_parameters": [5, {"rope_type": "nope"}, {"rope_type": "yarn", "rope_theta": "x", "factor": 2.0}],
+    "rms_norm_eps": ["small", [1e-6]],
+    "hidden_act": ["nope", 3],
+    "dtype": ["nope", "load", 3],
+    "pad_token_id": [2**31, "x"],
+    "eos_token_id": ["58", 58.5, -1, [[58]], 60, [58, 60], True],
+    "num_labels": [2**31],
+    "auto_map": [5, None],
+    "quantization_config": [5, [8]],
+    "transformers_weights": ["other.safetensors", 5],
+    "model_type": ["nope", {}, None],
+    "text_config": [{"num_hidden_layers": 2**31}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
+def test_a_bad_value_of_the_configuration_is_one_line_before_anything_is_allocated(copy, monkeypatch, key, value):
+    change(copy / "config.json", **{key: value})
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", None)
+    for read in (lambda: load_target(copy, device="cpu"), lambda: outline_target(copy)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert "\n" not in str(error.value) and str(error.value).count(str(copy)) == 1
+        assert "NoneType' object is not callable" not in str(error.value)
+
+
+def test_the_line_names_the_key_what_was_found_and_what_is_expected(copy):
+    change(copy / "config.json", hidden_size="32")
+    with pytest.raises(UserError, match=r"config\.json: hidden_size: expected integer, found '32' \(str\)"):
+        load_target(copy)
+    change(copy / "config.json", hidden_size=32, num_hidden_layers=2**31)
+    with pytest.raises(UserError, match=r"num_hidden_layers: found 2147483648, more than its files can hold"):
+        target_config(copy)
+
+
+@pytest.mark.parametrize("value", ["58", 58.5, -1, [[58]], 60, [58, 60], True])
+def test_tokens_that_cannot_end_an_answer_are_refused(copy, value):
+    change(copy / "generation_config.json", eos_token_id=value)
+    for read in (load_target, load_target_text, outline_target):
+        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: expected tokens from 0 to 59"):
+            read(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("generation_config.json", "[]", r"generation_config\.json: expected an object"),
+        ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected an object"),
+        ("tokenizer.json", "[]", "cannot read the tokenizer of target"),
+        ("tokenizer.json", "{}", "cannot read the tokenizer of target"),
+        ("tokenizer.json", '{"model": ', "cannot read the tokenizer of target"),
+    ],
+)
+def test_a_bad_file_beside_the_configuration_is_one_line(copy, file, content, said):
+    (copy / file).write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        load_target(copy)
+    assert "\n" not in str(error.value)
+    assert run("serve", "--check", "--target", copy).exit_code == 2
+
+
+def test_a_quirk_of_a_library_is_no_users_fault(copy, monkeypatch):
+    """Only what transformers and tokenizers raise while they read is taken for a bad file."""
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_target(copy)
+
+
+def test_verbose_shows_where_an_error_came_from(copy):
+    (copy / "tokenizer.json").write_text("[]")
+    log = logging.getLogger("domino_spec")
+    try:
+        shown = run("generate", "w3", "--target", copy, "--verbose")
+    finally:
+        prepare(verbose=False)
+    assert shown.exit_code == 2 and "Traceback" in shown.stderr
+    assert shown.stderr.splitlines()[-1].startswith("domino-spec: error: cannot read the tokenizer")
+    assert not log.isEnabledFor(logging.INFO)
+    assert "Traceback" not in fail("generate", "w3", "--target", copy)
+
+
+def test_a_file_that_is_no_directory_is_not_said_to_be_missing(copy):
+    with pytest.raises(UserError, match="is a file: give the directory that it is in"):
+        load_target(copy / "model.safetensors")
+
+
+def test_a_gguf_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMINO_SPEC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"no GGUF")
+    with pytest.raises(UserError, match=r"cannot read target .*model\.gguf") as error:
+        load_target(tmp_path / "model.gguf")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs gguf and accelerate: pip install gguf accelerate"):
+        load_target(tmp_path / "model.gguf")

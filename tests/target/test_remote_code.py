@@ -52,11 +52,11 @@ def plant(directory, marker, files) -> None:
 
 
 @pytest.fixture(autouse=True)
-def unasked(monkeypatch):
-    def ask(prompt=""):
-        raise AssertionError(f"a question on standard input: {prompt}")
-
-    monkeypatch.setattr(builtins, "input", ask)
+def asked(monkeypatch):
+    """Whatever is asked on standard input; the answer is yes."""
+    questions: list[str] = []
+    monkeypatch.setattr(builtins, "input", lambda prompt="": questions.append(prompt) or "y")
+    return questions
 
 
 def commands(target, draft, tmp_path):
@@ -76,7 +76,7 @@ def commands(target, draft, tmp_path):
 
 @pytest.mark.parametrize("spoiled", SPOILED)
 @pytest.mark.parametrize("where", ["target", "draft"])
-def test_a_payload_never_runs(tmp_path, target_dir, draft_dir, spoiled, where):
+def test_a_payload_never_runs(tmp_path, target_dir, draft_dir, asked, spoiled, where):
     places = {"target": target_dir, "draft": draft_dir}
     copy = shutil.copytree(places[where], tmp_path / where)
     marker = tmp_path / "it ran"
@@ -84,7 +84,7 @@ def test_a_payload_never_runs(tmp_path, target_dir, draft_dir, spoiled, where):
     places[where] = copy
     for command in commands(places["target"], places["draft"], tmp_path):
         result = run(*command, input="y\ny\ny\n")
-        assert not marker.exists(), command
+        assert not marker.exists() and not asked, command
         assert result.exit_code in (0, 2)
         if result.exit_code:
             assert len(result.stderr.splitlines()) == 1

@@ -5,10 +5,9 @@
  * probabilities are never written, only multiplied into what is made of them. Rows do not depend on each other, so
  * results do not depend on the number of threads.
  *
- * Built by cpu.py and called by blended_cpu.py, which says what the arguments are; nothing here checks them.
+ * Built by native.py and called by bindings.py, which checks the arguments; blended.py says what they are.
  */
-#include <stdlib.h>
-
+#include "cpu.h"
 #include "vectors.h"
 
 #define LOWEST -1e30f            /* stands for missing logits and -inf: its exponential is 0, its products are finite */
@@ -216,21 +215,31 @@ static void blend_row(int half, void *base, void *correction, int target_half, c
 
 /* base, correction and target are [rows, width] of bfloat16 (half) or float32, the last two may be missing; labels,
  * weights and losses are [rows]. */
-void blended_rows(int64_t half, void *base, void *correction, int64_t target_half, const void *target,
-                  const int64_t *labels, const float *weights, int64_t rows, int64_t width, float lambda_base,
-                  float cross_entropy, float kl, float total_variation, float log_acceptance, float adaptive_eta,
-                  float *base_losses, float *final_losses) {
+int64_t blended_rows(int64_t half, void *base, void *correction, int64_t target_half, const void *target,
+                     const int64_t *labels, const float *weights, int64_t rows, int64_t width, float lambda_base,
+                     float cross_entropy, float kl, float total_variation, float log_acceptance, float adaptive_eta,
+                     float *base_losses, float *final_losses) {
   const struct terms terms = {cross_entropy, kl, total_variation, log_acceptance, adaptive_eta};
   int64_t padded = (width + LANES - 1) / LANES * LANES;
   int64_t stride = width * (half ? 2 : 4), target_stride = width * (target_half ? 2 : 4); /* bytes */
+  int64_t status = DONE;
+  for (int64_t r = 0; r < rows; r++)
+    if (labels[r] < 0 || labels[r] >= width) return BAD_INDEX;
 #pragma omp parallel
   {
     float *scratch = aligned_alloc(sizeof(vec), 3 * padded * sizeof(float)); /* no vector straddles cache lines */
+    if (!scratch) {
+#pragma omp atomic write
+      status = NO_MEMORY;
+    }
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+      if (!scratch) continue;
       blend_row(half, (char *)base + r * stride, correction ? (char *)correction + r * stride : NULL, target_half,
                 target ? (const char *)target + r * target_stride : NULL, labels[r], weights[r], lambda_base, &terms,
                 width, padded, scratch, base_losses + r, final_losses + r);
+    }
     free(scratch);
   }
+  return status;
 }

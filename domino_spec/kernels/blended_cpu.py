@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from domino_spec.kernels import bindings
+from domino_spec.kernels.bindings import library
 from domino_spec.kernels.blended import RowLosses, Terms
-from domino_spec.kernels.cpu import address, library, loaded
 
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -30,20 +31,12 @@ def blended_rows_cpu_(
     terms: Terms,
 ) -> RowLosses:
     """`blended_rows_` in C, where `is_available`; beside the losses, a thread needs 12 bytes per logit of one row."""
-    rows, width = base.shape
-    assert target is not None or not terms.needs_target
-    assert rows == 0 or 0 <= int(labels.min()) <= int(labels.max()) < width, "C would write beyond the row"
-    labels, weights = labels.contiguous(), weights.contiguous()
-    assert labels.dtype == torch.int64 and weights.dtype == torch.float32
     target = target if terms.needs_target else None
-    base_losses = weights.new_empty(rows)
+    base_losses = weights.new_empty(len(base))
     final_losses = base_losses if correction is None else torch.empty_like(base_losses)
-    loaded().blended_rows(
-        base.dtype == torch.bfloat16, base.data_ptr(), address(correction),
-        target is not None and target.dtype == torch.bfloat16, address(target),
-        labels.data_ptr(), weights.data_ptr(), rows, width, lambda_base,
-        terms.cross_entropy, terms.kl, terms.total_variation, terms.log_acceptance,
-        math.nan if terms.adaptive_eta is None else terms.adaptive_eta,
-        base_losses.data_ptr(), final_losses.data_ptr(),
+    adaptive_eta = math.nan if terms.adaptive_eta is None else terms.adaptive_eta
+    bindings.blended_rows(
+        base, correction, target, labels.contiguous(), weights.contiguous(), lambda_base, terms, adaptive_eta,
+        base_losses, final_losses,
     )  # fmt: skip
     return RowLosses(base_losses, final_losses)

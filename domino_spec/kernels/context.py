@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.kernels import cpu
+from domino_spec.kernels import bindings, cpu
 
 
 def write_context_(
@@ -29,6 +29,8 @@ def write_context_(
     sin: Tensor,
 ) -> None:
     """Norm, rotate (half-split RoPE) and write; rows that a request has no room for are left out by the fast twins.
+
+    On a CPU what does not fit, a negative length too, is a ValueError.
 
     Args:
         keys: [layers, R, kv_heads, capacity, D]; rows `lengths[r] .. lengths[r] + T - 1` of request r are written.
@@ -91,14 +93,10 @@ def _write_context_cpu_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    requests, new, layers, _, kv_heads, head_dim = projected.shape
-    projected, norm_weights = projected.contiguous(), norm_weights.contiguous()
+    new = projected.shape[1]
+    cos, sin = (
+        bindings.spread("write_context_", name, part, (len(lengths), new, part.shape[-1]))
+        for name, part in (("cos", cos), ("sin", sin))
+    )
     rows = lengths[:, None] + torch.arange(new)
-    cos, sin = (part.expand(requests, -1, -1).contiguous() for part in (cos, sin))
-    stride = keys.stride()
-    assert values.stride() == stride and stride[3:] == (head_dim, 1)
-    cpu.loaded().write_context(
-        projected.data_ptr(), requests, new, layers, kv_heads, head_dim, norm_weights.data_ptr(), eps,
-        cos.data_ptr(), sin.data_ptr(), rows.data_ptr(), keys.shape[3], *stride[:3], keys.data_ptr(),
-        values.data_ptr(),
-    )  # fmt: skip
+    bindings.write_context(projected.contiguous(), norm_weights.contiguous(), eps, cos, sin, rows, keys, values)

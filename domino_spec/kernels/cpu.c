@@ -4,13 +4,12 @@
  * weight is read once for all rows. And every output row is computed in the same order whatever the number of rows:
  * a token verified among eight others gets the bits it would have got alone.
  *
- * Built and called by cpu.py, which says what the arguments are; nothing here checks them.
+ * Built by native.py and called by bindings.py, which checks the arguments; cpu.py says what they are.
  */
-#include <omp.h>
-#include <stdlib.h>
-
 #include "cpu.h"
 #include "vectors.h"
+
+#include <omp.h> /* clang, which vectors.h refuses, may have none */
 
 #if LANES == 16
 #define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */
@@ -173,11 +172,13 @@ ALWAYS_INLINE vec score_keys(const float *query, const float *keys, int64_t widt
   return sum_each(sums);
 }
 
-/* Scores of one row become weights, exactly 0 where the mask hides; returns one over their sum. */
+#define HIDDEN -1e30f /* the score of what the mask hides */
+
+/* Scores of one row become weights, exactly 0 where the mask hides; returns one over their sum, 0 if all is hidden. */
 ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end) {
   int64_t padded = (end + LANES - 1) / LANES * LANES;
-  for (int64_t t = 0; t < end; t++) scores[t] = seen[t] ? scores[t] : -1e30f;
-  for (int64_t t = end; t < padded; t++) scores[t] = -1e30f;
+  for (int64_t t = 0; t < end; t++) scores[t] = seen[t] ? scores[t] : HIDDEN;
+  for (int64_t t = end; t < padded; t++) scores[t] = HIDDEN;
   vec largest = load(scores);
   for (int64_t t = LANES; t < padded; t += LANES) largest = larger(largest, load(scores + t));
   float top = largest_lane(largest);
@@ -187,7 +188,7 @@ ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end)
     store(scores + t, weight);
     total += weight;
   }
-  return 1.0f / sum_lanes(total);
+  return top == HIDDEN ? 0.0f : 1.0f / sum_lanes(total);
 }
 
 /* Rows of queries that look at the same keys: tokens of one head, or of several that share a key head. */
@@ -264,14 +265,21 @@ static int64_t parts_of(int64_t rows, int64_t key_heads, int64_t threads) {
 /* query rows lie every `query_stride` values, `heads` heads side by side; keys and values of a request every
  * `request_stride` values, of a head every `head_stride`; seen[requests, tokens, extent];
  * y[requests, tokens, heads, width]. */
-void attend(const float *query, int64_t query_stride, const float *keys, const float *values, int64_t request_stride,
-            int64_t head_stride, const uint8_t *seen, int64_t requests, int64_t tokens, int64_t heads,
-            int64_t kv_heads, int64_t extent, int64_t width, float scale, float *y) {
+int64_t attend(const float *query, int64_t query_stride, const float *keys, const float *values,
+               int64_t request_stride, int64_t head_stride, const uint8_t *seen, int64_t requests, int64_t tokens,
+               int64_t heads, int64_t kv_heads, int64_t extent, int64_t width, float scale, float *y) {
   int64_t stride = (extent + LANES - 1) / LANES * LANES, rows = heads / kv_heads * tokens;
-  int64_t parts = parts_of(rows, requests * kv_heads, omp_get_max_threads()), most = (rows + parts - 1) / parts;
+  int64_t parts = parts_of(rows, requests * kv_heads, omp_get_max_threads());
+  if (parts == 0) return DONE; /* no rows */
+  int64_t most = (rows + parts - 1) / parts;
+  int64_t status = DONE;
 #pragma omp parallel
   {
-    float *scores = malloc(most * stride * sizeof(float));
+    float *scores = room_for((__int128)most * stride, sizeof(float));
+    if (!scores) {
+#pragma omp atomic write
+      status = NO_MEMORY;
+    }
 #pragma omp for schedule(static) collapse(3)
     for (int64_t r = 0; r < requests; r++)
       for (int64_t h = 0; h < kv_heads; h++)
@@ -279,6 +287,7 @@ void attend(const float *query, int64_t query_stride, const float *keys, const f
           int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
           int64_t place = r * request_stride + h * head_stride;
           struct rows of;
+          if (!scores) continue;
           for (int64_t n = 0; n < count; n++) {
             int64_t token = r * tokens + (first + n) % tokens, head = h * (heads / kv_heads) + (first + n) / tokens;
             of.query[n] = query + token * query_stride + head * width;
@@ -289,4 +298,5 @@ void attend(const float *query, int64_t query_stride, const float *keys, const f
         }
     free(scores);
   }
+  return status;
 }

@@ -4,9 +4,9 @@
  * The steps are those of cpu.c, in the order and with the bits that single calls have; what is saved is the way back to
  * Python between them, which took a third of a small model's pass.
  *
- * Built by cpu.py and called by layers_cpu.py and context.py, which say what the arguments are; nothing here checks them.
+ * Built by native.py and called by bindings.py, which checks the arguments; layers_cpu.py and context.py say what they
+ * are.
  */
-#include <stdlib.h>
 
 #include "cpu.h"
 #include "vectors.h"
@@ -34,10 +34,20 @@ struct pass {
   float *features;                                   /* [requests, tokens, taps * hidden], their outputs side by side */
 };
 
-static float *scratch(int64_t floats, int *kept) {
+const struct member layer_layout[] = {SIZE(layer), AT(layer, hidden), AT(layer, heads), AT(layer, kv_heads),
+    AT(layer, head_dim), AT(layer, inner), AT(layer, input_norm), AT(layer, joined), AT(layer, joined_bias),
+    AT(layer, query_norm), AT(layer, key_norm), AT(layer, output), AT(layer, output_bias), AT(layer, post_norm),
+    AT(layer, gate_up), AT(layer, gate_up_bias), AT(layer, down), AT(layer, down_bias), AT(layer, input_eps),
+    AT(layer, query_eps), AT(layer, key_eps), AT(layer, post_eps), AT(layer, scale), AT(layer, kind), {0}};
+const struct member pass_layout[] = {SIZE(pass), AT(pass, requests), AT(pass, tokens), AT(pass, extent),
+    AT(pass, capacity), AT(pass, rotary), AT(pass, layer_stride), AT(pass, request_stride), AT(pass, head_stride),
+    AT(pass, cos), AT(pass, sin), AT(pass, rows), AT(pass, seen), AT(pass, keys), AT(pass, values), AT(pass, x),
+    AT(pass, taps), AT(pass, tapped), AT(pass, features), {0}};
+
+static float *scratch(__int128 floats, int *kept) {
   static _Thread_local float *own;
   *kept = floats <= KEPT_FLOATS;
-  if (!*kept) return malloc(floats * sizeof(float));
+  if (!*kept) return room_for(floats, sizeof(float));
   if (!own) own = malloc(KEPT_FLOATS * sizeof(float));
   return own;
 }
@@ -49,10 +59,17 @@ struct places {
   float *keys, *values;
 };
 
+/* Whether no row is negative. Rows beyond the capacity are dropped: they are of requests that have ended. */
+static int are_rows(const int64_t *rows, int64_t count) {
+  for (int64_t t = 0; t < count; t++)
+    if (rows[t] < 0) return 0;
+  return 1;
+}
+
 /* Keys that stand every `stride` values, a token's heads side by side, and the values `apart` behind them. */
 static void write_rows(const struct places *to, const float *keys, int64_t stride, int64_t apart) {
   for (int64_t t = 0; t < to->requests * to->tokens; t++) {
-    if (to->rows[t] >= to->capacity) continue; /* of a request that has ended */
+    if (to->rows[t] >= to->capacity) continue;
     for (int64_t h = 0; h < to->kv_heads; h++) {
       int64_t place = t / to->tokens * to->request_stride + h * to->head_stride + to->rows[t] * to->width;
       const float *key = keys + t * stride + h * to->width;
@@ -73,7 +90,7 @@ static int64_t room_of(const struct layer *l) {
   return widest + 2 * l->hidden + 2 * own + 2 * l->kv_heads * l->head_dim + 3 * l->inner;
 }
 
-static void run_layer(const struct layer *l, const struct pass *p, int64_t number, float *room) {
+static int64_t run_layer(const struct layer *l, const struct pass *p, int64_t number, float *room) {
   int64_t count = p->requests * p->tokens, hidden = l->hidden, width = l->head_dim, inner = l->inner;
   int64_t own = l->heads * width, row = own + 2 * l->kv_heads * width;
   float *keys = p->keys + number * p->layer_stride, *values = p->values + number * p->layer_stride, *x = p->x;
@@ -88,8 +105,9 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
   if (l->key_norm) rms_norm(joined + own, count, row, l->kv_heads, width, l->key_norm, l->key_eps, joined + own);
   rotate(joined, count, row, l->heads + l->kv_heads, width, p->rotary, p->cos, p->sin);
   write_rows(&cache, joined + own, row, l->kv_heads * width);
-  attend(joined, row, keys, values, p->request_stride, p->head_stride, p->seen[l->kind], p->requests, p->tokens,
-         l->heads, l->kv_heads, p->extent, width, l->scale, mixed);
+  if (attend(joined, row, keys, values, p->request_stride, p->head_stride, p->seen[l->kind], p->requests, p->tokens,
+             l->heads, l->kv_heads, p->extent, width, l->scale, mixed))
+    return NO_MEMORY;
   linear(mixed, count, own, l->output, l->output_bias, hidden, turned, out);
   add(x, out, count * hidden);
 
@@ -98,14 +116,16 @@ static void run_layer(const struct layer *l, const struct pass *p, int64_t numbe
   silu_mul(gate_up, count, inner, product);
   linear(product, count, inner, l->down, l->down_bias, hidden, turned, out);
   add(x, out, count * hidden);
+  return DONE;
 }
 
 /* New rows of a draft's context into its cache: `write_context_` in context.py; `projected` is lost. */
-void write_context(float *projected, int64_t requests, int64_t tokens, int64_t layers, int64_t kv_heads, int64_t width,
-                   const float *norms, float eps, const float *cos, const float *sin, const int64_t *rows,
-                   int64_t capacity, int64_t layer_stride, int64_t request_stride, int64_t head_stride, float *keys,
-                   float *values) {
+int64_t write_context(float *projected, int64_t requests, int64_t tokens, int64_t layers, int64_t kv_heads,
+                      int64_t width, const float *norms, float eps, const float *cos, const float *sin,
+                      const int64_t *rows, int64_t capacity, int64_t layer_stride, int64_t request_stride,
+                      int64_t head_stride, float *keys, float *values) {
   int64_t count = requests * tokens, heads = kv_heads * width, row = 2 * layers * heads;
+  if (!are_rows(rows, count)) return BAD_INDEX;
   for (int64_t i = 0; i < layers; i++) {
     float *of_layer = projected + 2 * i * heads;
     rms_norm(of_layer, count, row, kv_heads, width, norms + i * width, eps, of_layer);
@@ -114,20 +134,24 @@ void write_context(float *projected, int64_t requests, int64_t tokens, int64_t l
                            rows, keys + i * layer_stride, values + i * layer_stride};
     write_rows(&cache, of_layer, row, heads);
   }
+  return DONE;
 }
 
-void decoder_layers(const struct layer *layers, int64_t number, const struct pass *p) {
+int64_t decoder_layers(const struct layer *layers, int64_t number, const struct pass *p) {
   int64_t count = p->requests * p->tokens, most = 0;
   for (int64_t i = 0; i < number; i++)
     if (room_of(layers + i) > most) most = room_of(layers + i);
+  if (!are_rows(p->rows, count)) return BAD_INDEX;
   int is_kept;
-  float *room = scratch(count * most, &is_kept);
-  for (int64_t i = 0; i < number; i++) {
+  float *room = scratch((__int128)count * most, &is_kept);
+  int64_t status = room ? DONE : NO_MEMORY;
+  for (int64_t i = 0; i < number && status == DONE; i++) {
     int64_t hidden = layers[i].hidden;
-    run_layer(layers + i, p, i, room);
+    status = run_layer(layers + i, p, i, room);
     for (int64_t tap = 0; tap < p->taps; tap++)
       for (int64_t n = 0; p->tapped[tap] == i && n < count; n++)
         memcpy(p->features + (n * p->taps + tap) * hidden, p->x + n * hidden, hidden * sizeof(float));
   }
   if (!is_kept) free(room);
+  return status;
 }

@@ -5,7 +5,7 @@
  * divided among them by rows, and each row is read once for all prefixes. A prefix's numbers are computed in the same
  * order whatever stands beside it.
  *
- * Built by cpu.py and called by rollout_cpu.py, which says what the arguments are; nothing here checks them.
+ * Built by native.py and called by bindings.py, which checks the arguments; rollout_cpu.py says what they are.
  */
 #include <math.h>
 
@@ -30,6 +30,7 @@ struct rollout { /* shapes as in reference.py and trees.py; rows of every matrix
   const float *slots;         /* [requests, depths, hidden] */
   const float *logits;        /* [requests, depths, vocabulary] */
   const float *anchors;       /* [requests, hidden], embedded */
+  int64_t tokens;
   const float *embeddings;    /* [tokens, hidden] */
   const int64_t *token_ids;   /* [vocabulary], rows of `embeddings`; NULL where they are the same */
   float scale;                /* of embeddings */
@@ -47,6 +48,15 @@ struct rollout { /* shapes as in reference.py and trees.py; rows of every matrix
   float *probs;               /* [requests, depths, K], of sampled chains */
 };
 
+const struct member rollout_layout[] = {SIZE(rollout), AT(rollout, requests), AT(rollout, depths),
+    AT(rollout, hidden), AT(rollout, state), AT(rollout, low_rank), AT(rollout, vocabulary), AT(rollout, candidates),
+    AT(rollout, pure_prefix), AT(rollout, input_gates), AT(rollout, state_gates), AT(rollout, to_low_rank),
+    AT(rollout, correction), AT(rollout, slots), AT(rollout, logits), AT(rollout, anchors), AT(rollout, tokens),
+    AT(rollout, embeddings), AT(rollout, token_ids), AT(rollout, scale), AT(rollout, threshold), AT(rollout, widths),
+    AT(rollout, temperatures), AT(rollout, uniform), AT(rollout, kept), AT(rollout, room), AT(rollout, choices),
+    AT(rollout, parents), AT(rollout, scores), AT(rollout, budget), AT(rollout, num_drafts), AT(rollout, ids),
+    AT(rollout, probs), {0}};
+
 /* What threads share on the way. Prefixes of one depth stand side by side: request, then place in it. */
 struct scratch {
   float *from_slots;          /* [requests, depths, low_rank] */
@@ -56,7 +66,13 @@ struct scratch {
   float *low_rank;            /* [prefixes, low_rank] */
   float *final;               /* [prefixes, K] */
   const float **rows;         /* [prefixes or slots], what is multiplied next */
+  int64_t status;             /* why the results are worth nothing, unless it is DONE */
 };
+
+static void fail(struct scratch *s, int64_t status) {
+#pragma omp atomic write
+  s->status = status;
+}
 
 /* ---- products ---- */
 
@@ -123,8 +139,9 @@ static void prepare(const struct rollout *w, struct scratch *s) {
   if (w->ids) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < slots; i++)
-      best_logits(w->logits + i * w->vocabulary, w->vocabulary, w->candidates, s->base + i * w->candidates,
-                  w->ids + i * w->candidates);
+      if (best_logits(w->logits + i * w->vocabulary, w->vocabulary, w->candidates, s->base + i * w->candidates,
+                      w->ids + i * w->candidates))
+        fail(s, NO_MEMORY);
   }
   if (w->pure_prefix < w->depths) {
 #pragma omp single
@@ -148,7 +165,12 @@ static void step(const struct rollout *w, struct scratch *s, int64_t first, int6
       s->rows[n] = w->anchors + request * w->hidden;
     } else {
       int64_t choice = w->choices[request * w->room + first + n % count];
-      s->rows[n] = w->embeddings + (w->token_ids ? w->token_ids[choice] : choice) * w->hidden;
+      int64_t token = w->token_ids ? w->token_ids[choice] : choice;
+      if (token < 0 || token >= w->tokens) {
+        fail(s, BAD_INDEX);
+        token = 0;
+      }
+      s->rows[n] = w->embeddings + token * w->hidden;
     }
   }
   products(w->input_gates, w->hidden, w->hidden, 3 * width, s->rows, prefixes, s->from_input);
@@ -310,11 +332,15 @@ static int64_t worth(const struct rollout *w, int64_t first, int64_t count) {
 }
 
 /* The best prefixes of a request from the threshold on, in their order, with parents renumbered; rows end in nothing. */
-static void keep_best(const struct rollout *w, int64_t r, int64_t total) {
+static void keep_best(const struct rollout *w, struct scratch *s, int64_t r, int64_t total) {
   int64_t *choices = w->choices + r * w->room, *parents = w->parents + r * w->room, number = 0;
   float *scores = w->scores + r * w->room;
-  struct entry *ranked = malloc(total * sizeof *ranked);
-  int64_t *places = malloc(total * sizeof *places);
+  struct entry *ranked = room_for(total, sizeof *ranked);
+  int64_t *places = room_for(total, sizeof *places);
+  if (!ranked || !places) {
+    fail(s, NO_MEMORY);
+    total = 0;
+  }
   for (int64_t i = 0; i < total; i++) ranked[i] = (struct entry){isnan(scores[i]) ? -INFINITY : scores[i], i};
   qsort(ranked, total, sizeof *ranked, by_value); /* a parent stands before a child that is as probable */
   for (int64_t i = 0; i < total; i++)
@@ -350,7 +376,7 @@ static void grow(const struct rollout *w, struct scratch *s) {
   }
   if (w->budget == 0) return;
 #pragma omp for schedule(static)
-  for (int64_t r = 0; r < w->requests; r++) keep_best(w, r, first);
+  for (int64_t r = 0; r < w->requests; r++) keep_best(w, s, r, first);
 }
 
 static void *part_of(char **from, int64_t bytes) {
@@ -359,13 +385,15 @@ static void *part_of(char **from, int64_t bytes) {
   return start;
 }
 
-void head_rollout(const struct rollout *w) {
+int64_t head_rollout(const struct rollout *w) {
   int64_t widest = 1, slots = w->requests * w->depths;
   for (int64_t depth = 0; depth < w->depths; depth++)
     if (w->widths[depth] > widest) widest = w->widths[depth];
   int64_t prefixes = w->requests * widest, most = prefixes > slots ? prefixes : slots;
-  int64_t floats = slots * (w->low_rank + w->candidates) + prefixes * (8 * w->state + w->low_rank + w->candidates);
-  char *memory = malloc(4 * floats + most * sizeof(float *) + 16 * 64), *from = memory;
+  __int128 floats = (__int128)slots * (w->low_rank + w->candidates) +
+                    (__int128)prefixes * (8 * w->state + w->low_rank + w->candidates);
+  char *memory = room_for(4 * floats + most * sizeof(float *) + 16 * 64, 1), *from = memory;
+  if (!memory) return NO_MEMORY;
   struct scratch s = {
       .from_slots = part_of(&from, 4 * slots * w->low_rank),
       .base = part_of(&from, 4 * slots * w->candidates),
@@ -380,4 +408,5 @@ void head_rollout(const struct rollout *w) {
 #pragma omp parallel
   grow(w, &s);
   free(memory);
+  return s.status;
 }

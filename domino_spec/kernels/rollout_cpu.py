@@ -5,7 +5,6 @@ Most of a block's drafting on CPU was not arithmetic: a dozen small PyTorch func
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,32 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from domino_spec.kernels import cpu
+from domino_spec.kernels import bindings, cpu
 from domino_spec.kernels.embedding import EmbeddingTable
 from domino_spec.kernels.reference import Rollout
 from domino_spec.kernels.trees import Tree, depth_widths
 
 if TYPE_CHECKING:
     from domino_spec.draft.head import DominoHead
-
-_INTEGER, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-
-
-class _Arguments(ctypes.Structure):
-    """`struct rollout`, whose members rollout.c explains."""
-
-    _fields_ = (
-        *((name, _INTEGER) for name in ("requests", "depths", "hidden", "state", "low_rank", "vocabulary")),
-        *((name, _INTEGER) for name in ("candidates", "pure_prefix")),
-        *((name, _POINTER) for name in ("input_gates", "state_gates", "to_low_rank", "correction")),
-        *((name, _POINTER) for name in ("slots", "logits", "anchors", "embeddings", "token_ids")),
-        *((name, _REAL) for name in ("scale", "threshold")),
-        *((name, _POINTER) for name in ("widths", "temperatures", "uniform", "kept")),
-        ("room", _INTEGER),
-        *((name, _POINTER) for name in ("choices", "parents", "scores")),
-        ("budget", _INTEGER),
-        *((name, _POINTER) for name in ("num_drafts", "ids", "probs")),
-    )
 
 
 def takes(
@@ -81,7 +61,7 @@ def head_rollout_cpu(
     if uniform is not None:
         if not isinstance(temperature, Tensor):
             temperature = torch.full((requests,), float(temperature))
-        temperatures = temperature.float().expand(requests)
+        temperatures = bindings.spread("head_rollout", "temperature", temperature.float(), (requests,))
     grown = _grow(
         head, hidden, base_logits, anchor_embedding, embed_choice, candidates, [1] * depths, min_confidence,
         temperatures, uniform,
@@ -149,35 +129,35 @@ def _grow(
     budget: int = 0,
 ) -> _Grown:
     requests, depths, vocabulary = base_logits.shape
-    given = [x.contiguous() for x in (hidden, base_logits, anchor_embedding)]
     number = vocabulary if candidates is None else min(candidates, vocabulary)
-    room = sum(widths)
-    choices, parents = torch.empty(2, requests, room, dtype=torch.long).unbind()
-    scores, num_drafts = torch.empty(requests, room), torch.zeros(requests, dtype=torch.long)
+    choices, parents = torch.empty(2, requests, sum(widths), dtype=torch.long).unbind()
+    scores, num_drafts = torch.empty(requests, sum(widths)), torch.zeros(requests, dtype=torch.long)
     ids = torch.empty(requests, depths, number, dtype=torch.long) if number < vocabulary else None
     probs = None if uniform is None else torch.empty(requests, depths, number)
-    sampled = [None if x is None else x.contiguous() for x in (temperatures, uniform)]
-    assert anchor_embedding.dtype == torch.float32 and (uniform is None or uniform.dtype == torch.float64)
-    in_c, kept = (_INTEGER * depths)(*widths), (_INTEGER * depths)()
-    arguments = _Arguments(
-        requests=requests, depths=depths, vocabulary=vocabulary, candidates=number, pure_prefix=depths,
-        logits=given[1].data_ptr(), widths=ctypes.addressof(in_c), kept=ctypes.addressof(kept), room=room,
+    table = (
+        embed_choice if isinstance(embed_choice, EmbeddingTable) else None
+    )  # `takes` asks for one if there is a head
+    kept = bindings.head_rollout(
+        slots=hidden.contiguous(),
+        logits=base_logits.contiguous(),
+        anchors=anchor_embedding.contiguous(),
+        head=None if head is None else _weights(head),
+        embeddings=None if table is None else table.weight,
+        token_ids=None if table is None else table.token_ids,
+        scale=1.0 if table is None else table.scale,
+        pure_prefix=0 if head is None else head.config.pure_draft_prefix_len,
         threshold=math.log(min_confidence) if min_confidence > 0 else -math.inf,
-        temperatures=cpu.address(sampled[0]), uniform=cpu.address(sampled[1]), choices=choices.data_ptr(),
-        parents=parents.data_ptr(), scores=scores.data_ptr(), ids=cpu.address(ids), probs=cpu.address(probs),
-        budget=budget, num_drafts=num_drafts.data_ptr(),
-    )  # fmt: skip
-    if head is not None:
-        assert isinstance(embed_choice, EmbeddingTable)
-        arguments.pure_prefix = head.config.pure_draft_prefix_len
-        arguments.hidden, arguments.state = hidden.shape[-1], head.config.gru_hidden_dim
-        arguments.low_rank, arguments.scale = head.config.low_rank, embed_choice.scale
-        names = ("input_gates", "state_gates", "to_low_rank", "correction")
-        for name, weight in zip(names, _weights(head), strict=True):
-            setattr(arguments, name, weight.data_ptr())
-        arguments.slots, arguments.anchors = given[0].data_ptr(), given[2].data_ptr()
-        arguments.embeddings, arguments.token_ids = embed_choice.weight.data_ptr(), cpu.address(embed_choice.token_ids)
-    cpu.loaded().head_rollout(ctypes.byref(arguments))
+        widths=widths,
+        temperatures=temperatures,
+        uniform=None if uniform is None else uniform.contiguous(),
+        choices=choices,
+        parents=parents,
+        scores=scores,
+        budget=budget,
+        num_drafts=num_drafts,
+        ids=ids,
+        probs=probs,
+    )
     total = sum(kept)
     return _Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
 

@@ -2,8 +2,8 @@
 #ifndef SELECTION_H
 #define SELECTION_H
 #include <math.h>
-#include <stdlib.h>
 
+#include "cpu.h"
 #include "vectors.h"
 
 #define GROUPS 4 /* groups of logits for each candidate, by whose maxima the candidates are found */
@@ -42,13 +42,15 @@ static inline float kth_largest(float *values, int64_t count, int64_t k) {
 }
 
 /* The k best of count logits, the best first. The k-th largest maximum of k groups or more is a lower bound of the k-th
- * largest logit, and few others reach it. Logits that are no number are never among them while others last. */
-static inline void best_logits(const float *logits, int64_t count, int64_t k, float *values, int64_t *ids) {
+ * largest logit, and few others reach it. Logits that are no number are never among them while others last. Without
+ * memory, returns NO_MEMORY, and the k are all the first logit. */
+static inline int64_t best_logits(const float *logits, int64_t count, int64_t k, float *values, int64_t *ids) {
   int64_t span = count / (GROUPS * k); /* vectors whose lanes are a group each */
   if (span < 1) span = 1;
-  float *maxima = malloc((count + LANES) * sizeof(float));
-  struct entry *found = malloc(count * sizeof *found);
-  int64_t groups = 0;
+  float *maxima = room_for((__int128)count + LANES, sizeof(float));
+  struct entry *found = room_for(count, sizeof *found);
+  int64_t status = maxima && found ? DONE : NO_MEMORY, groups = 0, number = 0;
+  if (status != DONE) goto end;
   for (int64_t from = 0; from < count; from += span * LANES) {
     vec top = splat(-INFINITY);
     int64_t to = from + span * LANES < count ? from + span * LANES : count, i = from;
@@ -59,7 +61,7 @@ static inline void best_logits(const float *logits, int64_t count, int64_t k, fl
     groups += LANES;
   }
   float bound = groups >= k ? kth_largest(maxima, groups, k) : -INFINITY;
-  int64_t number = 0, i = 0;
+  int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
     for (uint32_t bits = lanes_from(load(logits + i), bound); bits; bits &= bits - 1) {
       int64_t index = i + __builtin_ctz(bits);
@@ -68,12 +70,14 @@ static inline void best_logits(const float *logits, int64_t count, int64_t k, fl
   for (; i < count; i++)
     if (logits[i] >= bound) found[number++] = (struct entry){logits[i], i};
   qsort(found, number, sizeof *found, by_value);
-  for (i = 0; i < k; i++) {
-    values[i] = i < number ? found[i].value : -INFINITY;
-    ids[i] = i < number ? found[i].index : 0;
+end:
+  for (int64_t n = 0; n < k; n++) {
+    values[n] = n < number ? found[n].value : -INFINITY;
+    ids[n] = n < number ? found[n].index : 0;
   }
   free(found);
   free(maxima);
+  return status;
 }
 
 #endif

@@ -1,6 +1,9 @@
 /* Vectors as wide as the processor's, and the few functions of them that the loops share. */
 #ifndef VECTORS_H
 #define VECTORS_H
+#ifdef __clang__ /* its OpenMP calls are not those of the GNU OpenMP that PyTorch brings */
+#error "these loops need GCC, and this compiler is clang"
+#endif
 #include <stdint.h>
 #include <string.h>
 #ifdef __x86_64__

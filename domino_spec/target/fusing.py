@@ -81,7 +81,7 @@ class FusedProjection(nn.Module):
             norm = getattr(attention, name, None)
             if norm is not None:
                 fused = fused_norm(norm)
-                if fused is None:
+                if fused is None or len(fused.weight) != self.head_dim:  # MiniMax-M2 norms all heads as one
                     raise NotFusible
                 self.head_norms.append((first, count, fused))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,41 +114,3 @@ def test_attention_of_a_token_has_the_same_bits_alone_and_in_a_pass():
             query[:, i : i + 1], keys[:, :, :seen], values[:, :, :seen], mask[:, :, i : i + 1, :seen], 0.125
         )
         assert torch.equal(alone, together[:, i : i + 1])
-
-
-def _in_a_new_process(code: str, **environment) -> str:
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return done.stdout + done.stderr
-
-
-_SAY = "from domino_spec.kernels import cpu; print('library', cpu.library() is not None)"
-
-
-@pytest.mark.slow
-@needs_library
-def test_loops_are_built_once(tmp_path):
-    assert "library True" in _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path))
-    (built,) = tmp_path.iterdir()
-    when = built.stat().st_mtime_ns
-    assert "library True" in _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path))
-    assert [built] == list(tmp_path.iterdir()) and built.stat().st_mtime_ns == when
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
-def test_a_compiler_that_fails_is_said_and_decoding_goes_on_without(compiler, tmp_path):
-    said = _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path), CC=compiler)
-    assert "library False" in said
-    if sys.platform.startswith("linux"):
-        assert "could not build the native loops" in said
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_loops_can_be_turned_off(tmp_path):
-    said = _in_a_new_process(_SAY, DOMINO_SPEC_CACHE=str(tmp_path), DOMINO_SPEC_NATIVE="0")
-    assert "library False" in said and "warning" not in said.lower()

@@ -22,7 +22,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo test test-sanitized test-oldest test-newest test-engines test-vllm test-sglang wheel check format clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNTIME) ## Install what is needed and race a real model against itself with a Domino draft
 	@$(BIN)/domino-spec demo $(ARGS)
@@ -32,6 +32,7 @@ test: $(DEV) ## Install what is needed and run every test
 
 test-sanitized: $(DEV) ## Run the tests of native code under AddressSanitizer and UBSan
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitized $(ARGS)
+
 # Each begins with an empty environment: the wheel and README's own commands, then the quick tests of what calls
 # transformers. Nothing is pinned there but PyTorch, as README says, and the oldest transformers of pyproject.toml's range.
 test-oldest: REQUIREMENT := 'transformers==5.17.*'

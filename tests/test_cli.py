@@ -243,7 +243,10 @@ def test_regenerate_answers_every_prompt_once_and_resumes(tmp_path, target_dir, 
     # Killed while writing the fourth row: that row and the ones after it are answered again.
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:3]) + lines[3][:30])
-    second = succeed_json("regenerate", recipe, "--out", out, "--draft", draft_dir)
+    result = run("regenerate", recipe, "--out", out, "--draft", draft_dir, "--json")
+    (said,) = result.stderr.splitlines()
+    assert result.exit_code == 0 and "warning" in said and f"{out} ended in the middle of a line" in said
+    second = json.loads(result.stdout)
     assert (second["answered"], second["already_answered"]) == (3, 3)
     assert {row["id"]: row for row in read_jsonl(out, {"id": str})} == rows
     assert succeed_json("regenerate", recipe, "--out", out)["new_tokens"] == 0

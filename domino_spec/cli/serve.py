@@ -28,6 +28,7 @@ from domino_spec.methods import check_settings, default_method, why_nothing_is_d
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOCAL = "local"
+MOST_SECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,9 @@ def _serve_here(pair: Pair, draft_name: str | None, endpoint: Endpoint, local: L
     """Serve on this package's engine until a signal ends it."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError(f"serve needs three more packages: pip install {' '.join(NEEDED)}")
-    if local.timeout < 0 or local.drain_seconds < 0:
-        raise UserError("--timeout and --drain-seconds must not be negative")
+    for option, seconds in (("--timeout", local.timeout), ("--drain-seconds", local.drain_seconds)):
+        if not 0 <= seconds <= MOST_SECONDS:
+            raise UserError(f"{option} must be between 0 and {MOST_SECONDS:,} seconds, got {seconds:g}")
     from domino_spec.serving.address import bind, url
     from domino_spec.serving.app import Service, Settings
     from domino_spec.serving.preflight import choose_device

@@ -79,9 +79,32 @@ def test_an_empty_prompt(prompt):
     assert "the prompt is empty" in fail("generate", "-", input=prompt)
 
 
+NOT_UTF8 = b"w3 \xff\xfe w4".decode("utf-8", "surrogateescape")
+"""What Python makes of bytes on a command line that are not UTF-8."""
+
+
+def test_a_prompt_that_is_not_utf8(tmp_path, target_dir):
+    target = ("--target", target_dir, "--method", "none", "--max-new-tokens", 2)
+    line = fail("generate", NOT_UTF8, *target)
+    assert "the prompt is not valid UTF-8 text: character 4 of it" in line
+    assert "a stop string is not valid UTF-8 text" in fail("generate", PROMPT, *target, "--stop", NOT_UTF8)
+    assert "UTF-8" in fail("generate", "-", *target, input=b"w3 \xff w4")
+    assert "--prompt is not valid UTF-8 text" in fail("demo", "--prompt", NOT_UTF8)
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text('{"id": "p", "turns": ["w3 \\ud800 w4"]}\n')  # half a pair, which JSON can write
+    line = fail("bench", "--suite", suite, "--target", target_dir, "--methods", "none", "--out", tmp_path / "bench")
+    assert "not valid UTF-8 text" in line
+    recipe = write_recipe(tmp_path / "recipe.yaml", target_dir, prompts=str(suite))
+    assert "not valid UTF-8 text" in fail("regenerate", recipe, "--out", tmp_path / "answers.jsonl")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "culprit"),
     [
+        ("--temperature", "nan", "'nan' is not a finite number"),
+        ("--temperature", "1e-300", "temperature must be 0 or between 1e-05 and 100000, got 1e-300"),
+        ("--seed", str(2**63), f"seed must fit into 64 bits, got {2**63}"),
+        ("--num-drafts", "many", "'many'"),
         ("--temperature", "-0.5", "temperature must not be negative, got -0.5"),
         ("--temperature", "warm", "'warm'"),
         ("--top-p", "0", "top_p must be greater than 0 and at most 1, got 0.0"),
@@ -92,7 +115,7 @@ def test_an_empty_prompt(prompt):
         ("--candidates", "-1", "candidates must be at least 1, got -1"),
         ("--min-confidence", "1", "min_confidence must be at least 0 and less than 1, got 1.0"),
         ("--stop", "", "stop string"),
-        ("--threads", "0", "--threads must be at least 1, got 0"),
+        ("--threads", "0", "--threads must be at least 1 and at most 1024, got 0"),
         ("--device", "abacus", "'abacus'"),
         ("--method", "guess", "'guess'"),
         ("--dtype", "int4", "'int4'"),

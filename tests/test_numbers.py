@@ -34,7 +34,7 @@ def numeric_options(command: str) -> list[str]:
     ]
 
 
-SLOW = ("bench", "profile", "demo")
+SLOW = ("bench", "profile")
 CASES = [
     pytest.param(command, option, marks=pytest.mark.slow if command in SLOW else ())
     for command in cli.commands

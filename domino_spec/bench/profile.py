@@ -133,6 +133,9 @@ class Profile:
         return method.cycle.median / self.plain_step.median
 
 
+MOST_REPEATS = 10_000
+
+
 @torch.inference_mode()
 def profile_cycles(
     target: Target,
@@ -166,6 +169,8 @@ def profile_cycles(
         UserError: a number out of range, a method that the draft does not serve, or more than memory can hold.
     """
     check_numbers(batch=[batch], repeats=[repeats], rows=rows)
+    if repeats > MOST_REPEATS:
+        raise UserError(f"repeats must be at most {MOST_REPEATS}, got {repeats}")
     for method, _ in methods:
         check_draft(method, draft)
     check_numbers(num_drafts=[count for _, count in methods if count is not None])

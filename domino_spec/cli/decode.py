@@ -102,8 +102,6 @@ def generate(
     asked, method = method is not None, method or default_method(draft, sample_drafts=sample_drafts)
     check_settings([method], asked_for(*SETTINGS))
     drafting_off = why_nothing_is_drafted(method, asked, num_drafts)
-    if drafting_off is not None:
-        say_nothing_is_drafted(drafting_off, asked or num_drafts == 0)
     generations: list[Generation] = []
     cycles = stream(
         target,
@@ -123,7 +121,9 @@ def generate(
         generations=generations,
     )
     text, writer = MarkedText(target, stop), None
-    for _ in cycles:
+    for cycle, _ in enumerate(cycles):
+        if cycle == 0 and drafting_off is not None:  # once it is known that there is no error to be said instead
+            say_nothing_is_drafted(drafting_off, asked or num_drafts == 0)
         if not as_json:
             writer = writer or AnswerWriter(console(), show_drafts)
             writer.write(text.advance(generations[0]))

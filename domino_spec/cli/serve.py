@@ -27,6 +27,7 @@ from domino_spec.extras import require
 from domino_spec.methods import check_settings, default_method, why_nothing_is_drafted
 
 LOCAL = "local"
+MOST_SECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,9 @@ def _serve_elsewhere(
 
 def _serve_here(pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, machine: Machine) -> None:
     """Serve on this package's engine until a signal ends it."""
-    if local.timeout < 0 or local.drain_seconds < 0:
-        raise UserError("--timeout and --drain-seconds must not be negative")
+    for option, seconds in (("--timeout", local.timeout), ("--drain-seconds", local.drain_seconds)):
+        if not 0 <= seconds <= MOST_SECONDS:
+            raise UserError(f"{option} must be between 0 and {MOST_SECONDS:,} seconds, got {seconds:g}")
     from domino_spec.serving.address import bind, url
     from domino_spec.serving.app import Service, Settings
     from domino_spec.serving.preflight import choose_device

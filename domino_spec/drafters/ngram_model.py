@@ -90,7 +90,7 @@ class NgramModel:
             tokenizer: see `NgramSource`, and so is `target_fingerprint`.
 
         Raises:
-            UserError: an order below 2, no tokens, or ids outside the vocabulary.
+            UserError: an order below 2 or beyond the longest text, no tokens, or ids outside the vocabulary.
         """
         end = [] if eos is None else [eos]
         parts = [np.asarray([*text, *end], dtype=np.int64) for text in texts]
@@ -100,6 +100,9 @@ class NgramModel:
         size = int(tokens.max()) + 1 if vocab_size is None else vocab_size
         if tokens.min() < 0 or tokens.max() >= size:
             raise UserError(f"{source} holds token ids outside the vocabulary of {size}")
+        longest = max(map(len, parts))
+        if order > longest:
+            raise UserError(f"order {order} is longer than any text: those of {source} have {longest} tokens at most")
         about = NgramSource(order, size, len(tokens), source, tokenizer, target_fingerprint)
         ends = np.cumsum([len(part) for part in parts])
         left = np.repeat(ends, [len(part) for part in parts]) - np.arange(len(tokens))  # up to the end of the text

@@ -96,12 +96,13 @@ class Gate:
 def serving(target, draft=None, *, slots: int = 4, capacity: int | None = None, **options) -> Iterator[Running]:
     """A server; `options` are those of `make_engine` and `Settings`."""
     names = ("method", "num_drafts", "costs_file", "prefix_bytes")
+    method = options.get("method") or ""
     drain_seconds = options.pop("drain_seconds", PATIENCE)
     engine = make_engine(
         target, draft, slots=slots, capacity=capacity, **{k: options.pop(k) for k in names if k in options}
     )
     log: list[dict[str, Any]] = []
-    service = Service(engine, Settings(MODEL, log=log.append, **options))
+    service = Service(engine, Settings(MODEL, log=log.append, method=method, **options))
     bound, ready = bind("127.0.0.1", 0, None), threading.Event()
     server = Server(service, drain_seconds=drain_seconds, on_ready=ready.set)
     thread = threading.Thread(target=server.serve_forever, args=(bound,), daemon=True)

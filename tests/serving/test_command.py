@@ -98,8 +98,9 @@ def test_what_is_missing_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--timeout", "-1"], "must not be negative"),
-        (["--drain-seconds", "-1"], "must not be negative"),
+        (["--timeout", "-1"], "--timeout must be between 0 and 1,000,000 seconds, got -1"),
+        (["--drain-seconds", "-1"], "--drain-seconds must be between 0 and 1,000,000 seconds, got -1"),
+        (["--timeout", "nan"], "'nan' is not a finite number"),
         (["--port", "70000"], "70000 is not in the range"),
         (["--max-queue", "-1"], "--max-queue"),
         (["--method", "domino", "--target", "some/other"], "needs a draft made for some/other"),

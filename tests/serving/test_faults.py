@@ -157,6 +157,19 @@ def test_a_row_of_the_output_layer_that_is_not_finite_is_an_error_and_no_text(st
         assert server.complete("w3 w4", max_tokens=5).choices[0].text
 
 
+def test_metrics_say_whether_the_server_drafts_and_why_not(words, draft):
+    with serving(words, draft, slots=1, num_drafts=3, method="domino") as server:
+        assert server.metric("domino_spec_drafting") == 1
+        assert server.metric("domino_spec_method_info", method="domino", drafting_off="") == 1
+        assert server.engine.watch is not None and server.engine.watch.passes == 0, "warming up does not count"
+        server.complete("w3", max_tokens=8, temperature=0)
+        assert server.engine.watch.passes == server.engine.stats.verify_passes > 0
+    with serving(words, slots=1, method="none", drafting_off="no draft was given") as server:
+        assert server.metric("domino_spec_drafting") == 0
+        assert server.metric("domino_spec_method_info", method="none", drafting_off="no draft was given") == 1
+        assert server.engine.watch is None
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_when_the_engine_crashes_everybody_is_told(words, draft, pool):
     with serving(words, draft, slots=1) as server:

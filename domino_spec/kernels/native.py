@@ -23,8 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from domino_spec.config import UserError
-from domino_spec.files import atomic_path, cache_directory
+from domino_spec.config import UserError, cache_directory
+from domino_spec.files import atomic_path
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "layers.c", "rollout.c", "blended.c"))
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "cpu.h", "selection.h"))

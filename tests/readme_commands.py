@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.request
 import venv
@@ -29,6 +30,8 @@ NOT_RUN = (
     "make ",  # CI runs these themselves
     "domino-spec serve --engine vllm",  # needs a GPU's models; tests/engines boots vLLM
 )
+LONGEST_SECONDS = 1200
+"""A command that takes longer has failed."""
 SHORTER = {
     "generate": ["--max-new-tokens", "24"],
     "demo": ["--max-new-tokens", "16", "--prompt", "Why is the sky blue?"],
@@ -102,7 +105,7 @@ class Reader:
         print(f"$ {shlex.join(words)[:200]}", flush=True)
         began = time.monotonic()
         done = subprocess.run(
-            words, cwd=self.scratch, env=self.variables, capture_output=True, text=True, timeout=1200, check=False
+            words, cwd=self.scratch, env=self.variables, capture_output=True, text=True, timeout=LONGEST_SECONDS
         )
         print(f"{done.stdout}{done.stderr}[{time.monotonic() - began:.0f} s]\n", flush=True)
         foreign = [line for line in done.stderr.splitlines() if not line.startswith("domino-spec: ")]
@@ -115,7 +118,10 @@ class Reader:
         print(f"$ {shlex.join(words)}", flush=True)
         with subprocess.Popen(words, cwd=self.scratch, env=self.variables, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
+            limit = threading.Timer(LONGEST_SECONDS, server.kill)
+            limit.start()
             first = server.stdout.readline()
+            limit.cancel()
             found = re.search(r"http://\S+", first)
             if found is None:
                 server.kill()

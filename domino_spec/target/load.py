@@ -184,7 +184,7 @@ class _TextSettings(Settings):
     max_position_embeddings: _Size | None = None
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
-    sliding_window: _Size | None = None
+    sliding_window: Annotated[int, Field(ge=0)] | None = None
     use_sliding_window: bool | None = None
     layer_types: tuple[str, ...] | None = None
     final_logit_softcapping: float | None = None
@@ -217,6 +217,8 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
     for key in _REQUIRED:
         if read[key] is None:
             raise UserError(f"{where}: missing key {key!r}")
+    if read["sliding_window"] == 0 and read["use_sliding_window"] is not False:  # Qwen's way to say that there is none
+        raise UserError(f"{where}: sliding_window: expected at least 1 or null, found 0")
     _check_stop_tokens(read["eos_token_id"], config, where)
     return config
 
@@ -371,6 +373,8 @@ def reason(error: Exception, source: str = "") -> str:
             "its files name code of their own (auto_map), and code from a checkpoint is never run; give a model of a "
             "family that transformers itself knows"
         )
+    if error.args == (ATTENTION_NAME,):
+        return "its attention is a module of its own kind, which this package cannot take over"
     if "/" in source:
         text = text.replace(source, "it")
     if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError)):

@@ -24,6 +24,7 @@ from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import check_finite, draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
+from domino_spec.draft.schema import ROPES
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DraftRecipe
 from domino_spec.target.model import Target
@@ -90,12 +91,19 @@ def single_layer_config(recipe: DraftRecipe, target_config: Any) -> SingleLayerC
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
-    """Base and further RoPE settings of a target, for a draft that attends fully."""
+    """Base and further RoPE settings of a target, for a draft that attends fully.
+
+    A target whose angles depend on the length of the text, or are of a kind that drafts do not have, gives its base.
+    """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
         rope = dict(rope.get("full_attention") or {})
-    theta = rope.pop("rope_theta", 10000.0)
-    return theta, None if rope.get("rope_type", "default") == "default" else rope
+    theta, kind = rope.get("rope_theta") or 10000.0, rope.get("rope_type", "default")
+    if kind == "default" or kind not in ROPES:
+        return theta, None
+    needed, optional = ROPES[kind]
+    numbers = {name: rope[name] for name in (*needed, *optional) if rope.get(name) is not None}
+    return theta, {"rope_type": kind, **numbers}
 
 
 def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) -> DraftConfig:
@@ -124,7 +132,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
         target_layer_ids=recipe.target_layer_ids or default_target_layer_ids(config.num_hidden_layers, num_layers),
         mask_token_id=mask_token_id,
         block_size=DEFAULT_BLOCK_SIZE if recipe.block_size is None else recipe.block_size,
-        shift_label=recipe.shift_label is not False,
+        shift_label=recipe.head is not None if recipe.shift_label is None else recipe.shift_label,
         head=None if recipe.head is None else recipe.head.over(HeadConfig()),
         draft_vocab_size=recipe.draft_vocab_size,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
@@ -159,6 +167,11 @@ def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
         if start.head is not None:
             for f in fields(start.head):
                 _agree(recipe, f"head.{f.name}", getattr(head, f.name), getattr(start.head, f.name))
+    if head is None and start.shift_label:
+        raise UserError(
+            f"draft.head is null, but slots of {recipe.init_from} predict the token one position later (shift_label), "
+            "which readers of drafts without a head do not expect"
+        )
     size = start.draft_vocab_size or recipe.draft_vocab_size
     return replace(start, head=head, draft_vocab_size=size, published={})
 

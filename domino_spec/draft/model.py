@@ -64,7 +64,11 @@ class Draft(nn.Module):
         self._ends: list[TargetEnds] = []
 
     def bind(self, target: Target) -> Draft:
-        """Borrow embedding and LM head from `target` (checked by `pairing.check_pairing`); returns self."""
+        """Borrow embedding and LM head from `target` (checked by `pairing.check_pairing`); returns self.
+
+        Raises:
+            UserError: the target does not show its layers or its last norm (`Target.final_norm`).
+        """
         weight = target.lm_head_weight
         if self.draft_vocab_ids is not None:
             weight = weight[self.draft_vocab_ids.to(weight.device)]
@@ -76,6 +80,14 @@ class Draft(nn.Module):
         """The borrowed ends; `bind` comes first."""
         assert self._ends, "the draft is not bound to a target"
         return self._ends[0]
+
+    def read_features(self, features: Tensor) -> Tensor:
+        """The target's raw outputs at the taps [..., F] as this draft reads them: the last layer's may be normed."""
+        if not self.config.last_tap_normed:
+            return features
+        taps = zip(self.config.target_layer_ids, features.split(self.config.hidden_size, dim=-1), strict=True)
+        last, norm = self.config.num_target_layers - 1, self.ends.final_norm
+        return torch.cat([norm(part.contiguous()) if layer == last else part for layer, part in taps], dim=-1)
 
     @property
     def feature_scale(self) -> Tensor | None:

@@ -140,12 +140,16 @@ _SLIDING_LATENT = dict(
     swa_qk_nope_head_dim=12,
     swa_v_head_dim=10,
 )
+"""The same again for layers with a window."""
+_MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
+_INDEXER = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2)
+_INPUT_PER_LAYER = dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
 _DECODER = dict(is_decoder=True)
 """Encoders that are causal only when told."""
 _ENCODER_TOO = dict(encoder_layers=LAYERS)
 """Families that count the decoder's layers by the encoder's."""
 _IDS = dict(bos_token_id=1, eos_token_id=2)
-"""Families whose tokens of these meanings cannot be left out."""
+"""Families that put numbers beyond the vocabulary where these are left out."""
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _TWO_ROPES = {
     kind: dict(rope_type="default", rope_theta=base) for kind, base in zip(MIXED[:2], (1e3, 1e4), strict=True)
@@ -167,13 +171,12 @@ _LONG = dict(
     long_factor=[2.0 + i for i in range(4)],
     original_max_position_embeddings=16,
 )
-_NO_PER_LAYER_INPUT = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
-    "axk2": dict(num_key_value_heads=4, index_topk=4),
+    "axk2": _LATENT,
     "bailing_hybrid": dict(num_key_value_heads=4, layer_types=_HYBRID),
-    "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8),
+    "bamba": _MAMBA | dict(attn_layer_indices=[1, 3]),
     "bart": _ENCODER_TOO,
     "bert": _DECODER,
     "bert-generation": _DECODER,
@@ -194,7 +197,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "deepseek_v32": dict(num_key_value_heads=4, index_topk=4),
+    "deepseek_v32": _LATENT,
     "dots3_note": dict(
         text_config=_SLIDING_LATENT,
         vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, adapter_out_dim=32, mlp_bias=False),
@@ -206,23 +209,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie": _DECODER,
     # The composite class leaves out the cap of logits that its text configuration has.
     "gemma3": dict(text_config=dict(final_logit_softcapping=None)),
-    "gemma3n_text": dict(
-        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4
-    ),
-    "gemma4": dict(
-        text_config=dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
-    ),
-    "gemma4_text": dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB),
-    "gemma4_assistant": dict(text_config=_NO_PER_LAYER_INPUT),
+    "gemma3n_text": _INPUT_PER_LAYER | dict(laurel_rank=4),
+    "gemma4": dict(text_config=_INPUT_PER_LAYER),
+    "gemma4_text": _INPUT_PER_LAYER,
+    "gemma4_assistant": dict(text_config=dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)),
     "gemma4_unified": dict(vision_config=dict(mm_embed_dim=32, output_proj_dims=32, mm_posemb_size=8)),
     "gemma4_unified_assistant": dict(text_config=dict(num_kv_shared_layers=DEFAULT)),
+    "glm": _IDS,
+    "glm4": _IDS,
     "glm4_moe_lite": _LATENT,
-    "glm_moe_dsa": dict(num_key_value_heads=4, index_topk=4),
+    "glm_moe_dsa": _LATENT,
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=WINDOW),
     "gptj": dict(rotary_dim=4),
-    "granitemoehybrid": dict(
-        layer_types=_HYBRID, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8
-    ),
+    "granitemoehybrid": _MAMBA | dict(layer_types=_HYBRID),
     "helium": dict(head_dim=8),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": dict(num_key_value_heads=4, layer_types=_HYBRID, linear_num_heads=4, linear_head_dim=8),
@@ -240,6 +239,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "modernbert-decoder": _IDS,
     "mvp": _ENCODER_TOO,
     "pegasus": _ENCODER_TOO,
+    "phi4_multimodal": _IDS,
     "plbart": _ENCODER_TOO,
     "prophetnet": dict(
         num_encoder_layers=LAYERS,
@@ -247,14 +247,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         num_encoder_attention_heads=4,
         num_decoder_attention_heads=4,
     ),
-    "qwen4_exp": dict(
-        text_config=dict(
-            indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2
-        )
-    ),
-    "qwen4_exp_text": dict(
-        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2
-    ),
+    "qwen4_exp": dict(text_config=_INDEXER),
+    "qwen4_exp_text": _INDEXER,
     "reformer": dict(
         is_decoder=True,
         attention_head_size=8,
@@ -291,13 +285,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 NOT_TRIED = {
     "gemma3n": "its image part needs the library timm",
-    "gemma4_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
-    "gemma4_unified": dict(vision_config=dict(mm_embed_dim=32, output_proj_dims=32, mm_posemb_size=8)),
-    "gemma4_unified_assistant": "is a draft of Gemma 4 that reads its target's cache and writes no text alone",
+    "gemma4_assistant": "is a draft for Gemma 4 that reads its target's cache, and writes no text alone",
+    "gemma4_unified_assistant": "is a draft for Gemma 4 that reads its target's cache, and writes no text alone",
     "musicgen": "`AutoModelForCausalLM` cannot make it from its own configuration",
     "musicgen_melody": "`AutoModelForCausalLM` cannot make it from its own configuration",
 }
-"""Families that the sweep cannot build, and why."""
+"""Families that cannot be built alone, and why."""
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -402,6 +395,7 @@ class Weights:
 
 WEIGHTS = (Weights(1.5, 1.5, 0.3, 0.1), Weights(3.0, 1.0, 0.1, 0.3), Weights(6.0, 1.0, 0.1, 0.3))
 """What to try, the gentlest first."""
+_FEED_FORWARD = re.compile(r"fc|mlp|intermediate|feed_forward|ffn|(?<!attention\.)output\.dense")
 
 
 def tiny_model(family: str, seed: int = 0, weights: Weights = WEIGHTS[0]) -> PreTrainedModel:
@@ -432,8 +426,5 @@ def randomise(model: PreTrainedModel, seed: int, weights: Weights) -> None:
         elif "embed" in name or "wte" in name:
             tensor.copy_((weights.tied if tied else 1.0) * noise)
         else:
-            gain = weights.feed_forward if FEED_FORWARD.search(name) else weights.attention
+            gain = weights.feed_forward if _FEED_FORWARD.search(name) else weights.attention
             tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
-
-
-FEED_FORWARD = re.compile(r"fc|mlp|intermediate|feed_forward|ffn|(?<!attention\.)output\.dense")

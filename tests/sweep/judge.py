@@ -38,15 +38,15 @@ class Outcome:
 
     family: str
     kind: str
-    """equal or refused; or a failure: wrong text, traceback, abort, timeout, blind, not built."""
+    """equal, refused, or not tried; or a failure: wrong text, traceback, abort, timeout, blind, not built."""
     detail: str = ""
-    """The refusal's line, or what went wrong."""
+    """The refusal's line, or the reason of what it is."""
     drafts: str = ""
     """Why a target that decodes refused a Domino draft; empty if it did not."""
 
     @property
     def passed(self) -> bool:
-        return self.kind in ("equal", "refused")
+        return self.kind in ("equal", "refused", "not tried")
 
 
 def on_cpu(directory: Path) -> Target:
@@ -72,6 +72,8 @@ def judge(family: str, load: Callable[[Path], Target] = on_cpu) -> Outcome:
                 families.tiny_config(family).save_pretrained(directory)
                 tiny.word_tokenizer().save_pretrained(directory)
             except Exception:
+                if family in families.NOT_TRIED:
+                    return Outcome(family, "not tried", families.NOT_TRIED[family])
                 return Outcome(family, "not built", last_lines(traceback.format_exc()))
             try:
                 target = load(directory)

@@ -10,11 +10,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+
+import torch
+from transformers.utils import logging
 
 from tests.sweep.judge import Outcome, judge
 
-SECONDS = 60
+SECONDS = 180
 """A family that takes longer hangs."""
 MEMORY = 4 << 30
 """Bytes of address space of one family: a part that was left at its full size is an error, not a full machine."""
@@ -46,27 +50,23 @@ def run_family(family: str, trial: Callable[[str], Outcome] = judge, seconds: fl
 
 def _wait(family: str, process, receiver: Connection, seconds: float) -> Outcome:
     try:
-        if receiver.poll(seconds):
-            outcome = receiver.recv()
-            process.join(10)
-            # A corrupted heap may show only while the process ends.
-            if process.exitcode == 0:
-                return outcome
-        else:
-            process.kill()
-            process.join()
-            return Outcome(family, "timeout", f"no outcome after {seconds:.0f} s")
-    except EOFError:
+        outcome = receiver.recv() if receiver.poll(seconds) else None
+    except EOFError:  # it died without one
+        outcome = None
         process.join()
+    if outcome is not None:
+        process.join(seconds)  # a corrupted heap may show only while the process ends
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return Outcome(family, "timeout", f"not done after {seconds:.0f} s")
+    if outcome is not None and process.exitcode == 0:
+        return outcome
     code = process.exitcode
-    name = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-    return Outcome(family, "abort", name)
+    return Outcome(family, "abort", signal.Signals(-code).name if code < 0 else f"exit status {code}")
 
 
 def _child(family: str, trial: Callable[[str], Outcome], sender: Connection, noise: str) -> None:
-    import torch
-    from transformers.utils import logging
-
     with open(noise, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -82,7 +82,6 @@ def _child(family: str, trial: Callable[[str], Outcome], sender: Connection, noi
 
 def run_all(names: Sequence[str], jobs: int = 1) -> Iterator[tuple[Outcome, float]]:
     """Outcomes of many families as they come, with the seconds that each took."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def timed(family: str) -> tuple[Outcome, float]:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.sweep.families import class_name
+from tests.sweep.families import VARIANTS, class_name
 from tests.sweep.judge import Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "targets.md"
@@ -29,7 +29,13 @@ def render(outcomes: Iterable[Outcome], version: str) -> str:
         version: of transformers.
     """
     outcomes = list(outcomes)
-    lines = [MARK, "", f"Of the {len(outcomes)} families of transformers {version}:", ""]
+    variants = sum(outcome.family in VARIANTS for outcome in outcomes)
+    lines = [
+        MARK,
+        "",
+        f"Of transformers {version}, {len(outcomes) - variants} families and {variants} of them with other settings:",
+        "",
+    ]
     for title in (WORKS, NO_DRAFTS, REFUSED, NOT_TRIED):
         chosen = [outcome for outcome in outcomes if heading(outcome) == title]
         if not chosen:
@@ -47,9 +53,10 @@ def render(outcomes: Iterable[Outcome], version: str) -> str:
 
 def reason(outcome: Outcome) -> str:
     """Why, as a cell: without what its section says, and without figures that another machine gives otherwise."""
-    text = outcome.drafts or outcome.detail
-    text = re.sub(r"by [\d.e+-]+ of their size.*", "by more than rounding", text)
-    return text.removeprefix(class_name(outcome.family)).lstrip(", ").replace("|", "\\|")
+    text = re.sub(r"by [\d.e+-]+ of their size.*", "by more than rounding", outcome.drafts or outcome.detail)
+    for known in (class_name(outcome.family), f"target {outcome.family}: ", f" of target {outcome.family}"):
+        text = text.replace(known, "")
+    return " ".join(text.split()).strip(", ").replace("|", "\\|")
 
 
 def write(outcomes: Iterable[Outcome], version: str, page: Path = PAGE) -> None:

@@ -89,9 +89,12 @@ def _count(names: Collection[str], one: str, more: str) -> str:
 def without_report() -> Iterator[None]:
     """Silence transformers' table of what is missing and unexpected, which is said in one line instead."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+
+    def silence(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(silence)  # by its level, transformers decides about checks of its own
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(silence)

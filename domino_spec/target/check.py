@@ -179,8 +179,9 @@ def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Output
             output = model(input_ids=part[None], use_cache=True, output_hidden_states=True, **cache)
             cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
             hidden = final[-1].last_hidden_state[0]  # [n, H]
-            # The first entry is the embedding, the last one has been normed; the others are outputs of layers.
-            states = [state[0] for state in (output.hidden_states or ())[1:-1]]
+            # The first entry is the embedding, the last one has been normed; the others are outputs of layers. Some
+            # families report other things under this name.
+            states = [state[0] for state in (output.hidden_states or ())[1:-1] if state[0].shape == hidden.shape]
             layers = torch.stack(states, dim=1) if states else hidden.new_empty(len(part), 0, hidden.shape[1])
             found.append(Outputs(hidden, output.logits[0], layers))
     finally:

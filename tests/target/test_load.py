@@ -211,5 +211,5 @@ def test_a_gguf_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         load_target(tmp_path / "model.gguf")
     assert "\n" not in str(error.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs gguf and accelerate: pip install gguf accelerate"):
+    with pytest.raises(UserError, match="needs accelerate and gguf: pip install accelerate gguf"):
         load_target(tmp_path / "model.gguf")

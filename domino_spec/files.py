@@ -144,7 +144,7 @@ def gather_tensors(files: Iterable[Path], read: Callable[[Path], dict[str, Tenso
     for file in files:
         tensors = read(file)
         if twice := tensors.keys() & gathered.keys():
-            raise UserError(f"{file}: tensor {min(twice)} is in another file of {file.parent} too")
+            raise UserError(f"{file}: tensor {min(twice)} is in another file, too")
         gathered |= tensors
     return gathered
 

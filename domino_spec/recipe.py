@@ -1,22 +1,80 @@
 """Training recipes: the YAML files that say which draft is trained, on what, and how.
 
-A recipe is ours, so an unknown key, a wrong type or a value out of range is an error that names the key.
+A recipe is ours, so an unknown key, a wrong type or a value out of range is an error that names the key. What a single
+value may be stands in its annotation, what several must be together in `__post_init__`.
 """
 
 from __future__ import annotations
 
+import urllib.parse
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
-from domino_spec.config import SINGLE_LAYER_METHODS, HeadConfig, Settings, UserError, parse_settings, require
+from domino_spec.config import HeadConfig, Settings, UserError, parse_settings, require, shortened
+
+LARGEST_FILE = 32_768
+"""Bytes of a recipe. One fills a page, and PyYAML reads this many in a second or two."""
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def _from(low: float, high: float) -> AfterValidator:
+    """A number in [low, high]."""
+
+    def check(value: Any) -> Any:
+        require(low <= value <= high, f"expected {low:,} to {high:,}, found {shortened(value)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _above(low: float, high: float) -> AfterValidator:
+    """A number in (low, high]."""
+
+    def check(value: Any) -> Any:
+        require(low < value <= high, f"expected more than {low:,}, at most {high:,}, found {shortened(value)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    require(len(values) >= 1, "expected at least one, found an empty list")
+    require(len(set(values)) == len(values), f"expected each only once, found {shortened(list(values))}")
+    return values
+
+
+def _short(values: tuple[int, ...]) -> tuple[int, ...]:
+    require(len(values) <= 64, f"expected at most 64 values, found {len(values)}")
+    return values
+
+
+def _name(value: str) -> str:
+    """Text that can be a path or the name of something: what is longer, or not printed, no system can open."""
+    require(bool(value.strip()), "expected a path or name, found an empty one")
+    require(value.isprintable(), f"expected a path or name without control characters, found {shortened(value)}")
+    parts = value.encode("utf-8", "surrogatepass").split(b"/")
+    fits = max(map(len, parts)) <= 255 and sum(map(len, parts)) <= 4000
+    require(fits, f"expected a path or name of at most 255 characters between slashes, found {shortened(value)}")
+    return value
+
+
+def check_url(value: str) -> str:
+    """The URL of a server, as it is.
+
+    Raises:
+        UserError: it is none.
+    """
+    wrong = f"server must be a URL such as http://localhost:8000, found {shortened(value)}"
+    try:
+        parts = urllib.parse.urlsplit(_name(value))
+        require(parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0, wrong)
+    except ValueError:  # of a port or an address; `UserError` is one too, so that every fault reads alike
+        raise UserError(wrong) from None
+    require(" " not in value, wrong)
+    return value
 
 
 def _read_number(value: Any) -> Any:
@@ -28,20 +86,26 @@ def _read_number(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_read_number)]
 """YAML 1.1 reads `6e-4` (no dot) as a string; people write learning rates that way."""
-Word = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
-"""YAML 1.1 reads `off` without quotes as false."""
+Name = Annotated[str, AfterValidator(_name)]
+Width = Annotated[int, _from(1, 65_536)]
+"""Of hidden states."""
+Slots = Annotated[int, _from(1, 64)]
+"""Of a block."""
+Layers = Annotated[tuple[Annotated[int, _from(0, 9_999)], ...], AfterValidator(_distinct)]
+"""Decoder layers of the target, counted from 0."""
+Count = Annotated[int, _from(1, 1_000_000_000)]
+Tokens = Annotated[int, _from(1, 1_048_576)]
+"""Of one text."""
+Precision = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
 class HeadRecipe(Settings):
     """The Domino head to train. What is left out is `draft.init_from`'s, else as in `HeadConfig`."""
 
-    gru_hidden_dim: int | None = None
-    low_rank: int | None = None
-    pure_draft_prefix_len: int | None = None
-
-    def __post_init__(self) -> None:
-        self.over(HeadConfig())  # checks the ranges
+    gru_hidden_dim: Width | None = None
+    low_rank: Width | None = None
+    pure_draft_prefix_len: Annotated[int, _from(0, 63)] | None = None
 
     def over(self, head: HeadConfig) -> HeadConfig:
         """`head` with what this recipe states in its place."""
@@ -52,27 +116,27 @@ class HeadRecipe(Settings):
 class DraftRecipe(Settings):
     """The draft to train. What is left out is `init_from`'s, else the default that is named here, else the target's."""
 
-    model: str = "block"
+    model: Literal["block", "eagle3", "dart"] = "block"
     """block: a DFlash backbone, with the Domino head or without; or eagle3 or dart: one layer over pairs of a token and
     a feature, as those methods publish it."""
-    block_size: int | None = None
+    block_size: Slots | None = None
     """B, slots of a block, the anchor's included; 16. Of eagle3, steps of its training-time test, 7; of dart, its
     masked positions and one, 8."""
-    num_layers: int | None = None
+    num_layers: Annotated[int, _from(1, 256)] | None = None
     """Layers of the backbone; 5."""
-    mask_token_id: int | None = None
+    mask_token_id: Annotated[int, _from(0, 2**31 - 1)] | None = None
     """A token that the target's tokenizer reserves and never produces; needed where it has no mask token."""
-    target_layer_ids: tuple[int, ...] | None = None
-    intermediate_size: int | None = None
+    target_layer_ids: Layers | None = None
+    intermediate_size: Annotated[int, _from(1, 262_144)] | None = None
     shift_label: bool | None = None
     """Whether slot k predicts the token one position later; true with a head, false without one."""
     head: HeadRecipe | None = field(default_factory=HeadRecipe)
     """null trains a plain DFlash draft."""
-    draft_vocab_size: int | None = None
+    draft_vocab_size: Annotated[int, _from(1, 16_777_216)] | None = None
     """Tokens that the draft can propose, the most frequent of the answers; all of them."""
-    init_layers_from_target: tuple[int, ...] | None = None
+    init_layers_from_target: tuple[Annotated[int, _from(0, 9_999)], ...] | None = None
     """Decoder layers of the target whose weights start the draft's layers, one per draft layer (warm start)."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """A draft to start from: a directory or hub id in a published layout. Its shape must be this recipe's; a head is
     taken over where it has one, and fresh where it has none."""
     init_from_other_target: bool = False
@@ -83,7 +147,14 @@ class DraftRecipe(Settings):
             self.init_from is None or self.init_layers_from_target is None,
             "give either init_from or init_layers_from_target: the layers can start from one of them",
         )
-        _one_of("model", self.model, ("block", *SINGLE_LAYER_METHODS))
+        slots = self.block_size
+        if self.model == "block" and slots is not None:
+            require(slots >= 2, f"block_size must be at least 2 for drafts of model block, got {slots}")
+            prefix = None if self.head is None else self.head.pure_draft_prefix_len
+            require(
+                prefix is None or prefix < slots,
+                f"head.pure_draft_prefix_len {prefix} leaves no token of a block of {slots} to the head",
+            )
         if self.model != "block":
             require(self.head is None, f"a draft of model {self.model} has no Domino head: set head to null")
             for name in ("num_layers", "mask_token_id", "shift_label", "init_from"):
@@ -99,153 +170,115 @@ class DraftRecipe(Settings):
 class DataRecipe(Settings):
     """Where answers come from and how much of them is used."""
 
-    prompts: str | None = None
+    prompts: Name | None = None
     """What `regenerate` answers: a JSONL of conversations ({"id", "turns"}, {"messages"} or {"conversations"} a line),
     or open-perfectblend, sharegpt, ultrachat. Answers that it may hold are left aside."""
-    responses: str = "responses.jsonl"
+    responses: Name = "responses.jsonl"
     """What is trained on: the JSONL that `regenerate` writes, {"id", "prompt_ids", "response_ids"} a line; or
     conversations as they are, from a JSONL or by name as for `prompts`."""
-    limit: int | None = None
+    limit: Count | None = None
     """Conversations used of prompts or responses, the first ones; null uses all."""
-    exclude: tuple[str, ...] | None = None
+    exclude: tuple[Name, ...] | None = None
     """Evaluation suites whose prompts are left out: benchmarks by name or JSONL files. null stands for gsm8k, math500,
     aime25, humaneval, mbpp and mt-bench where conversations come by name, and for none where they come from a file."""
     thinking: bool | None = False
     """`enable_thinking` of the chat template, for those that know it; null leaves the template's own default."""
-    max_length: int = 3072
+    max_length: Annotated[int, _from(16, 1_048_576)] = 3072
     """Tokens of prompt and answer together; longer sequences are cut at the end."""
-    held_out: int = 64
+    held_out: Count = 64
     """Sequences kept out of training to measure simulated tau."""
-    max_new_tokens: int = 256
+    max_new_tokens: Tokens = 256
     """Longest answer that `regenerate` asks for."""
     keep_truncated: bool = True
     """Keep answers that were cut at `max_new_tokens`."""
-    temperature: Number = 0.0
+    temperature: Annotated[Number, _from(0, 100)] = 0.0
     """Temperature of regenerated answers."""
-    batch_size: int = 16
+    batch_size: Annotated[int, _from(1, 4096)] = 16
     """Prompts that `regenerate` decodes together."""
-    server: str | None = None
+    server: Annotated[str, AfterValidator(check_url)] | None = None
     """URL of an OpenAI-compatible server of the target, which then answers instead of the engine of this package."""
-    server_model: str | None = None
+    server_model: Name | None = None
     """What the server calls the target; null takes the only model that it names."""
-    concurrency: int = 32
+    concurrency: Annotated[int, _from(1, 4096)] = 32
     """Conversations that a server is asked to answer at once."""
-    features: str = "disk"
+    features: Literal["disk", "online"] = "disk"
     """disk: captured once and read back, for several epochs on one machine. online: computed by the target for every
     step, for data that would not fit on a disk."""
-    feature_dtype: str = "bfloat16"
+    feature_dtype: Precision = "bfloat16"
     """Precision of features and of the pass that captures them."""
-
-    def __post_init__(self) -> None:
-        require(self.max_length >= 16, f"max_length must be at least 16, got {self.max_length}")
-        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
-        for name in ("held_out", "max_new_tokens", "batch_size", "concurrency", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        require(
-            self.server is None or self.server.startswith(("http://", "https://")),
-            f"server must be a URL such as http://localhost:8000, got {self.server!r}",
-        )
-        _one_of("features", self.features, ("disk", "online"))
-        _one_of("feature_dtype", self.feature_dtype, ("bfloat16", "float32"))
 
 
 @dataclass(frozen=True)
 class OptimizationRecipe(Settings):
     """How the draft is trained (DESIGN section 6; paper 4.2 and A.1)."""
 
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps. The curriculum and the learning rate are functions of step / steps, so this or `epochs` must be
     given."""
-    epochs: Number | None = None
+    epochs: Annotated[Number, _above(0, 1_000_000)] | None = None
     """Passes over the data, instead of `steps`."""
-    trained: str = "all"
+    trained: Literal["all", "head"] = "all"
     """all, or head: the backbone stays as `draft.init_from` gave it."""
-    batch_size: int = 16
+    batch_size: Annotated[int, _from(1, 65_536)] = 16
     """Sequences per optimizer step."""
-    micro_batch_size: int = 4
+    micro_batch_size: Annotated[int, _from(1, 1024)] = 4
     """Sequences per forward pass; a step accumulates batch_size / micro_batch_size of them."""
-    anchors: int = 512
+    anchors: Annotated[int, _from(1, 65_536)] = 512
     """A, blocks trained per sequence."""
-    block_schedule: tuple[int, ...] = ()
+    block_schedule: Annotated[tuple[Annotated[int, _from(2, 64)], ...], AfterValidator(_short)] = ()
     """Shorter blocks for equal parts of the run before the draft's own size, such as [2, 4]; anchors grow to match."""
-    learning_rate: Number = 6e-4
-    warmup_ratio: Number = 0.04
-    weight_decay: Number = 0.0
-    clip_norm: Number = 1.0
-    causal_encoder: str = "teacher_forcing"
+    learning_rate: Annotated[Number, _above(0, 10)] = 6e-4
+    warmup_ratio: Annotated[Number, _from(0, 1)] = 0.04
+    weight_decay: Annotated[Number, _from(0, 10)] = 0.0
+    clip_norm: Annotated[Number, _above(0, 1e12)] = 1.0
+    causal_encoder: Literal["teacher_forcing", "training_time_test"] = "teacher_forcing"
     """What the head's prefix encoder reads in training: teacher_forcing, the target's text; training_time_test, the
     draft's own greedy tokens (paper 4.2)."""
-    curriculum: Word = "linear"
+    curriculum: Annotated[
+        Literal["linear", "constant", "off"],
+        BeforeValidator(lambda value: "off" if value is False else value),  # as YAML 1.1 reads off without quotes
+    ] = "linear"
     """Weight of the base loss over the run: linear, from lambda_base_start to lambda_base_end; constant, at
     lambda_base_start; off, 0 (the final loss only)."""
-    lambda_base_start: Number = 1.0
-    lambda_base_end: Number = 0.0
-    lambda_base_fraction: Number = 1.0
+    lambda_base_start: Annotated[Number, _from(0, 1)] = 1.0
+    lambda_base_end: Annotated[Number, _from(0, 1)] = 0.0
+    lambda_base_fraction: Annotated[Number, _above(0, 1)] = 1.0
     """Share of the run over which a linear curriculum moves; it stays at its end afterwards."""
-    objective: str = "cross_entropy"
+    objective: Literal["cross_entropy", "kl", "tv", "ce_tv", "lk_alpha", "lk_hybrid"] = "cross_entropy"
     """What a token's loss is: cross_entropy on the target's text; or a distance to the target's own distribution: kl,
     tv (total variation), ce_tv, lk_alpha or lk_hybrid (see `training.losses`)."""
-    position_weights: str = "exponential"
+    position_weights: Literal["exponential", "acceptance"] = "exponential"
     """Weight of the k-th drafted token: exponential, exp(-k / position_decay); or acceptance, from the draft's own
     confidence (D-PACE)."""
-    position_decay: Number = 7.0
+    position_decay: Annotated[Number, _above(0, 1_000_000)] = 7.0
     """In drafted tokens, k counted from 0."""
-    confidence_floor: Number = 0.5
+    confidence_floor: Annotated[Number, _above(0, 1)] = 0.5
     """Of position_weights acceptance: confidences are moved up into [floor, 1], so that late tokens are trained too."""
-    precision: str = "bfloat16"
+    precision: Precision = "bfloat16"
     """Compute type of the matrix products; master weights are always float32."""
-    attention: str = "auto"
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
     """Attention over anchors: flex (FlexAttention, CUDA), sdpa (chunks of anchors, everywhere), or auto."""
     activation_checkpointing: bool = False
     """Recompute the backbone's layers in the backward pass: less memory for about a third more time."""
-    parallel: str = "ddp"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: ddp (whole copies), or fsdp (weights and optimizer state sharded over them)."""
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
     """Besides TensorBoard: wandb, trackio."""
-    checkpoint_minutes: Number = 3.0
-    eval_every: int = 500
-    log_every: int = 10
-    seed: int = 0
+    checkpoint_minutes: Annotated[Number, _from(0, 1_000_000_000)] = 3.0
+    eval_every: Count = 500
+    log_every: Count = 10
+    seed: Annotated[int, _from(0, 2**32 - 1)] = 0
 
     def __post_init__(self) -> None:
         require(
             (self.steps is None) != (self.epochs is None),
             "give either steps or epochs: the curriculum and the learning rate need to know where the run ends",
         )
-        require(self.epochs is None or self.epochs > 0, f"epochs must be positive, got {self.epochs}")
-        for name in ("batch_size", "micro_batch_size", "anchors", "eval_every", "log_every"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         require(
             self.batch_size % self.micro_batch_size == 0,
             f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}",
         )
-        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
-        require(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}")
-        require(self.position_decay > 0, f"position_decay must be positive, got {self.position_decay}")
-        require(0 <= self.warmup_ratio < 1, f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        require(
-            all(size >= 2 for size in self.block_schedule),
-            f"block_schedule must hold sizes of at least 2, got {list(self.block_schedule)}",
-        )
-        for name in ("lambda_base_start", "lambda_base_end"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
-        require(
-            0 < self.lambda_base_fraction <= 1,
-            f"lambda_base_fraction must be in (0, 1], got {self.lambda_base_fraction}",
-        )
-        require(0 < self.confidence_floor <= 1, f"confidence_floor must be in (0, 1], got {self.confidence_floor}")
-        _one_of("trained", self.trained, ("all", "head"))
-        _one_of("causal_encoder", self.causal_encoder, ("teacher_forcing", "training_time_test"))
-        _one_of("curriculum", self.curriculum, ("linear", "constant", "off"))
-        _one_of("objective", self.objective, ("cross_entropy", "kl", "tv", "ce_tv", "lk_alpha", "lk_hybrid"))
-        _one_of("position_weights", self.position_weights, ("exponential", "acceptance"))
-        _one_of("precision", self.precision, ("bfloat16", "float32"))
-        _one_of("attention", self.attention, ("auto", "flex", "sdpa"))
-        _one_of("parallel", self.parallel, ("ddp", "fsdp"))
-        for tracker in self.trackers:
-            _one_of("trackers", tracker, ("wandb", "trackio"))
+        require(self.warmup_ratio < 1, "warmup_ratio must be less than 1: the learning rate falls after the warm-up")
 
     @property
     def total_steps(self) -> int:
@@ -254,7 +287,16 @@ class OptimizationRecipe(Settings):
         return self.steps
 
     def with_steps(self, sequences: int) -> OptimizationRecipe:
-        """The same with `epochs` over that many sequences turned into steps."""
+        """The same with `epochs` over that many sequences turned into steps.
+
+        Raises:
+            UserError: a step would take some of the sequences twice.
+        """
+        require(
+            self.batch_size <= sequences,
+            f"training.batch_size is {self.batch_size}, but there are only {sequences} sequences to train on: "
+            "lower it, or get more answers",
+        )
         if self.epochs is None:
             return self
         return replace(self, steps=max(1, round(self.epochs * sequences / self.batch_size)), epochs=None)
@@ -264,7 +306,7 @@ class OptimizationRecipe(Settings):
 class Recipe(Settings):
     """A whole training run: one YAML file, one draft."""
 
-    target: str
+    target: Name
     draft: DraftRecipe
     data: DataRecipe
     training: OptimizationRecipe
@@ -297,9 +339,53 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path} is no recipe: it has more than {LARGEST_FILE:,} bytes")
+    try:
+        values = yaml.load(content.decode("utf-8"), _RecipeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except yaml.MarkedYAMLError as error:
+        mark, reasons = error.problem_mark or error.context_mark, (error.context, error.problem)
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        what = ", ".join(" ".join(reason.split()) for reason in reasons if reason)
+        raise UserError(f"recipe {path} is not valid YAML: {line}{what}") from None
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        # PyYAML lets through what Python says of a number, a date or a tagged value that it cannot make.
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
     return parse_settings(Recipe, values, str(path))
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without what hides a mistake, or grows without end: keys that stand twice, aliases, endless nesting."""
+
+    DEEPEST = 32
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"write the value out in place of the alias *{event.anchor}"
+        if self._depth > self.DEEPEST:
+            problem = "it is nested too deep"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key {shortened(key.value)} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -64,7 +64,7 @@ def write_recipe(path: Path, target: Path, **data: object) -> Path:
         "draft": {
             "block_size": 4,
             "num_layers": 1,
-            "target_layer_ids": [0, 3],
+            "target_layer_ids": [0, 2],
             "head": {"gru_hidden_dim": 8, "low_rank": 4},
         },
         "data": {"held_out": 2, "max_length": 64, "max_new_tokens": 24, "batch_size": 4, **data},

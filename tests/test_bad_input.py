@@ -256,11 +256,11 @@ def recipe(tmp_path, target_dir) -> Path:
     [
         ("training", "lerning_rate", 1e-3, "unknown key 'lerning_rate'"),
         ("training", "steps", "many", "training.steps: expected integer, found 'many'"),
-        ("training", "steps", 0, "steps must be at least 1"),
+        ("training", "steps", 0, "training.steps: expected 1 to 1,000,000,000, found 0"),
         ("training", "learning_rate", [1], "learning_rate"),
-        ("draft", "block_size", 1, "block_size must be at least 2, got 1"),
+        ("draft", "block_size", 1, "draft: block_size must be at least 2 for drafts of model block, got 1"),
         ("draft", "head", 3, "draft.head"),
-        ("data", "temperature", -1, "temperature must not be negative"),
+        ("data", "temperature", -1, "data.temperature: expected 0 to 100, found -1"),
     ],
 )
 def test_a_recipe_with_a_bad_key(tmp_path, recipe, section, key, value, culprit):

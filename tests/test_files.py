@@ -186,7 +186,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     for file in "ab":
         save_tensors({"x": torch.ones(3)}, tmp_path / f"{file}.safetensors")
     write_json({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}, tmp_path / INDEX_FILE)
-    with pytest.raises(UserError, match=r"b\.safetensors: tensor x is in another file of"):
+    with pytest.raises(UserError, match=r"b\.safetensors: tensor x is in another file, too"):
         gather_tensors(weight_files(tmp_path), outline_tensors)
 
 

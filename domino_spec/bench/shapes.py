@@ -23,6 +23,7 @@ from domino_spec.recipe import DraftRecipe, HeadRecipe
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
+from domino_spec.target.shapes import KNOWN_TARGETS
 
 STD = 0.02
 """Of random weights."""
@@ -40,36 +41,10 @@ class Shape:
 
 
 SHAPES = {
-    "qwen3-8b": Shape(
-        "qwen3-8b",
-        {
-            "model_type": "qwen3",
-            "num_hidden_layers": 36,
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 12288,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "tie_word_embeddings": False,
-        },
-    ),
+    "qwen3-8b": Shape("qwen3-8b", KNOWN_TARGETS["Qwen/Qwen3-8B"]),
     "smollm2-135m": Shape(
         "smollm2-135m",
-        {
-            "model_type": "llama",
-            "num_hidden_layers": 30,
-            "hidden_size": 576,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "intermediate_size": 1536,
-            "vocab_size": 49152,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-            "tie_word_embeddings": True,
-        },
+        KNOWN_TARGETS["smollm2-135m"],
         DraftRecipe(
             num_layers=2,
             block_size=8,

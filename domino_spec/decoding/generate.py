@@ -64,6 +64,7 @@ def decode(
     num_drafts: int | None = None,
     matching_rule: bool = False,
     generations: list[Generation] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[list[Generation]]:
     """Decode R requests together; yields the same list of generations, grown, after every cycle.
 
@@ -76,12 +77,16 @@ def decode(
         num_drafts: drafts per cycle; None for the drafter's most.
         matching_rule: see `verify`.
         generations: filled in place, for callers that must keep partial text when the loop is interrupted.
+        seeds: of every request's stream, in place of `seed + r`.
 
     Raises:
         UserError: see `check_prompt`; or, once all others have ended, a request's values were not finite.
     """
     generations = [] if generations is None else generations
-    requests = [Request(prompt, replace(settings, seed=settings.seed + r), limits) for r, prompt in enumerate(prompts)]
+    seeds = range(settings.seed, settings.seed + len(prompts)) if seeds is None else seeds
+    requests = [
+        Request(prompt, replace(settings, seed=seed), limits) for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     for prompt in prompts:
         check_prompt(target, prompt, limits.max_new_tokens)
     engine = Engine(

@@ -11,7 +11,7 @@ from domino_spec.demo.options import Machine
 from domino_spec.demo.progress import RegenerateView
 from domino_spec.demo.shell import console, status
 from domino_spec.public_data import CONVERSATIONS
-from domino_spec.recipe import Recipe
+from domino_spec.recipe import Recipe, check_url
 
 if TYPE_CHECKING:
     from domino_spec.training.answers import RegenerateResult
@@ -33,11 +33,15 @@ def answer_recipe(
     Raises:
         UserError: there are no prompts, something cannot be read, written, loaded or reached.
     """
-    data = recipe.data if server is None else dataclasses.replace(recipe.data, server=server)
+    data = recipe.data if server is None else dataclasses.replace(recipe.data, server=check_url(server))
     if data.prompts is None:
         raise UserError("data.prompts is missing in the recipe: name conversations to answer")
     if str(out) in CONVERSATIONS:
         raise UserError(f"data.responses is the public data set {out}: give --out for the answers")
+    from domino_spec.training.answers import only_run
+
+    with only_run(out):
+        pass  # refused before a target is loaded; `regenerate` takes the lock itself
     if data.server is None:
         from domino_spec.training.regenerate import regenerate
 

@@ -21,10 +21,13 @@ from domino_spec.draft.model import Draft
 from domino_spec.draft.schema import (
     AFTER_NORM,
     BEFORE_NORM,
+    ROPE_NAMES,
     BlockKeys,
     DFlashKeys,
+    names_of,
     read_keys,
     read_rope,
+    refuse_misplaced,
     refuse_unsupported,
 )
 from domino_spec.files import (
@@ -68,7 +71,15 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
         )
     refuse_unsupported(published, where, block=True)
     refuse_unsupported(nested, f"{where}: dflash_config", block=True)
-    keys = read_keys(BlockKeys, published, where)
+    # Layers are described beside `dflash_config`; what belongs into it stands beside it in some files.
+    of_layers = names_of(BlockKeys) | set(ROPE_NAMES)
+    refuse_misplaced(nested, published, of_layers, f"{where}: dflash_config", "beside dflash_config")
+    beside = {name: published[name] for name in names_of(DFlashKeys) if published.get(name) is not None}
+    given = {name: value for name, value in nested.items() if value is not None}
+    refuse_misplaced(beside, given, set(given) & set(beside), where, "in dflash_config")
+    if beside.get("draft_vocab_size") == published.get("vocab_size"):  # some files say so of the whole vocabulary
+        beside.pop("draft_vocab_size", None)
+    keys = read_keys(BlockKeys, {**published, "dflash_config": {**beside, **given}}, where)
     theta, rope = read_rope(published, where, default_theta=None)
     try:
         keys.refuse_window(used_if_unsaid=False)
@@ -90,9 +101,9 @@ def _draft_config(
         head_dim=keys.width,
         vocab_size=keys.vocab_size,
         num_target_layers=keys.num_target_layers,
-        target_layer_ids=_in_either_place(keys, "target_layer_ids"),
-        mask_token_id=_in_either_place(keys, "mask_token_id"),
-        block_size=_in_either_place(keys, "block_size"),
+        target_layer_ids=_stated(nested, "target_layer_ids"),
+        mask_token_id=_stated(nested, "mask_token_id"),
+        block_size=keys.block_size,
         shift_label=bool(nested.shift_label),
         short_blocks=nested.short_blocks,
         head=_head_config(nested),
@@ -107,39 +118,34 @@ def _draft_config(
     return replace(config, last_tap_normed=config.reads_last_layer and _stated_tap(nested) == AFTER_NORM)
 
 
-def _in_either_place(keys: BlockKeys, name: str) -> Any:
-    """A key that some files hold inside `dflash_config` and others beside it."""
-    outer, nested = getattr(keys, name), getattr(keys.dflash_config, name)
-    if None not in (nested, outer) and nested != outer:
-        raise UserError(f"{name} is {shortened(outer)}, but dflash_config.{name} is {shortened(nested)}")
-    if outer is None and nested is None:
-        raise UserError(f"missing key {name!r}; {_MEANING[name]}")
-    return outer if nested is None else nested
-
-
 def _head_config(nested: DFlashKeys) -> HeadConfig | None:
     projector = nested.projector_type
     if projector in (None, "dflash", "none"):
         return None
     if projector != "domino":
         raise UserError(f"dflash_config.projector_type: expected domino or null, found {shortened(projector)}")
-    for key in ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label"):
-        if getattr(nested, key) is None:
-            raise UserError(f"dflash_config: missing key {key!r}, which a Domino head needs; {_MEANING[key]}")
+    _stated(nested, "shift_label")
     return HeadConfig(
-        gru_hidden_dim=nested.gru_hidden_dim or 0,
-        low_rank=nested.emb_dim or 0,
-        pure_draft_prefix_len=nested.pure_draft_prefix_len or 0,
+        gru_hidden_dim=_stated(nested, "gru_hidden_dim"),
+        low_rank=_stated(nested, "emb_dim"),
+        pure_draft_prefix_len=_stated(nested, "pure_draft_prefix_len"),
     )
 
 
+def _stated(nested: DFlashKeys, name: str) -> Any:
+    """A setting that has no one meaning where it is left out."""
+    value = getattr(nested, name)
+    if value is None:
+        raise UserError(f"missing key {name!r} of dflash_config; {_MEANING[name]}")
+    return value
+
+
 _MEANING = {
-    "target_layer_ids": "add to dflash_config the target's layers that the draft was trained to read, counted from 0",
-    "mask_token_id": "add to dflash_config the token that it was trained with in empty slots",
-    "block_size": "add how many slots its blocks have, the anchor's included",
-    "gru_hidden_dim": "add the width of its GRU",
-    "emb_dim": "add its low rank",
-    "pure_draft_prefix_len": "add how many drafts it leaves uncorrected (1 in the released ones)",
+    "target_layer_ids": "add the target's layers that the draft was trained to read, counted from 0",
+    "mask_token_id": "add the token that it was trained with in empty slots",
+    "gru_hidden_dim": "add the width of the head's GRU",
+    "emb_dim": "add the head's low rank",
+    "pure_draft_prefix_len": "add how many drafts the head leaves uncorrected (1 in the released ones)",
     "shift_label": "add true if slot 0 predicts the first draft (as in the released ones), false if slot 1 does",
 }
 
@@ -312,17 +318,21 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, or tensors that do not fit the
             configuration.
     """
+    if not outline:
+        read_draft(directory, outline=True)  # what does not fit is refused before gigabytes are read
     config = read_config(directory)
-    tensors = read_weights(directory, outline=outline)
-    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in tensors)
-    tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in tensors.items()}
+    saved = read_weights(directory, outline=outline)
+    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in saved)
+    tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in saved.items()}
+    if len(tensors) < len(saved):
+        raise UserError(f"{directory / WEIGHTS_FILE}: the head is there twice, with {_OLD_HEAD_PREFIX} and without")
     vocabulary = tensors.pop(_VOCABULARY, None)
     if (vocabulary is None) != (config.draft_vocab_size is None):
         raise UserError(
             f"{directory}: draft_vocab_size and the tensor draft_vocab_ids must both be there or both be missing"
         )
     if vocabulary is not None:
-        _check_vocabulary(vocabulary, config, directory / WEIGHTS_FILE)
+        check_vocabulary(vocabulary, config, directory / WEIGHTS_FILE)
     with torch.device("meta"):
         draft = Draft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
     expected = {name: tensor.shape for name, tensor in draft_tensors(draft).items() if name != _VOCABULARY}
@@ -337,10 +347,13 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     return draft.requires_grad_(False).eval()
 
 
-def _check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
+def check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
     """Refuse what is not a list of so many tokens of the target, ascending and so all different.
 
     With a token twice, a tree would hold two siblings alike and draw more of the target's distribution than there is.
+
+    Raises:
+        UserError: says what was expected and what was found.
     """
     if token_ids.dtype != torch.int64 or token_ids.shape != (config.draft_vocab_size,):
         raise UserError(
@@ -378,10 +391,11 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
             raise UserError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, but {CONFIG_FILE} means {tuple(shape)}"
             )
-        if name != _VOCABULARY and not tensors[name].is_floating_point():
+        dtype = tensors[name].dtype
+        if name != _VOCABULARY and not (dtype.is_floating_point and dtype.itemsize >= 2):
             raise UserError(
-                f"{where}: tensor {name}: expected floating point, found {_dtype_name(tensors[name])}; quantised "
-                "drafts are not supported"
+                f"{where}: tensor {name}: expected floating point of 16 bits or more, found "
+                f"{_dtype_name(tensors[name])}; quantised drafts are not supported"
             )
     if unknown := sorted(set(tensors) - set(expected)):
         raise UserError(f"{where}: unexpected tensor {unknown[0]}")

@@ -21,7 +21,7 @@ from domino_spec.config import (
     feature_levels,
 )
 from domino_spec.draft.checkpoint import read_draft
-from domino_spec.draft.load import draft_directory
+from domino_spec.draft.load import check_finite, draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
 from domino_spec.draft.schema import ROPES
@@ -269,6 +269,7 @@ def _random_draft(config: DraftConfig, draft_vocab_ids: Tensor | None, seed: int
 def _continued_draft(recipe: DraftRecipe, target: Target, draft_vocab_ids: Tensor | None, seed: int) -> Draft:
     name = str(recipe.init_from)
     start = read_draft(draft_directory(name))
+    check_finite(start, name)
     check_pairing(start.config, name, target, recipe.init_from_other_target, "draft.init_from_other_target: true")
     config = draft_config(recipe, target, start.config)
     vocabulary, known = draft_vocab_ids, start.draft_vocab_ids

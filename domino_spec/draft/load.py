@@ -12,7 +12,7 @@ from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import check_pairing
 from domino_spec.draft.schema import unknown_keys
-from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
 from domino_spec.target.model import Target
 from domino_spec.target.packing import can_pack
@@ -100,6 +100,11 @@ def load_draft(
     draft = draft.to(target.device, own_dtype)
     check_finite(draft, str(name_or_path))
     draft = draft.bind(target)
+    if draft.dtype == torch.float16 and not _sample_logits(draft, target).isfinite().all():
+        _log.warning(
+            "draft %s overflows in float16, so little or nothing that it drafts is accepted; use bfloat16 or float32",
+            name_or_path,
+        )
     return draft.pack() if target.packed and can_pack(draft.device, draft.dtype) else draft
 
 
@@ -109,8 +114,28 @@ def check_finite(draft: AnyDraft, name: str) -> None:
     Raises:
         UserError: names the tensor, and the type if it could not hold what was saved.
     """
-    for tensor_name, parameter in draft.named_parameters():
-        least, most = torch.aminmax(parameter)  # NaN wherever there is one
-        if not (least - most).isfinite():
-            dtype = str(parameter.dtype).removeprefix("torch.")
+    for tensor_name, tensor in (*draft.named_parameters(), *draft.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        least, most = torch.aminmax(tensor)  # NaN wherever there is one
+        if not (least.isfinite() and most.isfinite()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"draft {name}: tensor {tensor_name} holds values that are not finite in {dtype}")
+
+
+@torch.inference_mode()
+def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
+    """Logits after a few tokens, the first of a text among them: its hidden states are the largest."""
+    tokens = (torch.arange(8, device=target.device) % target.vocab_size)[None]
+    positions = torch.arange(16, device=target.device)[None]
+    taps = draft.layers if isinstance(draft, SingleLayerDraft) else draft.config.target_layer_ids
+    features = target.forward(tokens, target.new_cache(1, 8), taps).features
+    assert features is not None
+    if isinstance(draft, SingleLayerDraft):
+        fused = draft.fuse(features.to(draft.dtype))
+        pairs, causal = draft.pair(tokens, fused), torch.ones(8, 8, dtype=torch.bool, device=target.device).tril()
+        cached = PairKV(*(part[:, :, :0] for part in draft.keys_values(pairs, positions[:, :8])))
+        return draft.logits(draft(pairs, fused, positions[:, :8], cached, causal[None, None])[0])
+    context = draft.backbone.project_context(draft.read_features(features).to(draft.dtype), positions[:, :8])
+    seen = torch.ones(1, 1, 8, 16, dtype=torch.bool, device=target.device)
+    return draft.base_logits(draft.backbone(draft.block_embeddings(tokens[:, -1], 8), positions[:, 8:], context, seen))

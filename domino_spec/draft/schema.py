@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +29,7 @@ Rows = Annotated[int, Field(ge=1, le=2**24)]
 Slots = Annotated[int, Field(ge=1, le=1024)]
 """Of a block: a draft that long costs more than the target."""
 LayerIds = Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=256)]
+Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
 OWN_SETTINGS = "domino_spec"
@@ -97,7 +98,6 @@ class DFlashKeys(Settings):
 
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     target_layer_ids: LayerIds | None = None
-    block_size: Slots | None = None
     shift_label: bool | None = None
     short_blocks: bool = False
     projector_type: str | None = None
@@ -105,7 +105,7 @@ class DFlashKeys(Settings):
     emb_dim: Size | None = None
     pure_draft_prefix_len: Annotated[int, Field(ge=0, le=1024)] | None = None
     draft_vocab_size: Rows | None = None
-    target_fingerprint: str | None = None
+    target_fingerprint: Fingerprint | None = None
     last_layer_tap: Literal["before_norm", "after_norm"] | None = None
 
 
@@ -115,9 +115,7 @@ class BlockKeys(LayerKeys):
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
     num_target_layers: Annotated[int, Field(ge=1, le=4096)]
-    block_size: Slots | None = None
-    mask_token_id: Annotated[int, Field(ge=0)] | None = None
-    target_layer_ids: LayerIds | None = None
+    block_size: Slots
     dflash_config: DFlashKeys
 
 
@@ -134,7 +132,7 @@ class OwnKeys(Settings):
 
     target_layer_ids: LayerIds | None = None
     num_target_layers: Annotated[int, Field(ge=1, le=4096)] | None = None
-    target_fingerprint: str | None = None
+    target_fingerprint: Fingerprint | None = None
     ttt_length: Slots | None = None
 
 
@@ -149,6 +147,17 @@ class PairKeys(Settings):
     eagle_aux_hidden_state_layer_ids: LayerIds | None = None
     eagle_config: EagleKeys = EagleKeys()
     domino_spec: OwnKeys = OwnKeys()
+
+
+ROPE_NAMES = ("rope_parameters", "rope_scaling")
+_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+NESTED_LAYER = "transformer_layer_config"
+"""Where speculators keep the configuration of the layer; others have its keys at the top."""
+
+
+def names_of(*classes: type[Settings]) -> set[str]:
+    """Keys of these objects."""
+    return {f.name for cls in classes for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def read_keys(cls: type[K], published: Mapping[str, Any], where: str) -> K:
@@ -170,7 +179,28 @@ def _known(cls: Any, published: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+def refuse_misplaced(
+    misplaced: Mapping[str, Any], right: Mapping[str, Any], names: Iterable[str], where: str, belongs: str
+) -> None:
+    """Refuse keys in an object where nobody reads them, unless they say what is read.
+
+    Args:
+        misplaced: the object.
+        right: where these keys are read.
+        names: of the keys.
+        where: the object, for messages.
+        belongs: where they are read, for messages.
+
+    Raises:
+        UserError: names the key.
+    """
+    for name in sorted(names):
+        value = misplaced.get(name)
+        if value is not None and value != right.get(name):
+            raise UserError(
+                f"{where}: {name}: found {found(value)}, but {belongs}, where it is read, {found(right.get(name))}; "
+                "keep the right one, there"
+            )
 
 
 # RoPE.
@@ -194,6 +224,8 @@ class RopeKeys(Settings):
     mscale: Annotated[float, Field(ge=0)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
     mrope_section: tuple[int, ...] | None = None
     """How positions of pictures are spread; all are equal for text."""
@@ -213,8 +245,8 @@ class RopeKeys(Settings):
         for name in needed:
             require(getattr(self, name) is not None, f"missing key {name!r}, which rope_type {kind} needs")
         for f in dataclasses.fields(self):
-            unused = f.name in _ROPE_NUMBERS and f.name not in (*needed, *optional)
-            require(not unused or getattr(self, f.name) is None, f"rope_type {kind} has no key {f.name!r}")
+            unused = f.name not in (*needed, *optional, *_OF_EVERY_ROPE) and getattr(self, f.name) is not None
+            require(not unused, f"rope_type {kind} has no key {f.name!r}")
         if kind == "llama3":
             assert self.low_freq_factor is not None and self.high_freq_factor is not None
             require(
@@ -233,8 +265,9 @@ class RopeKeys(Settings):
         """What transformers needs beyond theta; None for plain RoPE."""
         if self.kind == "default":
             return None
-        numbers = {name: getattr(self, name) for name in _ROPE_NUMBERS if getattr(self, name) is not None}
-        return {"rope_type": self.kind, **numbers}
+        needed, optional = ROPES[self.kind]
+        numbers = {name: getattr(self, name) for name in (*needed, *optional)}
+        return {"rope_type": self.kind, **{name: number for name, number in numbers.items() if number is not None}}
 
 
 ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -257,7 +290,7 @@ ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Supported kinds of RoPE: the keys that each needs, and those that it may have."""
 ROPES_OF_LENGTH = ("dynamic", "longrope", "su")
 """Kinds whose angles follow the longest position of a pass, so that cached keys would not fit later ones."""
-_ROPE_NUMBERS = tuple(dict.fromkeys(name for needed, optional in ROPES.values() for name in (*needed, *optional)))
+_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True)
@@ -411,15 +444,16 @@ def refuse_unsupported(published: Mapping[str, Any], where: str, *, block: bool)
 
 def unknown_keys(published: Mapping[str, Any]) -> list[str]:
     """Keys that are neither read, refused where they matter, nor known to be harmless."""
-    return sorted(_unknown(published, ""))
-
-
-def _unknown(published: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    known = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
-    for cls in (BlockKeys, PairKeys, _RopeFile, *_NESTED.values()):
-        known |= {f.name for f in dataclasses.fields(cls)}
-    for key, value in published.items():
-        if key in _NESTED or key == "transformer_layer_config":
-            yield from _unknown(value, f"{prefix}{key}.") if isinstance(value, Mapping) else ()
-        elif value is not None and key not in known:
-            yield f"{prefix}{key}"
+    of_layer = names_of(LayerKeys) | set(ROPE_NAMES)
+    if isinstance(published.get("dflash_config"), Mapping):
+        objects = {"": names_of(BlockKeys, DFlashKeys) | of_layer, "dflash_config": names_of(BlockKeys, DFlashKeys)}
+    else:
+        objects = {"": names_of(PairKeys) | of_layer | {NESTED_LAYER}, NESTED_LAYER: of_layer}
+        objects |= {"eagle_config": names_of(EagleKeys), OWN_SETTINGS: names_of(OwnKeys)}
+    harmless = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
+    unknown = []
+    for place, names in objects.items():
+        keys = published.get(place, {}) if place else published
+        left = (key for key, value in keys.items() if value is not None and key not in names | harmless)
+        unknown += [f"{place}.{key}" if place else str(key) for key in left]
+    return sorted(unknown)

@@ -29,14 +29,23 @@ from domino_spec.draft.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from domino_spec.draft.schema import OWN_SETTINGS, LayerKeys, PairKeys, read_keys, read_rope, refuse_unsupported
+from domino_spec.draft.schema import (
+    NESTED_LAYER,
+    OWN_SETTINGS,
+    ROPE_NAMES,
+    LayerKeys,
+    PairKeys,
+    names_of,
+    read_keys,
+    read_rope,
+    refuse_misplaced,
+    refuse_unsupported,
+)
 from domino_spec.draft.single_layer import SingleLayerDraft, TensorLayout
 
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
 PUBLISHED_STEPS = 7
 """Steps of EAGLE-3's training-time test, where a checkpoint does not say."""
-_NESTED_LAYER = "transformer_layer_config"
-"""Where speculators keep the configuration of the layer; others have its keys at the top."""
 _LAYER, _EMBEDDING, _D2T, _T2D, _MASK = "midlayer", "embed_tokens.weight", "d2t", "t2d", "mask_rep"
 _DEEPSPEC = (
     "an EAGLE-3 draft of DeepSpec's kind (five layers of the target, norms of queries and keys), which is another "
@@ -68,11 +77,14 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         UserError: a key is missing, wrong, contradicts another, or asks for something unsupported.
     """
     layer, of_layer = published, where
-    if published.get(_NESTED_LAYER) is not None:
-        layer, of_layer = published[_NESTED_LAYER], f"{where}: {_NESTED_LAYER}"
+    if published.get(NESTED_LAYER) is not None:
+        layer, of_layer = published[NESTED_LAYER], f"{where}: {NESTED_LAYER}"
         if not isinstance(layer, Mapping):
             raise UserError(f"{of_layer}: expected mapping, found {found(layer)}")
         refuse_unsupported(layer, of_layer, block=False)
+        of_layers = names_of(LayerKeys) | set(ROPE_NAMES)
+        refuse_misplaced(published, layer, of_layers, where, f"in {NESTED_LAYER}")
+        refuse_misplaced(layer, published, names_of(PairKeys), of_layer, f"beside {NESTED_LAYER}")
     refuse_unsupported(published, where, block=False)
     shape, keys = read_keys(LayerKeys, layer, of_layer), read_keys(PairKeys, published, where)
     own, (theta, rope) = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
@@ -234,6 +246,8 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
         UserError: a missing, truncated or corrupted file, a pickle checkpoint, tensors that do not fit the
             configuration, or another kind of draft.
     """
+    if not outline:
+        read_single_layer(directory, outline=True)  # what does not fit is refused before gigabytes are read
     published = read_published(directory)
     config = parse_single_layer(published, str(directory / CONFIG_FILE))
     tensors, where = read_weights(directory, outline=outline), directory / WEIGHTS_FILE
@@ -252,12 +266,10 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
         shapes = SingleLayerDraft(config, None if vocabulary is None else torch.empty_like(vocabulary, device="meta"))
         shapes.layout = layout
         expected = {name: tensor.shape for name, tensor in single_layer_tensors(shapes).items()}
-    check_tensors(tensors, {n: s for n, s in expected.items() if n not in (_D2T, _T2D)}, where)
-    if embedding is not None and embedding.shape != (config.vocab_size, config.hidden_size):
-        raise UserError(
-            f"{where}: tensor {_EMBEDDING} has shape {tuple(embedding.shape)}, but {CONFIG_FILE} means "
-            f"{(config.vocab_size, config.hidden_size)}"
-        )
+    expected = {n: s for n, s in expected.items() if n not in (_D2T, _T2D)}
+    if embedding is not None:
+        expected[_EMBEDDING] = torch.Size((config.vocab_size, config.hidden_size))
+    check_tensors(tensors if embedding is None else tensors | {_EMBEDDING: embedding}, expected, where)
     with torch.device("meta") if outline else nullcontext():
         draft = SingleLayerDraft(config, vocabulary)
     own_names = {
@@ -277,7 +289,7 @@ def _with_head_dim(
     heads = config.num_attention_heads
     if queries is None or queries.shape[0] == heads * config.head_dim:
         return config
-    if (published.get(_NESTED_LAYER) or published).get("head_dim") is not None or queries.shape[0] % heads:
+    if (published.get(NESTED_LAYER) or published).get("head_dim") is not None or queries.shape[0] % heads:
         raise UserError(
             f"{where}: {CONFIG_FILE} means {heads} heads of head_dim {config.head_dim}, but q_proj has "
             f"{queries.shape[0]} rows; put right whichever is wrong"

@@ -6,6 +6,7 @@ can be interrupted at any time (DESIGN section 6).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -23,6 +24,7 @@ from domino_spec.recipe import DataRecipe
 from domino_spec.target.text import Message, encode_prompt
 from domino_spec.training.conversations import Conversation, knows_thinking
 from domino_spec.training.datasets import DUPLICATE, IN_EVALUATION, load_prompts
+from domino_spec.training.integrity import mend_last_line, only_writer
 
 _log = logging.getLogger(__name__)
 
@@ -266,6 +268,16 @@ class Regeneration:
         return result
 
 
+def only_run(out: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Held while answers are appended to `out`: two runs would answer every prompt twice.
+
+    Raises:
+        UserError: another process appends to it.
+    """
+    out = Path(out)
+    return only_writer(out, out.with_name(f".{out.name}.lock"), "choose another --out")
+
+
 def report_path(answers: Path) -> Path:
     """Where the account of the last run that wrote to an answers file is kept."""
     return answers.with_name(f"{answers.stem}.report.json")
@@ -275,15 +287,8 @@ def _prepare(path: Path) -> set[str]:
     """Ids of the answers in a file; a last line that a kill left incomplete is cut off, so that appending is safe."""
     if not path.exists():
         return set()
+    mend_last_line(path, "its conversation is answered again")
     rows = read_jsonl(path, {"id": str, "prompt_ids": list, "response_ids": list}, skip_partial_end=True)
-    try:
-        with path.open("rb+") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
     return {row["id"] for row in rows}
 
 

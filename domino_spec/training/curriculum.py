@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from domino_spec.config import require
 from domino_spec.recipe import OptimizationRecipe
 
 
@@ -35,3 +36,13 @@ def block_size(step: int, recipe: OptimizationRecipe, full: int) -> int:
     """
     sizes = [*recipe.block_schedule, full]
     return sizes[min(len(sizes) - 1, step * len(sizes) // recipe.total_steps)]
+
+
+def check_block_schedule(recipe: OptimizationRecipe, full: int) -> None:
+    """Look at `block_schedule` once the draft's own block size is known.
+
+    Raises:
+        UserError: it holds a block that is not shorter than the draft's.
+    """
+    for size in recipe.block_schedule:
+        require(size < full, f"training.block_schedule holds {size}, but the draft's own blocks have {full} slots")

@@ -1,8 +1,9 @@
 """What a training run would take, before it starts: parameters, memory per process, steps, operations, hours.
 
-Everything is built on meta tensors from configurations alone, so no weights are loaded or downloaded; activations are
-counted by running the draft's own code on tensors without contents. Operations are counted as `training.flops` counts
-them, and hours follow from them at a stated rate: an estimate, not a measurement.
+Everything is built on meta tensors from configurations alone, so no weights are loaded or downloaded, and what shipped
+recipes name needs no network: its shapes come with the package. Activations are counted by running the draft's own code
+on tensors without contents. Operations are counted as `training.flops` counts them, and hours follow from them at a
+stated rate: an estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
-from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.config import DraftConfig, SingleLayerConfig, UserError, require
 from domino_spec.draft.checkpoint import read_config
 from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
 from domino_spec.draft.load import AnyDraft, draft_directory
 from domino_spec.draft.model import Draft
 from domino_spec.draft.pairing import shape_mismatch
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.recipe import DataRecipe, OptimizationRecipe, Recipe
+from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.target.load import outlined_model, target_config
+from domino_spec.target.shapes import KNOWN_TARGETS, known_config
 from domino_spec.training.anchors import sample_anchors
+from domino_spec.training.curriculum import check_block_schedule
 from domino_spec.training.data import Sequence, load_sequences, split_held_out
 from domino_spec.training.flops import shortened, step_flops, step_work
 from domino_spec.training.memory import anchor_count, state_memory, work_memory
@@ -41,6 +45,9 @@ ACHIEVED = 0.4
 ASSUMED_CONVERSATIONS = 100_000
 ASSUMED_TOKENS, ASSUMED_PROMPT = 1024, 256
 """Length of a conversation where there are no data yet, and how much of it is prompt."""
+_DFLASH = DraftRecipe(num_layers=5, block_size=16, mask_token_id=151669, shift_label=False, head=None)
+KNOWN_DRAFTS = {f"z-lab/{name}-DFlash-b16": (f"Qwen/{name}", _DFLASH) for name in ("Qwen3-4B", "Qwen3-8B")}
+"""The published drafts that shipped recipes start from: target and shape."""
 SAMPLED_SEQUENCES = 256
 """Sequences whose operations are counted, evenly spaced over the data."""
 
@@ -105,9 +112,11 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
     training = recipe.training
     micro_batches(training.batch_size, training.micro_batch_size, Processes(count=processes))
-    text_config = target_config(recipe.target)
+    text_config = known_config(recipe.target) or target_config(recipe.target)
     target = _meta_target(text_config, recipe.target)
-    draft = meta_draft(draft_shape(recipe, text_config), trained=training.trained)
+    shape = draft_shape(recipe, text_config)
+    check_block_schedule(training, shape.block_size)
+    draft = meta_draft(shape, trained=training.trained)
     parameters = _count_parameters(draft)
     layers = tapped_layers(draft, training)
     data, sample = _data(recipe.data, text_config.vocab_size)
@@ -154,15 +163,36 @@ def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerCo
     Raises:
         UserError: the recipe does not fit the target, or the draft that it starts from.
     """
+    shape = _draft_shape(recipe, text_config)
+    copied = recipe.draft.init_layers_from_target
+    if copied is not None:
+        layers = shape.num_hidden_layers if isinstance(shape, DraftConfig) else 1
+        depth = text_config.num_hidden_layers
+        what = "draft.init_layers_from_target"
+        require(len(copied) == layers, f"{what} names {len(copied)} layers, but the draft has {layers}")
+        require(max(copied) < depth, f"{what} holds {max(copied)}; the target's layers are 0 to {depth - 1}")
+    return shape
+
+
+def _draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerConfig:
     if recipe.draft.model != "block":
         return single_layer_config(recipe.draft, text_config)
     if recipe.draft.init_from is None:
         return fresh_config(recipe.draft, text_config, recipe.draft.mask_token_id or 0)
-    start = read_config(draft_directory(recipe.draft.init_from, weights=False))
+    start = _start_config(recipe.draft.init_from)
     shape = text_config.hidden_size, text_config.vocab_size, text_config.num_hidden_layers
     if mismatch := shape_mismatch(start, *shape):
         raise UserError(f"draft {recipe.draft.init_from} does not fit target {recipe.target}: {mismatch}")
     return continued_config(recipe.draft, start)
+
+
+def _start_config(name: str) -> DraftConfig:
+    """The configuration of the draft that `init_from` names."""
+    if name in KNOWN_DRAFTS and not Path(name).is_dir():
+        target, draft = KNOWN_DRAFTS[name]
+        assert draft.mask_token_id is not None
+        return fresh_config(draft, AutoConfig.for_model(**KNOWN_TARGETS[target]), draft.mask_token_id)
+    return read_config(draft_directory(name, weights=False))
 
 
 def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") -> AnyDraft:
@@ -205,15 +235,20 @@ def _data(recipe: DataRecipe, vocab_size: int) -> tuple[Data, list[Sequence]]:
     """What is trained on, and a sample of its sequences: of the assumed length where their tokens are not known yet."""
     path, rows = Path(recipe.responses), ASSUMED_CONVERSATIONS
     if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            first, others = file.readline(), sum(1 for line in file if line.strip())
-        with contextlib.suppress(ValueError):
-            if "response_ids" in json.loads(first):
-                everything = load_sequences(path, recipe.max_length, vocab_size, recipe.thinking, recipe.limit)
-                sequences, _ = split_held_out(everything, recipe.held_out)
-                stride = max(1, len(sequences) // SAMPLED_SEQUENCES)
-                tokens, cached = (sum(len(s.tokens) for s in part) for part in (sequences, everything))
-                return Data(str(path), len(sequences), tokens, cached), sequences[::stride]
+        try:
+            with path.open("rb") as file:
+                first, others = file.readline(), sum(1 for line in file if line.strip())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is counted in lines
+            row = json.loads(first)
+        if isinstance(row, dict) and "response_ids" in row:
+            everything = load_sequences(path, recipe.max_length, vocab_size, recipe.thinking, recipe.limit)
+            sequences, _ = split_held_out(everything, recipe.held_out)
+            stride = max(1, len(sequences) // SAMPLED_SEQUENCES)
+            tokens, cached = (sum(len(s.tokens) for s in part) for part in (sequences, everything))
+            return Data(str(path), len(sequences), tokens, cached), sequences[::stride]
         rows = max(1, min(1 + others, recipe.limit or 1 + others) - recipe.held_out)
     length = min(ASSUMED_TOKENS, recipe.max_length)
     answer = (length * ASSUMED_PROMPT // ASSUMED_TOKENS, length)

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from domino_spec.config import DraftConfig, UserError
 from domino_spec.draft.checkpoint import CONFIG_FILE, check_readers
 from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
-from domino_spec.files import load_tensors
-from domino_spec.training.state import STATE_FILE
+from domino_spec.training.state import STATE_FILE, read_state
 
 
 def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
@@ -23,8 +23,8 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
         dtype: bfloat16 copies what the run saved; float32 takes the master weights of its last state.
 
     Raises:
-        UserError: the run holds no draft or one that other readers would misread, a file of it cannot be read, or `out`
-            cannot be written.
+        UserError: the run holds no draft or one that other readers would misread, a file of it cannot be read or is
+            damaged, the draft is not that of the run's last state, or `out` cannot be written.
     """
     source = run / "draft"
     if not (source / CONFIG_FILE).is_file():
@@ -34,8 +34,11 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
     draft = read_any_draft(source)
     if isinstance(draft.config, DraftConfig):
         check_readers(draft.config, str(source))
+    if dtype == torch.float32 or (run / STATE_FILE).is_file():
+        masters = _master_weights(draft, run)
     if dtype == torch.float32:
-        _restore_master_weights(draft.float(), run)
+        for name, parameter in draft.float().named_parameters():
+            parameter.data = masters[name]
         # The published configuration names the type of the tensors beside it.
         published = {**draft.config.published, "dtype": "float32"}
         draft.config = dataclasses.replace(draft.config, published=published)  # type: ignore[type-var,assignment]
@@ -43,16 +46,21 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
     return read_any_draft(out)
 
 
-def _restore_master_weights(draft: AnyDraft, run: Path) -> None:
-    """Replace bfloat16 weights by the float32 ones that they were rounded from."""
-    tensors, _ = load_tensors(run / STATE_FILE)
+def _master_weights(draft: AnyDraft, run: Path) -> dict[str, Tensor]:
+    """The float32 weights that a run's bfloat16 ones were rounded from, by parameter.
+
+    Raises:
+        UserError: the state cannot be read, is damaged, or is another than the draft was saved from.
+    """
+    tensors, masters = read_state(run / STATE_FILE).tensors, {}
     for name, parameter in draft.named_parameters():
         master = tensors.get(f"weight/{name}")
         if master is not None and name in ("backbone.fc.weight", "fc.weight") and "feature_scale" in tensors:
             master = master * tensors["feature_scale"]
         if master is None or not torch.equal(master.bfloat16(), parameter.bfloat16()):
             raise UserError(
-                f"{run / STATE_FILE} is not the state that {run / 'draft'} was saved from ({name} differs); "
-                "let the training finish, or export in bf16"
+                f"{run / STATE_FILE} is not the state that {run / 'draft'} was saved from ({name} differs): let the "
+                "training go on, or give its command again, which writes the draft of its last state"
             )
-        parameter.data = master
+        masters[name] = master
+    return masters

@@ -8,8 +8,10 @@ of processes may read while one captures; a second one that has something to cap
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,10 +19,9 @@ from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,11 +29,15 @@ from domino_spec.config import UserError
 from domino_spec.files import read_json, save_tensors, write_json
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
+from domino_spec.training.integrity import only_writer, remove_scratch
 
+SETTINGS_FILE, LOCK_FILE = "settings.json", "capture.lock"
 SHARD_TOKENS = 50_000
 BATCH_TOKENS = 4096
 LARGE_BYTES = 10_000_000_000
 """A capture of more than this is announced with a warning."""
+_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Types of features, by their names in headers of safetensors files."""
 
 _log = logging.getLogger(__name__)
 
@@ -129,24 +134,28 @@ class FeatureCache:
 
     Args:
         directory: holds `settings.json` and shards; made when missing.
-        settings: what the features depend on; a directory with other settings is refused.
+        settings: what the features depend on (see `read_settings`); a directory with other settings is refused.
 
     Raises:
-        UserError: the directory belongs to other settings.
+        UserError: the directory belongs to other settings, or holds a file that cannot be read as what it should be.
     """
 
     def __init__(self, directory: Path, settings: dict) -> None:
         self.directory = directory
         self.layers: tuple[int, ...] = tuple(settings["layers"])
+        self._settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self._dtype, self._width = settings["dtype"], len(self.layers) * settings["hidden_size"]
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, safe_open] = {}
         self._verified: set[str] = set()
-        known = directory / "settings.json"
-        if known.exists():
-            if read_json(known) != settings:
-                raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
-        else:
-            write_json(settings, known)
+        if not (directory / SETTINGS_FILE).exists():
+            with only_writer(
+                directory, directory / LOCK_FILE
+            ):  # two processes with different settings must not both begin
+                if not (directory / SETTINGS_FILE).exists():
+                    write_json(settings, directory / SETTINGS_FILE)
+        if read_settings(directory) != settings:
+            raise UserError(f"feature cache {directory} was made with other settings; remove it or choose another")
         self.refresh()
 
     def refresh(self) -> None:
@@ -155,19 +164,33 @@ class FeatureCache:
         Raises:
             UserError: one of them is damaged.
         """
-        shards = sorted(self.directory.glob("shard-*.safetensors"))
-        for shard in shards:
+        numbers: dict[Path, int] = {}
+        for shard in self.directory.glob("shard-*.safetensors"):
+            if (named := re.fullmatch(r"shard-([0-9]{5,9})\.safetensors", shard.name)) is None:
+                raise UserError(f"{shard} has not the name of a shard, such as shard-00000.safetensors: remove it")
+            numbers[shard] = int(named[1])
+        for shard in sorted(numbers, key=numbers.__getitem__):
             if shard not in self._open:
                 self._index(shard)
-        self._next_number = int(shards[-1].stem.removeprefix("shard-")) + 1 if shards else 0
+        self._next_number = max(numbers.values(), default=-1) + 1
 
     def _index(self, shard: Path) -> None:
         try:
-            self._open[shard] = file = safe_open(shard, framework="pt")
-            table = json.loads(file.metadata()["sequences"])
-            places = {id_: _Place(shard, *place) for id_, *place in table}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            file = safe_open(shard, framework="pt")
+            metadata = file.metadata()
+            if metadata.get("settings", self._settings_digest) != self._settings_digest:  # absent in older shards
+                raise ValueError("it was captured with other settings")
+            features = file.get_slice("features")
+            rows, width = features.get_shape()
+            if (_TYPES.get(features.get_dtype()), width) != (self._dtype, self._width):
+                raise ValueError(f"its features are {features.get_dtype()} of width {width}")
+            places = {id_: _Place(shard, *place) for id_, *place in json.loads(metadata["sequences"])}
+            for id_, place in places.items():
+                if not (type(place.start) is type(place.end) is int and 0 <= place.start <= place.end <= rows):
+                    raise ValueError(f"it has no rows {place.start} to {place.end} of {id_}")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(shard, error) from None
+        self._open[shard] = file
         self._places |= places
         self._verified -= places.keys()
 
@@ -178,20 +201,10 @@ class FeatureCache:
         Raises:
             UserError: the directory cannot be written to.
         """
-        lock = FileLock(self.directory / "capture.lock")
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                _log.warning("another process captures features into %s; waiting for it to end", self.directory)
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"cannot write feature cache {self.directory}: {error.strerror}") from None
-        try:
+        with only_writer(self.directory, self.directory / LOCK_FILE):
+            remove_scratch(self.directory)
             self.refresh()
             yield
-        finally:
-            lock.release()
 
     def __contains__(self, sequence: Sequence) -> bool:
         place = self._places.get(sequence.id)
@@ -206,7 +219,8 @@ class FeatureCache:
         for sequence, rows in zip(sequences, features, strict=True):
             table.append((sequence.id, start, start + len(rows), sequence.digest, _checksum(rows)))
             start += len(rows)
-        save_tensors({"features": torch.cat(list(features))}, shard, {"sequences": json.dumps(table)})
+        metadata = {"sequences": json.dumps(table), "settings": self._settings_digest}
+        save_tensors({"features": torch.cat(list(features))}, shard, metadata)
         self._next_number += 1
         self._index(shard)
 
@@ -240,7 +254,22 @@ def _checksum(rows: Tensor) -> int:
 
 
 def _damaged(shard: Path, reason: object) -> UserError:
-    return UserError(f"{shard} is damaged ({reason}); remove it, and what it held is captured again")
+    what = " ".join(str(reason).split())[:200]
+    return UserError(f"{shard} is damaged ({what}); remove it, and what it held is captured again")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What the features of a cache depend on: fingerprint of the target, tapped layers, type, hidden size.
+
+    Raises:
+        UserError: the file is not one that a feature cache writes.
+    """
+    path = directory / SETTINGS_FILE
+    settings = read_json(path)
+    layers = settings.get("layers") if isinstance(settings, dict) else None
+    if not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise UserError(f"{path} holds no settings of a feature cache: remove {directory}, and it is captured again")
+    return settings
 
 
 def pack_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
@@ -301,7 +330,7 @@ def capture_features(
         "dtype": str(target.dtype).removeprefix("torch."),
         "hidden_size": target.hidden_size,
     }
-    held = _held_layers(directory)
+    held = read_settings(directory)["layers"] if (directory / SETTINGS_FILE).exists() else []
     if set(held) >= set(layers):
         settings["layers"] = held
     cache = FeatureCache(directory, settings)
@@ -313,13 +342,6 @@ def capture_features(
         on_progress(sum(len(s.tokens) for s in sequences if s in cache))
         _capture_missing(target, [s for s in sequences if s not in cache], cache.layers, cache, on_progress)
     return source
-
-
-def _held_layers(directory: Path) -> list[int]:
-    """Layers that a cache holds; none where there is no cache yet."""
-    known = directory / "settings.json"
-    held = read_json(known) if known.exists() else None
-    return held.get("layers", []) if isinstance(held, dict) else []
 
 
 def _capture_missing(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe, Recipe
 from domino_spec.training.anchors import sample_anchors
-from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
+from domino_spec.training.curriculum import block_size, check_block_schedule, lambda_base, learning_rate
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
 from domino_spec.training.features import FeatureSource
@@ -33,6 +34,8 @@ from domino_spec.training.guards import Divergence, LossError, interruption
 from domino_spec.training.parallel import ALONE, Processes, Shared, micro_batches, whole
 from domino_spec.training.state import load_state, save_state
 from domino_spec.training.step import BlockLoss
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Trainer:
         processes: that share the work.
 
     Raises:
-        UserError: the processes cannot share a step.
+        UserError: the processes cannot share a step, or the block schedule does not fit the draft.
     """
 
     def __init__(
@@ -111,9 +114,14 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         assert draft.dtype == torch.float32, "master weights must be float32"
+        check_block_schedule(recipe, draft.config.block_size)
         self.draft, self.recipe, self.sequences, self.source = draft, recipe, sequences, source
         self.processes = processes
         self.step = 0
+        self.state_checksum = ""
+        """Of the state that was saved or resumed last; empty before there is one, and in processes that do not save."""
+        self.can_save = True
+        """False while a step is half done: the optimizer is at work, or the step's evaluation is not recorded yet."""
         if isinstance(draft, Draft):  # a recipe asks neither of a single layer
             draft.backbone.requires_grad_(recipe.trained != "head")
             draft.backbone.recompute_layers = recipe.activation_checkpointing
@@ -130,9 +138,10 @@ class Trainer:
         """Go on from the state saved in `directory`, if there is one.
 
         Raises:
-            UserError: the state is unreadable or belongs to another run.
+            UserError: the state is unreadable, damaged, or belongs to another run.
         """
-        self.step = load_state(self.draft, self.optimizer, digest, directory)
+        total = self.recipe.total_steps
+        self.step, self.state_checksum = load_state(self.draft, self.optimizer, digest, directory, total)
 
     def save(self, directory: Path, digest: str) -> None:
         """Write the state to go on from; every process must call it.
@@ -140,7 +149,8 @@ class Trainer:
         Raises:
             UserError: it could not be written; the previous state survives.
         """
-        save_state(self.draft, self.optimizer, self.step, digest, directory, self.processes)
+        assert self.can_save, "a state is that of a whole step"
+        self.state_checksum = save_state(self.draft, self.optimizer, self.step, digest, directory, self.processes)
 
     def train_step(self) -> StepResult:
         """One optimizer step over `batch_size` sequences.
@@ -177,9 +187,11 @@ class Trainer:
         norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip_norm)).item()
         if not math.isfinite(base + final + norm):
             raise LossError(f"the loss or its gradient is not finite at step {self.step + 1}")
+        self.can_save = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.can_save = True
         return StepResult(
             step=self.step,
             base_loss=base / denominator,
@@ -220,7 +232,8 @@ def train(
     """Run from the trainer's step to the recipe's last.
 
     Saves every `checkpoint_minutes`, at the end, and when interrupted: SIGINT and SIGTERM (`torchrun` passes on the
-    latter) end the run after the step in progress, in all processes at the same one.
+    latter) end the run after the step in progress, in all processes at the same one. A second one does not wait; a step
+    that it cuts in the middle is not saved.
 
     Raises:
         UserError: the state cannot be read or written, belongs to another run, or the loss is not finite or diverges;
@@ -243,9 +256,11 @@ def train(
                 divergence.check(result.step, (1 - weight) * result.final_loss + weight * result.base_loss)
                 on_step(result)
                 if result.step % recipe.eval_every == 0 or result.step == recipe.total_steps:
+                    trainer.can_save = False  # a run resumed from here would lack the figure
                     tau = trainer.evaluate(held_out)
                     if tau is not None:
                         on_evaluation(result.step, tau)
+                    trainer.can_save = True
                 # Clocks differ between processes: they stop and save together, when any of them wants to.
                 due = time.monotonic() - saved_at >= recipe.checkpoint_minutes * 60
                 wishes = torch.tensor([float(interrupted.is_set()), float(due)], device=trainer.draft.device)
@@ -257,9 +272,17 @@ def train(
                     saved_at, saved_step = time.monotonic(), trainer.step
         except LossError as error:
             failed = True
-            kept = f"the state of step {saved_step} is kept in {directory}" if saved_step else "nothing was saved yet"
-            raise UserError(f"{error}; {kept}; lower training.learning_rate and choose another --out") from None
+            raise UserError(
+                f"{error}; {_kept(saved_step, directory)}; lower training.learning_rate and choose another --out"
+            ) from None
         finally:
             if trainer.step > saved_step and not failed:
-                save()
+                if trainer.can_save:
+                    save()
+                else:
+                    _log.warning("cut in the middle of a step: %s", _kept(saved_step, directory))
     return trainer.draft
+
+
+def _kept(step: int, directory: Path) -> str:
+    return f"the state of step {step} is kept in {directory}" if step else "nothing was saved yet"

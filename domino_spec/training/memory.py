@@ -98,9 +98,18 @@ def activation_bytes(config: DraftConfig, recipe: OptimizationRecipe, rows: int,
         context = 2 * 2 * rows * config.num_key_value_heads * config.head_dim
         inputs = (config.num_hidden_layers - 1) * (4 * blocks * block_size * config.hidden_size + context)
         config = replace(config, num_hidden_layers=1)
-    saved = _saved_bytes(config, recipe, rows, blocks, block_size)
-    # What does not grow with the batch is weights and copies of them.
-    return inputs + saved - _saved_bytes(config, recipe, 0, 0, block_size)
+
+    def growing(part: DraftConfig) -> int:
+        """What does not grow with the batch is weights and copies of them."""
+        return _saved_bytes(part, recipe, rows, blocks, block_size) - _saved_bytes(part, recipe, 0, 0, block_size)
+
+    one = replace(config, num_hidden_layers=1)
+    if config.num_hidden_layers == 1:
+        return inputs + growing(one)
+    # Layers are alike: a second one adds what each further one does.
+    bare = replace(one, head=None)
+    layer = growing(replace(bare, num_hidden_layers=2)) - growing(bare)
+    return inputs + growing(one) + (config.num_hidden_layers - 1) * layer
 
 
 def _saved_bytes(config: DraftConfig, recipe: OptimizationRecipe, rows: int, blocks: int, block_size: int) -> int:

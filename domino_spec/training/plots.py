@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domino_spec.config import UserError
 from domino_spec.files import atomic_path, read_jsonl
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def plot_training(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_jsonl(metrics, {"step": int}, skip_partial_end=True)
+    rows = read_metrics(metrics)
     steps = [row for row in rows if "base_loss" in row]
     evaluations = [row for row in rows if "tau" in row]
 
@@ -150,6 +152,32 @@ def last_metrics(metrics: Path) -> dict[str, Any]:
         UserError: the metrics cannot be read.
     """
     latest: dict[str, Any] = {}
-    for row in read_jsonl(metrics, {"step": int}, skip_partial_end=True):
+    for row in read_metrics(metrics):
         latest |= row
     return latest
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of `metrics.jsonl`, without a last line that a kill has cut.
+
+    Raises:
+        UserError: it cannot be read, or a line holds what no run writes.
+    """
+    try:
+        return read_jsonl(path, {"step": int}, skip_partial_end=True, fault=_row_fault)
+    except UserError as error:
+        raise UserError(f"{error}; remove what is wrong, or the file: the run itself does not need it") from None
+
+
+def _row_fault(row: Row) -> str | None:
+    for key, value in row.items():
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, list) is not key.startswith("acceptance"):
+            return f"key {key!r} must {'not ' if isinstance(value, list) else ''}be a list"
+        if not all(item is None or (isinstance(item, (int, float)) and math.isfinite(item)) for item in items):
+            return f"key {key!r} must hold numbers"
+    for kind, others in (("base_loss", ("final_loss",)), ("tau", ("tau_head_off", "acceptance"))):
+        for other in others if kind in row else ():
+            if other not in row:
+                return f"key {other!r} is missing"
+    return None

@@ -18,7 +18,14 @@ from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method, make_drafter
 from domino_spec.recipe import DataRecipe
 from domino_spec.target.model import Target
-from domino_spec.training.answers import TOO_LONG, Dialogue, RegenerateProgress, RegenerateResult, Regeneration
+from domino_spec.training.answers import (
+    TOO_LONG,
+    Dialogue,
+    RegenerateProgress,
+    RegenerateResult,
+    Regeneration,
+    only_run,
+)
 
 
 def regenerate(
@@ -41,16 +48,18 @@ def regenerate(
         on_progress: called after every decoding cycle.
 
     Raises:
-        UserError: an unreadable or malformed file (with its line number), or answers that cannot be written.
+        UserError: an unreadable or malformed file (with its line number), answers that cannot be written, or that
+            another process is writing.
     """
     if target.tokenizer is None:
         raise UserError("prompts need a tokenizer, and this target has none")
-    run = Regeneration.start(prompts, out, recipe, target.tokenizer, on_progress)
-    run.fit(target.max_length, recipe.max_new_tokens)  # sorted, so that a batch's prefill holds little padding
-    for start in range(0, len(run.waiting), recipe.batch_size):
-        batch = run.waiting[start : start + recipe.batch_size]
-        run.finish(batch, _answer_batch(target, draft, batch, recipe, run.report))
-    return run.result()
+    with only_run(out):
+        run = Regeneration.start(prompts, out, recipe, target.tokenizer, on_progress)
+        run.fit(target.max_length, recipe.max_new_tokens)  # sorted, so that a batch's prefill holds little padding
+        for start in range(0, len(run.waiting), recipe.batch_size):
+            batch = run.waiting[start : start + recipe.batch_size]
+            run.finish(batch, _answer_batch(target, draft, batch, recipe, run.report))
+        return run.result()
 
 
 def _answer_batch(
@@ -62,7 +71,7 @@ def _answer_batch(
 ) -> int:
     """Answer every turn of some conversations; returns the number of tokens generated."""
     finished_tokens = 0
-    settings = SamplingSettings(temperature=recipe.temperature, seed=answer_seed(batch[0].id))
+    settings = SamplingSettings(temperature=recipe.temperature)
     limits = Limits(recipe.max_new_tokens)
     while waiting := [d for d in batch if not d.is_done]:
         ids = [d.prompt_ids for d in waiting]
@@ -81,7 +90,8 @@ def _answer_batch(
             candidates=None,
         )
         generations: list[Generation] = []
-        for generations in decode(target, drafter, ids, settings=settings, limits=limits):
+        seeds = [answer_seed(d.id) for d in waiting]
+        for generations in decode(target, drafter, ids, settings=settings, limits=limits, seeds=seeds):
             on_tokens(finished_tokens + sum(g.num_tokens for g in generations))
         finished_tokens += sum(g.num_tokens for g in generations)
         for dialogue, generation in zip(waiting, generations, strict=True):
@@ -91,5 +101,5 @@ def _answer_batch(
 
 
 def answer_seed(id_: str) -> int:
-    """Sampled answers depend on the conversation (or the batch it is in), never on when a run was interrupted."""
+    """Sampled answers depend on the conversation alone, not on its batch, so not on when a run was interrupted."""
     return int.from_bytes(hashlib.sha256(id_.encode()).digest()[:4], "big")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domino_spec.files import atomic_path, read_jsonl
+from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe, load_recipe
 from domino_spec.training.flops import shortened
-from domino_spec.training.plots import SMOOTHING_POINTS, plot_training, running_mean
+from domino_spec.training.plots import SMOOTHING_POINTS, plot_training, read_metrics, running_mean
 from domino_spec.training.watch import METRICS_FILE, RunFacts
 
 REPORT_FILE = "report.md"
@@ -31,7 +31,7 @@ def write_report(run: Path) -> Path:
         UserError: `recipe.yaml` or `metrics.jsonl` is missing or unreadable, or a file cannot be written.
     """
     recipe, notes = load_recipe(run / "recipe.yaml"), read_notes(run / "recipe.yaml")
-    rows = read_jsonl(run / METRICS_FILE, {"step": int}, skip_partial_end=True)
+    rows = read_metrics(run / METRICS_FILE)
     plot_training(run / METRICS_FILE, run / PICTURE_FILE)
     with atomic_path(run / REPORT_FILE) as scratch:
         scratch.write_text(_render(run.resolve().name, recipe, notes, rows), encoding="utf-8")

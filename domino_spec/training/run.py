@@ -2,11 +2,13 @@
 
 OUT/recipe.yaml          the recipe as run, with versions
 OUT/features/            the feature cache (may be shared or removed afterwards)
-OUT/state.safetensors    weights and optimizer, to resume
+OUT/state.safetensors    weights and optimizer, to resume, with their checksum
 OUT/metrics.jsonl        losses, lambda, learning rate, pace, simulated tau, per-slot acceptance
 OUT/tensorboard/         the same for TensorBoard
 OUT/report.md            the figures, the cost and the settings on a page, with training.png (`report.write_report`)
 OUT/draft/               the draft with the weights of the last save, in the published layout
+OUT/draft.json           which state the draft was made from
+OUT/.lock                held by the process that trains
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -37,9 +40,10 @@ from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
 from domino_spec.training.datasets import load_training_data
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.features import FeatureSource, OnlineFeatures, capture_features, feature_scale
+from domino_spec.training.integrity import only_writer, remove_scratch
 from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
 from domino_spec.training.parallel import Processes, joined_processes, whole_draft
-from domino_spec.training.state import refuse_other_run
+from domino_spec.training.state import draft_is_of_state, record_draft, refuse_other_run
 from domino_spec.training.step import tapped_layers
 from domino_spec.training.watch import Metrics, RunFacts, run_facts, tracker_modules
 
@@ -70,9 +74,19 @@ def run_training(
         on_evaluation: called with every held-out measurement.
 
     Raises:
-        UserError: bad data, a run of another recipe in `out`, or a file that cannot be read or written.
+        UserError: bad data, a run of another recipe in `out`, another process that trains in it, or a file that cannot
+            be read or written.
     """
-    with joined_processes(device) as (processes, own_device):
+    for option, directory in (("--out", out), ("--features", features)):
+        if directory is not None and os.path.isfile(directory):
+            raise UserError(f"{option} {directory} is a file: give a directory")
+    tracker_modules(recipe.training.trackers)
+    with contextlib.ExitStack() as stack:
+        processes, own_device = stack.enter_context(joined_processes(device))
+        if processes.is_first:
+            stack.enter_context(only_writer(out, out / ".lock", "choose another --out"))
+            remove_scratch(out)
+            remove_scratch(out / "draft")
         return _train(recipe, out, processes, own_device, features, on_start, on_features, on_step, on_evaluation)
 
 
@@ -87,7 +101,6 @@ def _train(
     on_step: Callable[[StepResult], None],
     on_evaluation: Callable[[int, SimulatedTau], None],
 ) -> AnyDraft:
-    tracker_modules(recipe.training.trackers)
     target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), device=device, pack=False)
     sequences = load_training_data(recipe.data, target)
     training, held_out = split_held_out(sequences, recipe.data.held_out)
@@ -101,9 +114,9 @@ def _train(
         raise UserError(f"no held-out answer is long enough for {draft.config.max_drafts} drafts; raise data.held_out")
 
     digest = recipe_digest(recipe, training, target.fingerprint)
-    refuse_other_run(out, digest)
+    settings = recipe.training.with_steps(len(training))
+    refuse_other_run(out, digest, settings.total_steps)
     if processes.is_first:
-        out.mkdir(parents=True, exist_ok=True)
         facts = run_facts(recipe, draft, training, held_out, processes.count)
         _save_recipe(recipe, out, target.fingerprint, facts)
         on_start(facts)
@@ -112,7 +125,6 @@ def _train(
     # A random `fc` may be taken for one of scaled features; one that means something must go on meaning it.
     meant = recipe.draft.init_from is not None or recipe.draft.model != "block"
     draft.scale_features(scale.to(target.device), trained=meant)
-    settings = recipe.training.with_steps(len(training))
     trainer = Trainer(draft, settings, training, source, processes)
     trainer.resume(out, digest)
     if trainer.step:
@@ -129,13 +141,23 @@ def _train(
             metrics.evaluation(step, tau)
             on_evaluation(step, tau)
 
-    def save() -> None:
+    def save_draft() -> None:
         whole = whole_draft(draft)
         if processes.is_first:
             save_any_draft(whole, out / "draft", dtype=torch.bfloat16)
+            record_draft(out, trainer.step, trainer.state_checksum)
 
     with metrics or contextlib.nullcontext():
-        train(trainer, held_out, out, digest, record_step, record_evaluation, save)
+        stale = trainer.step > 0 and processes.is_first and not draft_is_of_state(out, trainer.state_checksum)
+        # All processes take part in writing a draft, so all must know what the first one has found.
+        if processes.sum(torch.tensor(float(stale), device=target.device)) > 0:
+            _log.info(
+                "%s lacks the weights of step %d, the last that was saved: it is written anew",
+                out / "draft",
+                trainer.step,
+            )
+            save_draft()
+        train(trainer, held_out, out, digest, record_step, record_evaluation, save_draft)
     return draft
 
 

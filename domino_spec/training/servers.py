@@ -30,6 +30,7 @@ from domino_spec.training.answers import (
     RegenerateProgress,
     RegenerateResult,
     Regeneration,
+    only_run,
 )
 from domino_spec.training.conversations import ChatFormat, knows_thinking
 from domino_spec.training.regenerate import answer_seed
@@ -225,8 +226,14 @@ def regenerate_with_server(
     Raises:
         UserError: as `regenerate`, or the server answers nothing at all.
     """
+    with only_run(out):
+        run = Regeneration.start(prompts, out, recipe, target.tokenizer, on_progress)
+        _answer_all(server, target, run, recipe)
+        return run.result()
+
+
+def _answer_all(server: Server, target: TargetText, run: Regeneration, recipe: DataRecipe) -> None:
     chat = ChatFormat(target.tokenizer, target.stop_token_ids, recipe.thinking)
-    run = Regeneration.start(prompts, out, recipe, target.tokenizer, on_progress)
     tokenizing = threading.Lock()  # tokenizers are not made for several threads
     failures = 0
 
@@ -244,7 +251,6 @@ def regenerate_with_server(
                 )
     finally:
         server.stop()
-    return run.result()
 
 
 def _answer(

@@ -25,13 +25,16 @@ from typing import Any
 import torch
 
 from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
+from domino_spec.draft.checkpoint import last_layer_tap
 from domino_spec.draft.load import AnyDraft
-from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
+from domino_spec.files import atomic_path, read_json, write_json
 from domino_spec.recipe import Recipe
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.flops import matrix_rate
+from domino_spec.training.integrity import mend_last_line
 from domino_spec.training.loop import StepResult
+from domino_spec.training.plots import read_metrics
 
 METRICS_FILE = "metrics.jsonl"
 IDENTITY_FILE = "trackers.json"
@@ -115,6 +118,8 @@ def _shape(config: DraftConfig | SingleLayerConfig) -> str:
         f"{config.max_drafts} drafts ({'shifted' if config.shift_label else 'unshifted'} labels)",
         f"taps {' '.join(map(str, config.target_layer_ids))}",
     ]
+    if config.reads_last_layer:
+        parts[-1] += f" (the last {last_layer_tap(config).replace('_', ' its final ')})"
     if config.draft_vocab_size is not None:
         parts.append(f"draft vocabulary {config.draft_vocab_size}")
     if config.head is None:
@@ -143,13 +148,17 @@ class Metrics:
         modules = tracker_modules(recipe.training.trackers)
         self._path = directory / METRICS_FILE
         self._log_every = recipe.training.log_every
-        rows = read_jsonl(self._path, {"step": int}, skip_partial_end=True) if self._path.exists() else []
+        mend_last_line(self._path, "a step that is not repeated lacks its figures")
+        rows = read_metrics(self._path) if self._path.exists() else []
         # A resumed run repeats the numbers of the one that was stopped, so trackers need them only once.
         self._tracked = {(row["step"], "tau" in row) for row in rows}
         with atomic_path(self._path) as scratch:
             kept = (row for row in rows if row["step"] <= resumed_step)
             scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resumed_step + 1)
+        try:
+            self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resumed_step + 1)
+        except OSError as error:
+            raise UserError(f"cannot write {directory / 'tensorboard'}: {error.strerror}") from None
         self._trackers = []
         if modules:
             identity, config = _identity(directory), json.loads(json.dumps(dataclasses.asdict(recipe)))
@@ -227,7 +236,10 @@ def _identity(directory: Path) -> str:
     path = directory / IDENTITY_FILE
     if not path.exists():
         write_json({"id": secrets.token_hex(4)}, path)
-    return read_json(path)["id"]
+    identity = read_json(path)
+    if not (isinstance(identity, dict) and isinstance(identity.get("id"), str)):
+        raise UserError(f"{path} does not hold the id of a run: remove it, and trackers get a new one")
+    return identity["id"]
 
 
 class _Tracker:

@@ -139,18 +139,27 @@ def test_taps_that_are_left_out_are_never_guessed(tmp_path):
     config = published_json(head=False, num_target_layers=36, num_hidden_layers=5)
     del config["dflash_config"]["target_layer_ids"]
     del config["layer_types"]
-    with pytest.raises(UserError, match="missing key 'target_layer_ids'; add to dflash_config the target's layers"):
+    with pytest.raises(UserError, match="missing key 'target_layer_ids' of dflash_config; add the target's layers"):
         read_config(write(tmp_path, config, None))
 
 
-@pytest.mark.parametrize("key, value", [("target_layer_ids", [0, 3]), ("mask_token_id", 59), ("block_size", 5)])
+@pytest.mark.parametrize("key, value", [("target_layer_ids", [0, 3]), ("mask_token_id", 59), ("shift_label", True)])
 def test_keys_that_some_files_hold_at_the_top_are_read_there(tmp_path, key, value):
     config = published_json(head=False)
     config["dflash_config"].pop(key, None)
     config[key] = value
-    assert list(read_config(write(tmp_path, config, None)).target_layer_ids) == [0, 3]
+    read = getattr(read_config(write(tmp_path, config, None)), key)
+    assert (list(read) if key == "target_layer_ids" else read) == value
     config["dflash_config"][key] = [1, 3] if key == "target_layer_ids" else 7
-    with pytest.raises(UserError, match=f"{key} is .*, but dflash_config.{key} is .*7|3"):
+    with pytest.raises(UserError, match=f"{key}: found .*, but in dflash_config, where it is read, .*(7|3)"):
+        read_config(write(tmp_path, config, None))
+
+
+@pytest.mark.parametrize("key, value", [("rope_theta", 5e5), ("sliding_window", 64), ("block_size", 7)])
+def test_keys_in_an_object_where_nobody_reads_them_are_refused(tmp_path, key, value):
+    config = published_json(head=False)
+    config["dflash_config"][key] = value
+    with pytest.raises(UserError, match=f"dflash_config: {key}: found .*, but beside dflash_config, where it is read"):
         read_config(write(tmp_path, config, None))
 
 

@@ -49,29 +49,31 @@ def assistant_of(draft: Draft):
     return model
 
 
-@pytest.fixture(scope="module")
-def peers():
+# transformers norms the last layer's entry of `hidden_states`: a published draft that taps that layer reads it normed.
+@pytest.fixture(scope="module", params=[(0, 2), (0, 3), (3, 1)], ids=["inner taps", "last layer", "last layer first"])
+def peers(request):
     model = tiny_model()
     target = as_target(model)
-    # transformers norms the last layer's entry of `hidden_states`; published drafts never tap that layer.
-    draft = tiny_draft(target, head=False, shift_label=False, block_size=6, taps=(0, 2))
+    options = dict(taps=request.param, last_tap_normed=3 in request.param)
+    draft = tiny_draft(target, head=False, shift_label=False, block_size=6, **options)
     return model, target, draft, assistant_of(draft)
 
 
 @torch.inference_mode()
 def test_hidden_states_equal_those_of_transformers_dflash_model(peers):
-    _, target, draft, assistant = peers
+    model, target, draft, assistant = peers
     rows, slots = 9, draft.config.block_size
     tokens = torch.tensor(random_prompts([rows]))
     features = target.forward(tokens, target.new_cache(1, rows), draft.config.target_layer_ids).features
     block = draft.block_embeddings(torch.tensor([5]))
+    hidden_states = model(tokens, output_hidden_states=True).hidden_states
     theirs = assistant(
         noise_embeds=block,
-        context_hidden_states=features,
+        context_hidden_states=torch.cat([hidden_states[i + 1] for i in draft.config.target_layer_ids], dim=-1),
         position_ids=torch.arange(rows + slots)[None],
         past_key_values=DynamicCache(),
     ).last_hidden_state
-    context = draft.backbone.project_context(features, torch.arange(rows)[None])
+    context = draft.backbone.project_context(draft.read_features(features), torch.arange(rows)[None])
     mask = torch.ones(1, 1, slots, rows + slots, dtype=torch.bool)
     ours = draft.backbone(block, rows + torch.arange(slots)[None], context, mask)
     assert_close(ours, theirs)
@@ -127,3 +129,12 @@ def test_transformers_generate_drafts_the_same_tokens_cycle_by_cycle(peers, monk
     assert len(common) >= 5
     for length, drafts in common:
         assert ours[length] == drafts
+
+
+@torch.inference_mode()
+def test_the_side_of_the_norm_matters(peers):
+    """A test that could not fail would say nothing: read on the other side, the context is another."""
+    _, target, draft, _ = peers
+    features = target.forward(torch.tensor(random_prompts([9])), target.new_cache(1, 9), draft.config.target_layer_ids)
+    same = torch.allclose(draft.read_features(features.features), features.features, atol=0.1)
+    assert same == (not draft.config.last_tap_normed)

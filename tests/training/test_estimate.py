@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import read_config
 from domino_spec.draft.initialize import new_draft
 from domino_spec.recipe import DataRecipe, DraftRecipe, HeadRecipe, OptimizationRecipe, Recipe, load_recipe
-from domino_spec.target.load import load_target
+from domino_spec.target.load import load_target, target_config
+from domino_spec.target.shapes import known_config
 from domino_spec.training import blocks
+from domino_spec.training import estimate as estimate_module
 from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.blocks import forward_blocks
-from domino_spec.training.estimate import ASSUMED_CONVERSATIONS, estimate_lines, estimate_training
+from domino_spec.training.estimate import ASSUMED_CONVERSATIONS, draft_shape, estimate_lines, estimate_training
 from domino_spec.training.flops import step_flops, step_work
 from domino_spec.training.memory import _FusedAttention, activation_bytes, state_memory
 from tests.cli_fixtures import fail, succeed, succeed_json, write_jsonl, write_recipe
@@ -194,6 +197,43 @@ def test_the_number_of_processes_is_torchruns(setup, monkeypatch):
     assert estimate_training(setup.recipe()).processes == 2
     with pytest.raises(UserError, match="3 processes cannot share evenly"):
         estimate_training(setup.recipe(), processes=3)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_dry_run_of_a_shipped_recipe_needs_neither_hub_nor_weights(path, tmp_path, monkeypatch):
+    """Not even a cache of either: shapes of the targets and drafts that it names come with the package."""
+    monkeypatch.setattr(estimate_module, "target_config", lambda name: pytest.fail(f"{name} was looked for"))
+    monkeypatch.setattr(estimate_module, "draft_directory", lambda *a, **o: pytest.fail("a draft was looked for"))
+    monkeypatch.chdir(tmp_path)
+    assert f"{estimate_training(load_recipe(path)).parameters['total']:,} parameters" in succeed(
+        "train", path, "--dry-run"
+    )
+
+
+def test_known_shapes_are_those_of_the_published_configurations(tmp_path):
+    for name in ("Qwen3-4B", "Qwen3-8B"):
+        published = target_config(save_qwen3(tmp_path / name, name))
+        known = known_config(f"Qwen/{name}")
+        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim"):
+            assert getattr(known, key) == getattr(published, key), (name, key)
+        assert known.tie_word_embeddings == published.tie_word_embeddings
+        start = read_config(save_dflash(tmp_path / f"{name}-draft", name))
+        shape = draft_shape(recipe_8b(f"Qwen/{name}", DraftRecipe(init_from=f"z-lab/{name}-DFlash-b16")), known)
+        for key in (
+            "hidden_size",
+            "num_hidden_layers",
+            "target_layer_ids",
+            "block_size",
+            "mask_token_id",
+            "shift_label",
+        ):
+            assert getattr(shape, key) == getattr(start, key), (name, key)
+
+
+def test_a_directory_with_the_name_of_a_known_target_is_what_is_meant(tmp_path, monkeypatch):
+    save_qwen3(tmp_path / "Qwen" / "Qwen3-8B", "Qwen3-4B")
+    monkeypatch.chdir(tmp_path)
+    assert round(estimate_training(recipe_8b("Qwen/Qwen3-8B"), processes=8).target_parameters / 1e9) == 4
 
 
 # The command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 from domino_spec import load_draft, load_target
 from domino_spec.config import UserError
-from domino_spec.draft.checkpoint import read_draft
+from domino_spec.draft.checkpoint import read_draft, save_draft
 from domino_spec.draft.describe import check_fit, describe_draft
-from domino_spec.files import load_tensors
+from domino_spec.files import load_tensors, save_tensors
 from domino_spec.training.export import export_draft
+from domino_spec.training.integrity import tensors_checksum
 from domino_spec.training.plots import last_metrics, plot_training
 from domino_spec.training.run import run_training
+from tests.tiny import tiny_draft
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +45,17 @@ def test_float32_export_holds_the_master_weights(run_directory, tmp_path, setup)
     load_draft(tmp_path, load_target(setup.target, device="cpu"))
 
 
-def test_float32_export_refuses_a_state_of_another_draft(run_directory, tmp_path, setup):
-    import shutil
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_draft_that_is_not_of_the_last_state_is_not_exported(run_directory, tmp_path, dtype):
     other = tmp_path / "run"
     shutil.copytree(run_directory, other)
     tensors, metadata = load_tensors(other / "state.safetensors")
     name = next(n for n in tensors if n.startswith("weight/head"))
     tensors[name] = tensors[name] + 1
-    from domino_spec.files import save_tensors
-
-    save_tensors(tensors, other / "state.safetensors", metadata)
+    facts = {name: metadata[name] for name in ("step", "recipe")}
+    save_tensors(tensors, other / "state.safetensors", {**facts, "checksum": tensors_checksum(tensors, facts)})
     with pytest.raises(UserError, match="is not the state that"):
-        export_draft(other, tmp_path / "out", torch.float32)
+        export_draft(other, tmp_path / "out", dtype)
 
 
 def test_what_is_not_a_run_is_refused(run_directory, tmp_path):
@@ -99,3 +100,16 @@ def test_a_run_that_has_hardly_begun_can_be_drawn(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines) + '{"step": 2, "ba')
     plot_training(tmp_path / "metrics.jsonl", tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 0
+
+
+def test_a_draft_that_others_would_misread_is_refused_or_named(tmp_path, target, caplog):
+    """Readers of DFlash drafts know neither shifted labels without a head nor our tap of the last layer."""
+    save_draft(tiny_draft(target, head=False), tmp_path / "shifted" / "draft")
+    with pytest.raises(UserError, match="has no head and shift_label true: readers of DFlash drafts"):
+        export_draft(tmp_path / "shifted", tmp_path / "out", torch.bfloat16)
+    assert not (tmp_path / "out").exists()
+    for taps, warnings in (((0, 2), 0), ((0, 3), 1)):
+        run = tmp_path / f"run{warnings}"
+        save_draft(tiny_draft(target, taps=taps), run / "draft")
+        export_draft(run, tmp_path / "out", torch.bfloat16)
+        assert caplog.text.count("readers that do not know that key read it after the norm") == warnings

@@ -15,6 +15,7 @@ from filelock import FileLock
 from domino_spec.config import UserError
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.training import features as features_module
+from domino_spec.training import integrity
 from domino_spec.training.features import FeatureCache, capture_features, compute_features, feature_bytes
 from tests.tiny import as_sequences, assert_close, random_prompts
 
@@ -173,7 +174,7 @@ def test_a_second_capture_waits_for_the_first_and_does_none_of_its_work_again(
     first.start()
     assert entered.wait(60)
     said = threading.Event()
-    monkeypatch.setattr(features_module._log, "warning", lambda *a: said.set())
+    monkeypatch.setattr(integrity._log, "warning", lambda *a: said.set())
     second.start()
     assert said.wait(60), "it says why it waits"
     go_on.set()

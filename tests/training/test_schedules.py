@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from domino_spec.config import UserError
+from domino_spec.config import UserError, parse_settings
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
 
@@ -55,22 +55,22 @@ def test_a_run_of_one_step_has_a_lambda(fraction):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(curriculum="quadratic"), "curriculum must be one of linear, constant, off, got 'quadratic'"),
-        (dict(lambda_base_start=1.1), r"lambda_base_start must be in \[0, 1\], got 1.1"),
-        (dict(lambda_base_end=-0.1), r"lambda_base_end must be in \[0, 1\], got -0.1"),
-        (dict(lambda_base_fraction=0.0), r"lambda_base_fraction must be in \(0, 1\], got 0.0"),
-        (dict(lambda_base_fraction=1.5), r"lambda_base_fraction must be in \(0, 1\], got 1.5"),
-        (dict(steps=0), "steps must be at least 1, got 0"),
-        (dict(steps=-1), "steps must be at least 1, got -1"),
+        (dict(curriculum="quadratic"), "curriculum: expected 'linear', 'constant' or 'off', found 'quadratic'"),
+        (dict(lambda_base_start=1.1), "lambda_base_start: expected 0 to 1, found 1.1"),
+        (dict(lambda_base_end=-0.1), "lambda_base_end: expected 0 to 1, found -0.1"),
+        (dict(lambda_base_fraction=0.0), "lambda_base_fraction: expected more than 0, at most 1, found 0.0"),
+        (dict(lambda_base_fraction=1.5), "lambda_base_fraction: expected more than 0, at most 1, found 1.5"),
+        (dict(steps=0), "steps: expected 1 to .*, found 0"),
+        (dict(steps=-1), "steps: expected 1 to .*, found -1"),
         (dict(steps=None), "give either steps or epochs"),
         (dict(steps=5, epochs=1.0), "give either steps or epochs"),
-        (dict(steps=None, epochs=0.0), "epochs must be positive, got 0.0"),
+        (dict(steps=None, epochs=0.0), "epochs: expected more than 0, at most 1,000,000, found 0.0"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(settings, message):
     """Above all one that does not know its end: never a schedule that silently becomes zero."""
     with pytest.raises(UserError, match=message):
-        recipe(**settings)
+        parse_settings(OptimizationRecipe, {"steps": 100, **settings}, "recipe.yaml")
 
 
 @pytest.mark.parametrize(

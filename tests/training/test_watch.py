@@ -222,7 +222,8 @@ def test_a_run_says_what_it_is_before_it_begins(setup, tmp_path):
     (facts,) = seen
     assert (facts.training_sequences, facts.held_out_sequences, facts.processes) == (16, 4, 1)
     assert facts.steps == 8 == max(row["step"] for row in rows_of(tmp_path)), "2 epochs of 16 sequences, 4 a step"
-    assert facts.draft.startswith("1 layers, blocks of 4, 4 drafts (shifted labels), taps 0 3, draft vocabulary 40")
+    shape = "1 layers, blocks of 4, 4 drafts (shifted labels), taps 0 3 (the last before its final norm)"
+    assert facts.draft.startswith(f"{shape}, draft vocabulary 40")
     assert facts.answer_tokens < facts.training_tokens
     header = (tmp_path / "recipe.yaml").read_text().split("\ntarget:")[0]
     for name, value in facts.notes().items():

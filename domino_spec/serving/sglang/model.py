@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from sglang.srt.models.dflash import DFlashDraftModel
 from torch import Tensor
 
 from domino_spec.config import DraftConfig, UserError
-from domino_spec.draft.checkpoint import draft_tensors, parse_config
+from domino_spec.draft.checkpoint import check_vocabulary, draft_tensors, parse_config
 from domino_spec.draft.model import Draft
 from domino_spec.serving.sglang.proposer import Proposer
 
@@ -63,6 +64,8 @@ class DominoDraftModel(DFlashDraftModel):
                     f"{tuple(own[published].shape)}"
                 )
             else:
+                if published == "draft_vocab_ids":
+                    check_vocabulary(tensor, self.settings, Path("the draft's weights"))
                 own[published].data.copy_(tensor)
 
 

@@ -21,7 +21,7 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.platforms import current_platform
 
 from domino_spec.config import DraftConfig, UserError
-from domino_spec.draft.checkpoint import check_tensors, draft_tensors
+from domino_spec.draft.checkpoint import check_tensors, check_vocabulary, draft_tensors
 from domino_spec.draft.head import DominoHead
 from domino_spec.draft.model import Draft
 from domino_spec.kernels.embedding import EmbeddingTable
@@ -71,7 +71,9 @@ class DominoForCausalLM(DFlashQwen3ForCausalLM):
         head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
         self.head.load_state_dict(head)
         if self.head_token_ids is not None:
-            self.head_token_ids.copy_(tensors.pop(_VOCABULARY))
+            token_ids = tensors.pop(_VOCABULARY)
+            check_vocabulary(token_ids, self.settings.config, Path(self.settings.name))
+            self.head_token_ids.copy_(token_ids)
         super().load_weights(tensors.items())
 
     def bind(self, target_model: nn.Module) -> None:

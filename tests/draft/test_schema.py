@@ -323,7 +323,7 @@ def test_a_draft_that_overflows_in_float16_is_named(tmp_path, make, caplog):
     "index, message",
     [
         ({}, "weight_map: expected a mapping of tensors to files, found null"),
-        ([], "expected an object, found"),
+        ([], "expected an object"),
         ({"weight_map": ["a"]}, r"weight_map: expected .*, found \['a'\] \(list\)"),
         ({"weight_map": {"fc.weight": None}}, "weight_map: expected"),
         ({"weight_map": {"fc.weight": "model-1.safetensors"}}, "model-1.safetensors does not exist"),

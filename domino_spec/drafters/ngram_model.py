@@ -31,6 +31,10 @@ ORDER = 3
 _METADATA = "ngrams"
 
 
+LARGEST_ORDER = 64
+"""Beyond it nothing occurs twice, and every order is another pass over all texts."""
+
+
 @dataclass(frozen=True)
 class NgramSource:
     """What an N-gram model was counted in; saved with it."""
@@ -49,7 +53,10 @@ class NgramSource:
     """The target that wrote the texts; another one with the same tokenizer may use them too."""
 
     def __post_init__(self) -> None:
-        require(self.order >= 2, f"an N-gram model needs an order of at least 2, got {self.order}")
+        require(
+            2 <= self.order <= LARGEST_ORDER,
+            f"an N-gram model needs an order of at least 2 and at most {LARGEST_ORDER}, got {self.order}",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +97,7 @@ class NgramModel:
             tokenizer: see `NgramSource`, and so is `target_fingerprint`.
 
         Raises:
-            UserError: an order below 2 or beyond the longest text, no tokens, or ids outside the vocabulary.
+            UserError: an order out of range, no tokens, or ids outside the vocabulary.
         """
         end = [] if eos is None else [eos]
         parts = [np.asarray([*text, *end], dtype=np.int64) for text in texts]
@@ -100,9 +107,6 @@ class NgramModel:
         size = int(tokens.max()) + 1 if vocab_size is None else vocab_size
         if tokens.min() < 0 or tokens.max() >= size:
             raise UserError(f"{source} holds token ids outside the vocabulary of {size}")
-        longest = max(map(len, parts))
-        if order > longest:
-            raise UserError(f"order {order} is longer than any text: those of {source} have {longest} tokens at most")
         about = NgramSource(order, size, len(tokens), source, tokenizer, target_fingerprint)
         ends = np.cumsum([len(part) for part in parts])
         left = np.repeat(ends, [len(part) for part in parts]) - np.arange(len(tokens))  # up to the end of the text

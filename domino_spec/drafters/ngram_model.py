@@ -28,11 +28,9 @@ from domino_spec.target.model import Target
 
 ORDER = 3
 """The published default: contexts of two tokens and of one."""
-_METADATA = "ngrams"
-
-
 LARGEST_ORDER = 64
-"""Beyond it nothing occurs twice, and every order is another pass over all texts."""
+"""Hardly anything longer occurs twice, and every order is another pass over all texts."""
+_METADATA = "ngrams"
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,8 @@ class NgramSource:
     """The target that wrote the texts; another one with the same tokenizer may use them too."""
 
     def __post_init__(self) -> None:
-        require(
-            2 <= self.order <= LARGEST_ORDER,
-            f"an N-gram model needs an order of at least 2 and at most {LARGEST_ORDER}, got {self.order}",
-        )
+        require(self.order >= 2, f"an N-gram model needs an order of at least 2, got {self.order}")
+        require(self.order <= LARGEST_ORDER, f"an N-gram model needs an order of at most {LARGEST_ORDER}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ def test_words_for_numbers_that_the_page_spells_out():
 
 def test_what_the_benchmarks_page_says_of_the_tests_of_losslessness():
     """Seven wrong ways in 14 pairings, one false alarm in ten thousand."""
-    (rules,) = test_lossless.test_a_wrong_rule_is_detected.pytestmark
+    (rules,) = test_lossless.test_a_wrong_verifier_is_detected.pytestmark
     walks, drafters = test_lossless.test_a_wrong_walk_is_detected.pytestmark
     ways = {rule for _, rule in rules.args[1]} | {*walks.args[1]}
     pairings = len(rules.args[1]) + len(walks.args[1]) * len(drafters.args[1])

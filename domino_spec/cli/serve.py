@@ -254,12 +254,14 @@ def _serve_elsewhere(
         threads=machine.threads,
         extra=engine_arguments,
     )
+    if draft is None and asked_for("num_drafts", "candidates"):
+        raise UserError("--num-drafts and --candidates are for a draft, and there is none: leave them out")
     num_drafts = launch.check_served(engine, draft, endpoint.num_drafts)
     command = launch.launch(engine, target_source(pair.target), directory, num_drafts, settings)
     if not only_print:
         launch.installed_version(engine)
-    if draft is None:
-        _report("nothing is drafted: no draft was given")
+    if pair.draft is None and draft is None:
+        _report("nothing is drafted: no draft was given (--draft none says that it is meant)")
     click.echo(command.line)
     if not only_print:
         command.run()

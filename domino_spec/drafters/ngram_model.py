@@ -28,6 +28,8 @@ from domino_spec.target.model import Target
 
 ORDER = 3
 """The published default: contexts of two tokens and of one."""
+LARGEST_ORDER = 64
+"""Hardly anything longer occurs twice, and every order is another pass over all texts."""
 _METADATA = "ngrams"
 
 
@@ -50,6 +52,7 @@ class NgramSource(Settings):
 
     def __post_init__(self) -> None:
         require(self.order >= 2, f"an N-gram model needs an order of at least 2, got {self.order}")
+        require(self.order <= LARGEST_ORDER, f"an N-gram model needs an order of at most {LARGEST_ORDER}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,7 @@ class NgramModel:
             tokenizer: see `NgramSource`, and so is `target_fingerprint`.
 
         Raises:
-            UserError: an order below 2 or beyond the longest text, no tokens, or ids outside the vocabulary.
+            UserError: an order out of range, no tokens, or ids outside the vocabulary.
         """
         end = [] if eos is None else [eos]
         parts = [np.asarray([*text, *end], dtype=np.int64) for text in texts]
@@ -100,9 +103,6 @@ class NgramModel:
         size = int(tokens.max()) + 1 if vocab_size is None else vocab_size
         if tokens.min() < 0 or tokens.max() >= size:
             raise UserError(f"{source} holds token ids outside the vocabulary of {size}")
-        longest = max(map(len, parts))
-        if order > longest:
-            raise UserError(f"order {order} is longer than any text: those of {source} have {longest} tokens at most")
         about = NgramSource(order, size, len(tokens), source, tokenizer, target_fingerprint)
         ends = np.cumsum([len(part) for part in parts])
         left = np.repeat(ends, [len(part) for part in parts]) - np.arange(len(tokens))  # up to the end of the text

@@ -16,6 +16,14 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A command run with --threads leaves its number behind."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model():
     """A random Llama with transformers' own attention."""

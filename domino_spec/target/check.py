@@ -282,9 +282,9 @@ def _rounding(target: Target) -> float:
 
     A layer adds to its input twice, and each sum is rounded to the target's type by up to eps / 2. The errors of 2 L
     sums are independent, so together they grow like the square root of 2 L; 4 times that leaves room for what happens
-    between the sums. Models of few layers need more room: their own attention rounds scores before the softmax, where an
-    error of eps / 2 in a score of 30 changes a weight by 15 eps. Float32 has a floor, because another order of summation
-    changes more than the last bit; another formula changes far more than the floor.
+    between the sums. Models of few layers need more room: their own attention rounds scores before the softmax, and an
+    error of eps / 2 in a score of 30 changes a weight by 15 eps. Float32 has a floor, because another order of
+    summation changes more than the last bit; another formula changes far more than the floor.
     """
     eps = torch.finfo(target.dtype).eps
     if target.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

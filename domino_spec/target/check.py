@@ -139,32 +139,28 @@ def _texts(target: Target) -> list[Tensor]:
 
 @contextmanager
 def own_attention(target: Target) -> Iterator[None]:
-    """The attention that transformers would choose for the model, in the place of this package's, meanwhile.
+    """The attention in the model's own file ("eager"), in the place of this package's, meanwhile.
+
+    It is what the family means: transformers' shared functions drop arguments that they do not know in some versions.
 
     Raises:
         UserError: the model does not take its attention from transformers' table, so it cannot be exchanged.
     """
     model = target.model
-    if model.config._attn_implementation != ATTENTION_NAME:
+    if model.config._attn_implementation != ATTENTION_NAME:  # an ordinary model of the user's, which keeps what it has
         yield
         return
     try:
-        _set_attention(target, model.get_correct_attn_implementation(None))
+        model.set_attn_implementation("eager")
+        configs = {id(m.config): m.config for m in target.decoder.modules() if isinstance(m, PreTrainedModel)}
+        if any(config._attn_implementation != "eager" for config in (model.config, *configs.values())):
+            family = type(model).__name__
+            raise UserError(
+                f"{target.name} is not supported: the attention of {family} cannot be exchanged for another"
+            )
         yield
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
-
-
-def _set_attention(target: Target, name: str) -> None:
-    model = target.model
-    try:
-        model.set_attn_implementation(name)
-    except ValueError:  # a part of the model, an image's encoder say, has none of that name
-        name = "eager"
-        model.set_attn_implementation(name)
-    configs = {id(m.config): m.config for m in target.decoder.modules() if isinstance(m, PreTrainedModel)}
-    if any(config._attn_implementation != name for config in (model.config, *configs.values())):
-        raise UserError(f"{target.name}: the attention of {type(model).__name__} is its own and cannot be exchanged")
 
 
 def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
@@ -179,8 +175,9 @@ def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Output
             output = model(input_ids=part[None], use_cache=True, output_hidden_states=True, **cache)
             cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
             hidden = final[-1].last_hidden_state[0]  # [n, H]
-            # The first entry is the embedding, the last one has been normed; the others are outputs of layers.
-            states = [state[0] for state in (output.hidden_states or ())[1:-1]]
+            # The first entry is the embedding, the last one has been normed; the others are outputs of layers. Some
+            # families report other things under this name.
+            states = [state[0] for state in (output.hidden_states or ())[1:-1] if state[0].shape == hidden.shape]
             layers = torch.stack(states, dim=1) if states else hidden.new_empty(len(part), 0, hidden.shape[1])
             found.append(Outputs(hidden, output.logits[0], layers))
     finally:
@@ -285,13 +282,14 @@ def _rounding(target: Target) -> float:
 
     A layer adds to its input twice, and each sum is rounded to the target's type by up to eps / 2. The errors of 2 L
     sums are independent, so together they grow like the square root of 2 L; 4 times that leaves room for what happens
-    between the sums. (SmolLM2 in bfloat16 differs by an eighth of it.) Float32 has a floor, because another order of
+    between the sums. Models of few layers need more room: their own attention rounds scores before the softmax, and an
+    error of eps / 2 in a score of 30 changes a weight by 15 eps. Float32 has a floor, because another order of
     summation changes more than the last bit; another formula changes far more than the floor.
     """
     eps = torch.finfo(target.dtype).eps
     if target.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         eps = 2**-10  # products of TF32
-    return max(1e-4, 2 * eps * (2 * target.num_layers) ** 0.5)
+    return max(1e-4, eps * max(16, 2 * (2 * target.num_layers) ** 0.5))
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def logits_without_the_cap(target: Target, monkeypatch) -> None:
 
 
 def granite() -> Target:
-    return family(GraniteConfig, residual_multiplier=0.5, logits_scaling=1.0)
+    return family(GraniteConfig, residual_multiplier=0.5, logits_scaling=1.0, attention_multiplier=0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -275,7 +275,10 @@ def test_the_cache_may_have_any_name(name):
     ("make", "says"),
     [
         (deepseek_v3, "the cache holds"),
-        (lambda: family(GPTNeoXJapaneseConfig, intermediate_multiple_size=2), "its own and cannot be exchanged"),
+        (
+            lambda: family(GPTNeoXJapaneseConfig, intermediate_multiple_size=2),
+            "GPTNeoXJapaneseForCausalLM cannot be exchanged",
+        ),
     ],
     ids=["other heads than the configuration says", "attention that does not come from transformers' table"],
 )

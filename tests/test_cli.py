@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from domino_spec.cli import cli
-from domino_spec.demo.options import DEFAULT_DRAFT, DEFAULT_TARGET
+from domino_spec.demo.options import DEFAULT_DRAFT, DEFAULT_TARGET, Machine
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import EMBEDDED_DRAFT
 from domino_spec.files import load_tensors, read_jsonl
@@ -392,3 +392,16 @@ def test_bench_sets_two_runs_side_by_side(tmp_path, target_dir, draft_dir):
 def test_numbers_in_lists_are_checked_by_name(target_dir):
     line = fail("bench", "--suite", "x.jsonl", "--methods", "none", "--temperatures", "0,warm", "--out", "out")
     assert "--temperatures" in line and "0,warm" in line
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "bench", "serve", "train", "profile", "regenerate"])
+def test_every_command_that_runs_a_target_can_skip_its_check(command):
+    assert "no_check" in {parameter.name for parameter in cli.commands[command].params}
+
+
+@pytest.mark.parametrize("no_check", [False, True])
+def test_no_check_reaches_the_loading_of_the_target(no_check, monkeypatch):
+    given = []
+    monkeypatch.setattr("domino_spec.target.load.load_target", lambda target, **options: given.append(options["check"]))
+    Machine("cpu", "auto", None, verbose=False, no_check=no_check).load("somewhere", None)
+    assert given == [not no_check]

@@ -198,6 +198,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
+    "dory": dict(n_input_layers=1, n_output_layers=1),
     "dots3_note": dict(
         text_config=_SLIDING_LATENT,
         vision_config=dict(num_hidden_layers=DEFAULT, adapter_in_dim=32, adapter_out_dim=32, mlp_bias=False),
@@ -207,6 +208,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "electra": dict(is_decoder=True, embedding_size=32),
     "emu3": dict(text_config=_IDS),
     "ernie": _DECODER,
+    "fuyu": dict(text_config=dict(model_type="persimmon")),
     # The composite class leaves out the cap of logits that its text configuration has.
     "gemma3": dict(text_config=dict(final_logit_softcapping=None)),
     "gemma3n_text": _INPUT_PER_LAYER | dict(laurel_rank=4),
@@ -219,6 +221,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": _IDS,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
+    "got_ocr2": dict(text_config=dict(model_type="qwen2")),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=WINDOW),
     "gptj": dict(rotary_dim=4),
     "granitemoehybrid": _MAMBA | dict(layer_types=_HYBRID),

@@ -57,8 +57,12 @@ _EXPECTED = {
     "mapping_type": "mapping",
     "dict_type": "mapping",
     "dataclass_type": "mapping of settings",
+    "too_short": "list of at least {min_length}",
+    "too_long": "list of at most {max_length}",
+    "string_too_short": "string of at least {min_length} characters",
+    "string_too_long": "string of at most {max_length} characters",
 }
-"""Pydantic's kinds of error, in the words of YAML and JSON."""
+"""Pydantic's kinds of error, in the words of YAML and JSON; limits in braces."""
 
 
 def parse_settings(cls: type[S], values: object, where: str) -> S:
@@ -119,7 +123,7 @@ def _describe(error: ErrorDetails, cls: type[Settings]) -> str:
         return f"{_prefix(path)}{error['ctx']['error']}"
     if kind == "json_invalid":  # such as a half of a surrogate pair
         return f"not valid text: {error['ctx']['error']}"
-    expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    expected = _EXPECTED.get(kind, "").format(**error.get("ctx", {})) or error["msg"].removeprefix("Input should be ")
     return f"{_prefix(path)}expected {expected}, found {found(error['input'])}"
 
 

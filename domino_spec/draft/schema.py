@@ -198,8 +198,8 @@ def refuse_misplaced(
         value = misplaced.get(name)
         if value is not None and value != right.get(name):
             raise UserError(
-                f"{where}: {name}: found {found(value)}, but {belongs}, where it is read, {found(right.get(name))}; "
-                "keep the right one, there"
+                f"{where}: {name}: found {found(value)} here, but it is read {belongs}, where it is "
+                f"{found(right.get(name))}; keep the right value, and only there"
             )
 
 
@@ -388,7 +388,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (False,),
     "rope_local_base_freq": (),
     "original_max_position_embeddings": (),
-    "no_rope_layers": (),
+    "no_rope_layers": ([],),
     "no_rope_layer_interval": (),
     "attention_chunk_size": (),
     "alibi": (False,),

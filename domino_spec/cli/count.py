@@ -12,9 +12,6 @@ from domino_spec.demo.options import json_option, verbose_option
 from domino_spec.demo.shell import prepare, print_json, status
 from domino_spec.recipe import load_recipe
 
-LONGEST_ORDER = 16
-"""Tokens of the longest n-grams that are counted."""
-
 
 @cli.command()
 @click.argument("recipe", type=Path)
@@ -61,11 +58,12 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     domino-spec generate "Why?" --draft my-dart --ngrams ngrams.safetensors
     """
     settings = load_recipe(recipe)
-    if order > LONGEST_ORDER:
-        raise UserError(f"--order must be at most {LONGEST_ORDER}, got {order}: longer n-grams hardly occur twice")
     prepare(verbose, target=settings.target)
+    from domino_spec.drafters.ngram_model import LARGEST_ORDER
     from domino_spec.training.ngrams import write_ngrams
 
+    if order > LARGEST_ORDER:
+        raise UserError(f"--order must be at most {LARGEST_ORDER}, got {order}: longer n-grams hardly occur twice")
     with status("Counting n-grams"):
         model = write_ngrams(settings, out, order)
     counts = {length: len(keys) for length, keys in enumerate(model.keys, 1)}

@@ -32,7 +32,7 @@ def build_ngrams(
         thinking: how they were answered.
 
     Raises:
-        UserError: a file that cannot be read, token ids outside the vocabulary, or an order below 2.
+        UserError: a file that cannot be read, token ids outside the vocabulary, or an order out of range.
     """
     files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     sequences = [s for path in files for s in load_sequences(path, sys.maxsize, target.vocab_size, thinking)]
@@ -49,7 +49,7 @@ def write_ngrams(recipe: Recipe, out: Path, order: int = ORDER, device: str = "a
         device: where the target is loaded, which is asked for its vocabulary and its fingerprint only.
 
     Raises:
-        UserError: bad data, an order below 2, or a file that cannot be read or written.
+        UserError: bad data, an order out of range, or a file that cannot be read or written.
     """
     target = load_target(recipe.target, device=device, pack=False, check=False)  # it is not run
     training, _ = split_held_out(load_training_data(recipe.data, target), recipe.data.held_out)

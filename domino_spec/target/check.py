@@ -39,7 +39,16 @@ _OWN_PASSES = ((11, 1, 2), (4, 3))
 
 
 class Misfit(UserError):
-    """A target gives something else here than in transformers."""
+    """A target gives something else here than in transformers.
+
+    Args:
+        name: of the target.
+        fault: what differs, as a clause.
+    """
+
+    def __init__(self, name: str, fault: str) -> None:
+        super().__init__(f"{name} is not supported: {fault}")
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,15 @@ def checked_target(load: Callable[[], Target], pack: bool) -> Target:
     except Misfit as misfit:
         if not target.replaced:
             raise
-        reason = str(misfit)
+        fault = misfit.fault
     del target  # two copies of the weights may not fit
     target = load().pack(replace=False)
     check_target(target, reference)
-    _log.warning("%s; its own modules run instead, which is slower", reason)
+    _log.warning(
+        "%s cannot use this package's faster modules: %s; its own modules run instead, which is slower",
+        target.name,
+        fault,
+    )
     return target
 
 
@@ -118,7 +131,8 @@ def read_reference(target: Target) -> Reference:
             short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
             # The tree's rows are the long path's first two, the short one's last, and the long one's last.
             read.append(_joined(long.rows(length + 2), short.rows(-1, 0), long.rows(-1, 0)))
-    if not all(outputs.hidden.isfinite().all() for outputs in read):
+    # Logits may be minus infinity for tokens that a target forbids; the largest is NaN where any of them is.
+    if not all(o.hidden.isfinite().all() and o.logits.amax(-1).isfinite().all() for o in read):
         dtype = str(target.dtype).removeprefix("torch.")
         raise UserError(
             f"{target.name} gives values that are not finite in {dtype}: its weights are damaged, or need another dtype"
@@ -209,8 +223,9 @@ def check_target(target: Target, reference: Reference) -> None:
         ):
             if difference := _difference(target, ours, theirs):
                 raise Misfit(
-                    f"{target.name} is not supported: the {what} of {type(target.model).__name__} {when} differ from "
-                    f"transformers' own by {difference}, so its text would be wrong"
+                    target.name,
+                    f"the {what} of {type(target.model).__name__} {when} differ from transformers' own by "
+                    f"{difference}, so its text would be wrong",
                 )
     for _, got, expected in compared:
         if difference := _difference(target, got.layers[:, :-1], expected.layers):
@@ -303,4 +318,4 @@ def _told_by_name(target: Target, what: str) -> Iterator[None]:
         _log.debug("%s: %s", target.name, what, exc_info=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         family = type(target.model).__name__
-        raise Misfit(f"{target.name} is not supported: {family}, {what}: {reason}") from error
+        raise Misfit(target.name, f"{family}, {what}: {reason}") from error

@@ -373,6 +373,8 @@ def reason(error: Exception, source: str = "") -> str:
             "its files name code of their own (auto_map), and code from a checkpoint is never run; give a model of a "
             "family that transformers itself knows"
         )
+    if named := re.match(r"'(\w+)' is a per-layer attribute", text):  # Gemma 4
+        return f"its layers differ in {named[1]}, which is not supported"
     if error.args == (ATTENTION_NAME,):
         return "its attention is a module of its own kind, which this package cannot take over"
     if "/" in source:

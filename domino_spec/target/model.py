@@ -174,7 +174,7 @@ class Target:
         norm = next((module for module in norms if isinstance(module, nn.Module)), None)
         if norm is None or self.no_features is not None:
             reason = self.no_features or "no final norm is known"
-            raise UserError(f"{self.name} decodes without a draft only: of {type(self.model).__name__}, {reason}")
+            raise UserError(f"{self.name} ({type(self.model).__name__}) decodes without a draft only: {reason}")
         return norm
 
     @property
@@ -323,7 +323,7 @@ class Target:
             UserError: layers are tapped whose outputs are known to be of no use (`no_features`).
         """
         if feature_layers and self.no_features is not None:
-            raise UserError(f"{self.name} gives no features: of {type(self.model).__name__}, {self.no_features}")
+            raise UserError(f"{self.name} ({type(self.model).__name__}) gives no features: {self.no_features}")
         num_tokens = tokens.shape[1]
         extent = cache.begin_pass(num_tokens)
         lengths = cache.lengths

@@ -54,7 +54,8 @@ def render(outcomes: Iterable[Outcome], version: str) -> str:
 def reason(outcome: Outcome) -> str:
     """Why, as a cell: without what its section says, and without figures that another machine gives otherwise."""
     text = re.sub(r"by [\d.e+-]+ of their size.*", "by more than rounding", outcome.drafts or outcome.detail)
-    for known in (class_name(outcome.family), f"target {outcome.family}: ", f" of target {outcome.family}"):
+    family, cls = outcome.family, class_name(outcome.family)
+    for known in (f" of target {family}", f"target {family}: ", f"{family} ({cls}) ", f" of {cls}", cls):
         text = text.replace(known, "")
     return " ".join(text.split()).strip(", ").replace("|", "\\|")
 

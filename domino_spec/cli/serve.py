@@ -133,7 +133,7 @@ def serve(
     domino-spec serve --engine vllm --target Qwen/Qwen3-4B --draft my-draft -- --gpu-memory-utilization 0.8
     """
     _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
-    # Without a draft the method is none; as if it had been asked for, no draft is looked for.
+    # `--draft none` means method none, for which the default target's own draft is not looked up.
     method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
     if engine == LOCAL:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from domino_spec.config import UserError
-from domino_spec.target.embedded import check_target
+from domino_spec.target.embedded import check_installed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def prepare(verbose: bool, threads: int | None = None, target: str | None = None
         UserError: it is the embedded target, whose weights are not installed.
     """
     if target is not None:
-        check_target(target)
+        check_installed(target)
     log = logging.getLogger("domino_spec")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, _StandardError) for handler in log.handlers):

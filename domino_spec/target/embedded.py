@@ -47,7 +47,7 @@ def gguf_file() -> Path:
     return file
 
 
-def check_target(name: str) -> None:
+def check_installed(name: str) -> None:
     """Refuse the embedded target where it cannot be had; any other name passes.
 
     Raises:

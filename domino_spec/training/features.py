@@ -150,9 +150,7 @@ class FeatureCache:
         self._open: dict[Path, safe_open] = {}
         self._verified: set[str] = set()
         if not os.path.exists(directory / SETTINGS_FILE):
-            with only_writer(
-                directory, directory / LOCK_FILE
-            ):  # two processes with different settings must not both begin
+            with only_writer(directory, directory / LOCK_FILE):  # two processes with other settings must not both begin
                 if not os.path.exists(directory / SETTINGS_FILE):
                     write_json(settings, directory / SETTINGS_FILE)
         if read_settings(directory) != settings:

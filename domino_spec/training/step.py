@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from domino_spec.config import UserError
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe
@@ -111,10 +110,4 @@ class BlockLoss(nn.Module):
         last = batch.features[:, start : start + width]
         offsets = torch.arange(drafted.choices.shape[-1], device=last.device)
         positions = (drafted.blocks.anchors[:, None] + offsets).flatten()[rows]
-        norm = self.draft.ends.final_norm
-        if norm is None:
-            raise UserError(
-                f"training.objective {self.recipe.objective} needs the target's final norm, which its architecture "
-                "does not show"
-            )
-        return norm(last[positions])
+        return self.draft.ends.final_norm(last[positions])

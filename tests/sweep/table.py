@@ -54,10 +54,11 @@ def render(outcomes: Iterable[Outcome], version: str) -> str:
 def reason(outcome: Outcome) -> str:
     """Why, as a cell: without what its section says, and without figures that another machine gives otherwise."""
     text = re.sub(r"by [\d.e+-]+ of their size.*", "by more than rounding", outcome.drafts or outcome.detail)
-    family, cls = outcome.family, class_name(outcome.family)
-    for known in (f" of target {family}", f"target {family}: ", f"{family} ({cls}) ", f" of {cls}", cls):
-        text = text.replace(known, "")
-    return " ".join(text.split()).strip(", ").replace("|", "\\|")
+    own = class_name(outcome.family)
+    for known in (f" of {own}", f"{own}, ", f"{own} ", f"target {outcome.family}: ", f" of target {outcome.family}"):
+        text = text.replace(known, " ")
+    first_sentence = " ".join(text.split(". ")[0].split())
+    return first_sentence.replace(": , ", ": ").replace("|", "\\|")
 
 
 def write(outcomes: Iterable[Outcome], version: str, page: Path = PAGE) -> None:

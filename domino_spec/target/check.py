@@ -143,8 +143,8 @@ def read_reference(target: Target) -> Reference:
 def _texts(target: Target) -> list[Tensor]:
     """Tokens of both requests; none that the configuration gives a meaning of its own, such as an image's."""
     named = [value for key, value in vars(target.config).items() if key.endswith(("token_id", "token_index"))]
-    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
-    ordinary = [token for token in range(target.vocab_size) if token not in special]
+    special = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    ordinary = sorted({*range(target.vocab_size)} - {token for token in special if isinstance(token, int)})
     generator = torch.Generator().manual_seed(0)
     lengths = [length + len(_PARENTS) for length in _PROMPT_LENGTHS]
     drawn = (torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths)
@@ -285,8 +285,9 @@ def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
     if ours.shape != theirs.shape:
         return f"their shape, {list(ours.shape)} instead of {list(theirs.shape)}"
     ours, theirs = ours.float(), theirs.float()
-    lengths = theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    relative, rounding = ((ours - theirs).norm(dim=-1) / lengths), _rounding(target)
+    equal = ours == theirs  # infinite logits too, of tokens that a model never gives
+    lengths = theirs.masked_fill(theirs.isinf(), 0).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    relative, rounding = (ours - theirs).masked_fill(equal, 0).norm(dim=-1) / lengths, _rounding(target)
     if (relative <= rounding).all():  # of no rows, too; not of what is not a number
         return ""
     return f"{relative.max():.2g} of their size (rounding: {rounding:.2g})"

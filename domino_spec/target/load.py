@@ -40,7 +40,7 @@ from domino_spec.files import read_object
 from domino_spec.target.attention import ATTENTION_NAME
 from domino_spec.target.check import checked_target
 from domino_spec.target.embedded import EMBEDDED_TARGET, converted_directory, gguf_file, is_converted
-from domino_spec.target.model import Target, stop_token_ids
+from domino_spec.target.model import Target, longest_text, stop_token_ids
 from domino_spec.target.packing import can_pack
 from domino_spec.target.weights import check_loaded, check_stored, stored_tensors, without_report
 
@@ -163,7 +163,7 @@ def target_config(name_or_path: str | Path) -> Any:
     return load_config(target_source(name), f"target {name}").get_text_config()
 
 
-_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _Size = Annotated[int, Field(ge=1)]
 _TokenId = Annotated[int, Field(ge=0)]
 
@@ -215,8 +215,8 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
         read = {f.name: getattr(text, f.name, None) for f in dataclasses.fields(_TextSettings)}
     parse_settings(_TextSettings, read, where)
     for key in _REQUIRED:
-        if read[key] is None:
-            raise UserError(f"{where}: missing key {key!r}")
+        if read[key] is None:  # transformers fills in what a file leaves out, if the family has it at all
+            raise UserError(f"{what} is not supported: a configuration of type {text.model_type} has no {key}")
     if read["sliding_window"] == 0 and read["use_sliding_window"] is not False:  # Qwen's way to say that there is none
         raise UserError(f"{where}: sliding_window: expected at least 1 or null, found 0")
     _check_stop_tokens(read["eos_token_id"], config, where)
@@ -288,7 +288,7 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
     tokenizer = load_tokenizer(source, what)
     generation = load_generation_config(source, what, config)
     text = config.get_text_config()
-    return TargetText(tokenizer, stop_token_ids(generation, text, tokenizer), text.max_position_embeddings)
+    return TargetText(tokenizer, stop_token_ids(generation, text, tokenizer), longest_text(text, name))
 
 
 def load_generation_config(source: str, what: str, config: Any) -> GenerationConfig | None:

@@ -117,7 +117,7 @@ class Target:
         self._in_one_step: DecoderLayers | None = None
         self._windows = _attention_windows(self.config, name)
         self._cache_argument = cache_argument
-        self.max_length = _max_length(self.config, name)
+        self.max_length = longest_text(self.config, name)
         """Longest text that can be decoded, in tokens."""
         self.rope_limit = _constant_rope_length(self.config, self.max_length)
         """Tokens up to which the angles of RoPE do not depend on the length of the text; None where they never do."""
@@ -401,8 +401,12 @@ def _cache_argument(decoder: nn.Module) -> str | None:
     return next((name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)), None)
 
 
-def _max_length(config: Any, name: str) -> int:
-    """Longest text that a configuration allows, in tokens."""
+def longest_text(config: Any, name: str) -> int:
+    """Longest text that a configuration allows, in tokens.
+
+    Raises:
+        UserError: it does not say.
+    """
     for key in _LENGTHS:
         if isinstance(length := getattr(config, key, None), int):
             return length

@@ -26,9 +26,9 @@ from domino_spec.kernels import bindings, cpu, reference, trees
 from domino_spec.kernels.blended import Terms, blended_rows_torch_
 from domino_spec.kernels.embedding import EmbeddingTable
 from domino_spec.kernels.layers_cpu import Layer, Norm, Product
-from domino_spec.target.fusing import FusedAttention, FusedProjection, NotFusible, fuse
+from domino_spec.target.fusing import FusedAttention, FusedProjection, NotFusible
 from tests import sanitized
-from tests.tiny import tiny_model
+from tests.tiny import tiny_target
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 KERNELS = Path(bindings.__file__).parent
@@ -512,8 +512,8 @@ class _NormOfAllHeads(nn.Module):
 
 def test_a_norm_as_wide_as_all_heads_is_not_taken_for_a_heads():
     """It wrote behind the row, while the replacement was tried."""
-    model = tiny_model("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    layer = model.get_decoder().layers[0]
+    target: Any = tiny_target("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    layer = target.layers[0]
     layer.self_attn = attention = _NormOfAllHeads(layer.self_attn)
     with pytest.raises(NotFusible):
         FusedProjection(attention)
@@ -521,8 +521,8 @@ def test_a_norm_as_wide_as_all_heads_is_not_taken_for_a_heads():
         ValueError, match="rms_norm_heads_: weight must be as wide as a head, of which 4 from number 0 on"
     ):
         cpu.rms_norm_heads_(torch.randn(2, 8 * 16), 0, 4, attention.q_norm.weight, 1e-6)
-    fuse(model)
-    assert layer.self_attn is attention and isinstance(model.get_decoder().layers[1].self_attn, FusedAttention)
+    target.pack()
+    assert layer.self_attn is attention and isinstance(target.layers[1].self_attn, FusedAttention)
 
 
 # ---- the door itself ----

@@ -312,32 +312,41 @@ def read_rope(
     Raises:
         UserError: a setting is missing, wrong or contradicts another, or the kind is not supported.
     """
-    stated = {
-        name: published[name] for name in ("rope_parameters", "rope_scaling") if published.get(name) not in (None, {})
-    }
-    if len(stated) == 2 and stated["rope_parameters"] != stated["rope_scaling"]:
-        raise UserError(f"{where}: rope_parameters and rope_scaling differ; keep the one that is right")
-    theta, scaling = published.get("rope_theta"), None
-    for name, value in list(stated.items())[:1]:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: {name}: expected mapping, found {found(value)}")
-        settings: Any = value
-        if any(isinstance(part, Mapping) for part in value.values()):  # one set per kind of attention
-            settings = value.get("full_attention")
-            if not isinstance(settings, Mapping):
-                kinds = ", ".join(map(str, value))
-                raise UserError(f"{where}: {name}: expected settings of full_attention, found those of {kinds}")
-        given = {key: setting for key, setting in settings.items() if setting is not None}
-        keys: RopeKeys | None = getattr(parse_settings(_RopeFile, {name: given}, where), name)
-        assert keys is not None
-        scaling = keys.scaling()
+    theta, of_theta, scalings = published.get("rope_theta"), "rope_theta", []
+    for name in ROPE_NAMES:
+        keys = _rope_keys(published.get(name), name, where)
+        if keys is None:
+            continue
+        scalings.append(keys.scaling())
         if None not in (theta, keys.rope_theta) and theta != keys.rope_theta:
-            raise UserError(f"{where}: rope_theta is {theta}, but {name}.rope_theta is {keys.rope_theta}")
-        theta = theta if keys.rope_theta is None else keys.rope_theta
+            raise UserError(f"{where}: {of_theta} is {theta}, but {name}.rope_theta is {keys.rope_theta}")
+        if theta is None:
+            theta, of_theta = keys.rope_theta, f"{name}.rope_theta"
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ; keep the one that is right")
     theta = default_theta if theta is None else theta
     if theta is None:
         raise UserError(f"{where}: missing key 'rope_theta', the base of the draft's rotary embeddings; add it")
-    return float(theta), scaling
+    return float(theta), scalings[0] if scalings else None
+
+
+def _rope_keys(value: Any, name: str, where: str) -> RopeKeys | None:
+    """What `rope_parameters` or `rope_scaling` says of full attention; None where all of it is null or left out."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {name}: expected mapping, found {found(value)}")
+    settings: Any = value
+    if any(isinstance(part, Mapping) for part in value.values()):  # one set per kind of attention
+        settings = value.get("full_attention")
+        if not isinstance(settings, Mapping):
+            kinds = ", ".join(map(str, value))
+            raise UserError(f"{where}: {name}: expected settings of full_attention, found those of {kinds}")
+    given = {key: setting for key, setting in settings.items() if setting is not None}
+    if not given:
+        return None
+    keys: RopeKeys | None = getattr(parse_settings(_RopeFile, {name: given}, where), name)
+    return keys
 
 
 # Keys that are not read.

@@ -132,6 +132,28 @@ def test_two_ropes_that_differ_are_refused():
     parse_config(block.published_json(rope_scaling=LLAMA3, rope_parameters=LLAMA3))
 
 
+@pytest.mark.parametrize(
+    "scaling, parameters",
+    [
+        (LLAMA3, LLAMA3 | {"rope_theta": 1e6}),
+        (LLAMA3 | {"rope_theta": 1e6}, LLAMA3 | {"rope_theta": 1000000, "beta_fast": None}),
+        (LLAMA3 | {"factor": 8}, {"full_attention": LLAMA3 | {"rope_theta": 1e6}, "sliding_attention": {}}),
+        (LLAMA3, {"rope_type": None}),
+    ],
+)
+def test_two_ropes_that_say_the_same_are_one(scaling, parameters):
+    for first, second in ((scaling, parameters), (parameters, scaling)):
+        config = parse_config(block.published_json(rope_scaling=first, rope_parameters=second))
+        assert (config.rope_theta, config.rope_scaling) == (1e6, LLAMA3)
+
+
+def test_two_ropes_must_agree_on_the_base():
+    ropes = {"rope_parameters": LLAMA3 | {"rope_theta": 1e6}, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}}
+    message = refused(parse_config, block.published_json(rope_theta=None, **ropes))
+    assert "rope_parameters.rope_theta is 1000000.0, but rope_scaling.rope_theta is 500000.0" in message
+    assert "rope_theta is 1000000, but rope_scaling" in refused(parse_config, block.published_json(**ropes))
+
+
 # Keys that change what is computed.
 
 

@@ -230,10 +230,13 @@ class RopeKeys(Settings):
     mrope_section: tuple[int, ...] | None = None
     """How positions of pictures are spread; all are equal for text."""
     mrope_interleaved: bool | None = None
+    finetuned: bool | None = None
+    """Whether the model was trained with these settings."""
 
     def __post_init__(self) -> None:
         kind = self.kind
-        require(None in (self.rope_type, self.type) or self.rope_type == self.type, "rope_type and type differ")
+        kinds = {_SAME_KIND.get(name, name) for name in (self.rope_type, self.type) if name is not None}
+        require(len(kinds) < 2, "rope_type and type differ")
         require(
             kind not in ROPES_OF_LENGTH,
             f"rope_type {kind!r} is not supported in a draft: its angles depend on the length of the text",
@@ -244,9 +247,13 @@ class RopeKeys(Settings):
         needed, optional = ROPES[kind]
         for name in needed:
             require(getattr(self, name) is not None, f"missing key {name!r}, which rope_type {kind} needs")
+        known = (*needed, *optional, *_WITHOUT_EFFECT.get(kind, ()), *_OF_EVERY_ROPE)
         for f in dataclasses.fields(self):
-            unused = f.name not in (*needed, *optional, *_OF_EVERY_ROPE) and getattr(self, f.name) is not None
-            require(not unused, f"rope_type {kind} has no key {f.name!r}")
+            require(f.name in known or getattr(self, f.name) is None, f"rope_type {kind} has no key {f.name!r}")
+        require(
+            kind != "default" or self.factor in (None, 1),
+            f"factor: expected 1, since rope_type default does not scale, found {self.factor}",
+        )
         if kind == "llama3":
             assert self.low_freq_factor is not None and self.high_freq_factor is not None
             require(
@@ -258,8 +265,9 @@ class RopeKeys(Settings):
 
     @property
     def kind(self) -> str:
-        """`rope_type` by either name."""
-        return self.rope_type or self.type or "default"
+        """`rope_type` by either name; `mrope` is `default` for text."""
+        name = self.rope_type or self.type or "default"
+        return _SAME_KIND.get(name, name)
 
     def scaling(self) -> dict[str, Any] | None:
         """What transformers needs beyond theta; None for plain RoPE."""
@@ -290,7 +298,17 @@ ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Supported kinds of RoPE: the keys that each needs, and those that it may have."""
 ROPES_OF_LENGTH = ("dynamic", "longrope", "su")
 """Kinds whose angles follow the longest position of a pass, so that cached keys would not fit later ones."""
-_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_SAME_KIND = {"mrope": "default"}
+"""Kinds that differ from another only for pictures, whose positions have several parts. A draft's have one."""
+_WITHOUT_EFFECT = {
+    "default": ("factor", "original_max_position_embeddings"),
+    "linear": ("original_max_position_embeddings",),
+}
+"""Keys that some files have beside those in `ROPES`."""
+_OF_EVERY_ROPE = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *("mrope_section", "mrope_interleaved", "finetuned"),
+)
 
 
 @dataclass(frozen=True)

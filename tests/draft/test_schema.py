@@ -74,6 +74,20 @@ def test_the_base_of_a_block_drafts_rope_must_be_stated(rope):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e6, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"rope_type": "default", "factor": 1.0, "partial_rotary_factor": 1}}, 1e6, None),
+        ({"rope_scaling": {"rope_type": "default", "original_max_position_embeddings": 64}}, 1e6, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "original_max_position_embeddings": 64}},
+            1e6,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True, "partial_rotary_factor": 1.0}},
+            1e6,
+            {"rope_type": "yarn", "factor": 2.0},
+        ),
     ],
 )
 def test_rope_is_read_wherever_a_file_states_it(changes, theta, scaling):
@@ -114,6 +128,11 @@ def without(name: str) -> dict:
         (LLAMA3 | {"long_factor": [1.0, 2.0]}, "rope_type llama3 has no key 'long_factor'"),
         ({"rope_type": ["yarn"]}, "rope_scaling.rope_type: expected string, found ['yarn'] (list)"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "rope_type and type differ"),
+        ({"rope_type": "linear", "type": "mrope", "factor": 2.0}, "rope_type and type differ"),
+        ({"rope_type": "default", "factor": 2.0}, "factor: expected 1, since rope_type default does not scale"),
+        ({"type": "mrope", "factor": 2.0}, "factor: expected 1, since rope_type default does not scale"),
+        ({"type": "yarn", "factor": 2.0, "attn_factor": 1.5}, "rope_scaling: unknown key 'attn_factor'"),
+        ({"type": "yarn", "factor": 2.0, "extrapolation_factor": 2.0}, "unknown key 'extrapolation_factor'"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor: expected"),
         ({"sliding_attention": {"rope_theta": 1e4}}, "expected settings of full_attention, found those of sliding_"),
         ([1], "rope_scaling: expected mapping, found [1] (list)"),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -28,7 +28,10 @@ Rows = Annotated[int, Field(ge=1, le=2**24)]
 """Of a vocabulary."""
 Slots = Annotated[int, Field(ge=1, le=1024)]
 """Of a block: a draft that long costs more than the target."""
-LayerIds = Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=256)]
+LayerId = Annotated[int, Field(ge=0, le=4096)]
+LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256)]
+LayerIdsOrRule = Annotated[tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: ids or None)]
+"""An empty list stands for one that is left out: the layers are those of the published rule."""
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -123,7 +126,7 @@ class BlockKeys(LayerKeys):
 class EagleKeys(Settings):
     """The object `eagle_config` of SGLang's form."""
 
-    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+    eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class PairKeys(Settings):
     draft_length: Slots | None = None
     target_hidden_size: Size | None = None
     target_layer_ids: LayerIds | None = None
-    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+    eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
     eagle_config: EagleKeys = EagleKeys()
     domino_spec: OwnKeys = OwnKeys()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +230,17 @@ def test_keys_that_name_other_layers_are_refused():
     assert parse_single_layer(agreeing).target_layer_ids == (1, 17, 32)
     config = pair.published_json(**{name: [2, 18, 33], "eagle_config": {name: [2, 18, 33]}})
     assert "those of [1, 17, 32]" in refused(parse_single_layer, config)
+
+
+@pytest.mark.parametrize("ids", [None, []])
+def test_an_eagle_draft_that_lists_no_layers_follows_the_published_rule(tmp_path, ids):
+    name = "eagle_aux_hidden_state_layer_ids"
+    for config in (pair.published_json(**{name: ids}), pair.published_json(eagle_config={name: ids})):
+        assert parse_single_layer(config) == replace(parse_single_layer(pair.published_json()), published=config)
+    pair.write(tmp_path, config, pair.published_tensors())
+    assert load_draft(tmp_path, tiny_target(num_hidden_layers=8)).layers == (1, 3, 4)
+    other = {name: [2, 18, 33], "eagle_config": {name: ids}}
+    assert parse_single_layer(pair.published_json(**other)).target_layer_ids == (1, 17, 32)
 
 
 # Types and sizes.

@@ -380,9 +380,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "use_bias": (False,),
     "use_qkv_bias": (False,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
     "quantization_config": (),
     # activations and norms
     "hidden_act": ("silu", "swish"),
@@ -436,12 +433,23 @@ _PAIR_NEUTRAL = {
     "fc_norm": (False,),
     "norm_output": (False,),
 }
+_OF_EXPERTS = frozenset(
+    {
+        *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "moe_layer_freq", "decoder_sparse_step"),
+        *("first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "n_group", "topk_group", "topk_method"),
+        *("scoring_func", "routed_scaling_factor", "output_router_logits", "router_aux_loss_coef"),
+    }
+)
+"""Left over from a target with experts. They say nothing of a layer that has none: families with experts are refused by
+`model_type`, and tensors of experts are refused as unexpected."""
 _HARMLESS = frozenset(
     {
         *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
         *("attention_dropout", "attn_implementation", "initializer_range", "max_window_layers", "pretraining_tp"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"),
         *("speculators_config", "speculators_model_type", "speculators_version"),
+        *_OF_EXPERTS,
     }
 )
 _ALIKE = ("qwen3", "qwen2", "llama", "mistral")

@@ -196,7 +196,6 @@ def test_two_ropes_must_agree_on_the_base():
         ("query_pre_attn_scalar", 256, block.HEAD_DIM),
         ("norm_eps", 1e-5, None),
         ("use_qk_norm", False, True),
-        ("num_experts", 8, 0),
         ("quantization_config", {"bits": 4}, None),
         ("model_type", "gemma3_text", "qwen3"),
     ],
@@ -208,6 +207,26 @@ def test_a_key_that_matters_is_refused_unless_it_changes_nothing(key, value, neu
     assert plain.published[key] == neutral
     if key in ("is_causal", "output_multiplier"):
         assert f"dflash_config: {key}: expected" in refused(parse_config, nested(**{key: value}))
+
+
+EXPERTS = {"num_experts": 128, "num_local_experts": 8, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+
+
+def test_expert_keys_are_kept_unread_where_layers_have_no_experts():
+    parsed = parse_config(block.published_json(**EXPERTS))
+    assert replace(parsed, published={}) == replace(parse_config(block.published_json()), published={})
+    assert parsed.published["num_experts"] == 128
+    assert unknown_keys(parsed.published) == ["dflash_config.a_key_of_tomorrow"]
+    layer = pair.published_json("speculators")
+    layer["transformer_layer_config"] |= EXPERTS
+    assert parse_single_layer(layer).intermediate_size == pair.INTERMEDIATE
+    assert unknown_keys(layer) == ["a_key_of_tomorrow"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_draft_whose_layers_have_experts_is_refused(family):
+    message = refused(parse_config, block.published_json(model_type=family, **EXPERTS))
+    assert "model_type: expected qwen3 or" in message and f"found '{family}', whose layers differ" in message
 
 
 def test_what_is_neutral_depends_on_the_kind_of_draft():
@@ -323,6 +342,12 @@ def test_weights_that_are_no_numbers_with_a_point_are_refused(saved, dtype):
     change_tensors(saved, **{"fc.weight": torch.ones(32, 64).to(dtype)})
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(UserError, match=f"tensor fc.weight: expected floating point of 16 bits or more, found {name}"):
+        read_draft(saved)
+
+
+def test_tensors_of_experts_are_refused(saved):
+    change_tensors(saved, **{"layers.0.mlp.experts.0.gate_proj.weight": torch.ones(4, 32)})
+    with pytest.raises(UserError, match=r"unexpected tensor layers\.0\.mlp\.experts\.0"):
         read_draft(saved)
 
 

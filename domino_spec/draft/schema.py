@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -28,7 +28,10 @@ Rows = Annotated[int, Field(ge=1, le=2**24)]
 """Of a vocabulary."""
 Slots = Annotated[int, Field(ge=1, le=1024)]
 """Of a block: a draft that long costs more than the target."""
-LayerIds = Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=256)]
+LayerId = Annotated[int, Field(ge=0, le=4096)]
+LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256)]
+LayerIdsOrRule = Annotated[tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: ids or None)]
+"""An empty list stands for one that is left out: the layers are those of the published rule."""
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -123,7 +126,7 @@ class BlockKeys(LayerKeys):
 class EagleKeys(Settings):
     """The object `eagle_config` of SGLang's form."""
 
-    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+    eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class PairKeys(Settings):
     draft_length: Slots | None = None
     target_hidden_size: Size | None = None
     target_layer_ids: LayerIds | None = None
-    eagle_aux_hidden_state_layer_ids: LayerIds | None = None
+    eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
     eagle_config: EagleKeys = EagleKeys()
     domino_spec: OwnKeys = OwnKeys()
 
@@ -230,10 +233,13 @@ class RopeKeys(Settings):
     mrope_section: tuple[int, ...] | None = None
     """How positions of pictures are spread; all are equal for text."""
     mrope_interleaved: bool | None = None
+    finetuned: bool | None = None
+    """Whether the model was trained with these settings."""
 
     def __post_init__(self) -> None:
         kind = self.kind
-        require(None in (self.rope_type, self.type) or self.rope_type == self.type, "rope_type and type differ")
+        kinds = {_SAME_KIND.get(name, name) for name in (self.rope_type, self.type) if name is not None}
+        require(len(kinds) < 2, "rope_type and type differ")
         require(
             kind not in ROPES_OF_LENGTH,
             f"rope_type {kind!r} is not supported in a draft: its angles depend on the length of the text",
@@ -244,9 +250,13 @@ class RopeKeys(Settings):
         needed, optional = ROPES[kind]
         for name in needed:
             require(getattr(self, name) is not None, f"missing key {name!r}, which rope_type {kind} needs")
+        known = (*needed, *optional, *_WITHOUT_EFFECT.get(kind, ()), *_OF_EVERY_ROPE)
         for f in dataclasses.fields(self):
-            unused = f.name not in (*needed, *optional, *_OF_EVERY_ROPE) and getattr(self, f.name) is not None
-            require(not unused, f"rope_type {kind} has no key {f.name!r}")
+            require(f.name in known or getattr(self, f.name) is None, f"rope_type {kind} has no key {f.name!r}")
+        require(
+            kind != "default" or self.factor in (None, 1),
+            f"factor: expected 1, since rope_type default does not scale, found {self.factor}",
+        )
         if kind == "llama3":
             assert self.low_freq_factor is not None and self.high_freq_factor is not None
             require(
@@ -258,8 +268,9 @@ class RopeKeys(Settings):
 
     @property
     def kind(self) -> str:
-        """`rope_type` by either name."""
-        return self.rope_type or self.type or "default"
+        """`rope_type` by either name; `mrope` is `default` for text."""
+        name = self.rope_type or self.type or "default"
+        return _SAME_KIND.get(name, name)
 
     def scaling(self) -> dict[str, Any] | None:
         """What transformers needs beyond theta; None for plain RoPE."""
@@ -290,7 +301,17 @@ ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Supported kinds of RoPE: the keys that each needs, and those that it may have."""
 ROPES_OF_LENGTH = ("dynamic", "longrope", "su")
 """Kinds whose angles follow the longest position of a pass, so that cached keys would not fit later ones."""
-_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_SAME_KIND = {"mrope": "default"}
+"""Kinds that differ from another only for pictures, whose positions have several parts. A draft's have one."""
+_WITHOUT_EFFECT = {
+    "default": ("factor", "original_max_position_embeddings"),
+    "linear": ("original_max_position_embeddings",),
+}
+"""Keys that some files have beside those in `ROPES`."""
+_OF_EVERY_ROPE = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *("mrope_section", "mrope_interleaved", "finetuned"),
+)
 
 
 @dataclass(frozen=True)
@@ -312,32 +333,41 @@ def read_rope(
     Raises:
         UserError: a setting is missing, wrong or contradicts another, or the kind is not supported.
     """
-    stated = {
-        name: published[name] for name in ("rope_parameters", "rope_scaling") if published.get(name) not in (None, {})
-    }
-    if len(stated) == 2 and stated["rope_parameters"] != stated["rope_scaling"]:
-        raise UserError(f"{where}: rope_parameters and rope_scaling differ; keep the one that is right")
-    theta, scaling = published.get("rope_theta"), None
-    for name, value in list(stated.items())[:1]:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: {name}: expected mapping, found {found(value)}")
-        settings: Any = value
-        if any(isinstance(part, Mapping) for part in value.values()):  # one set per kind of attention
-            settings = value.get("full_attention")
-            if not isinstance(settings, Mapping):
-                kinds = ", ".join(map(str, value))
-                raise UserError(f"{where}: {name}: expected settings of full_attention, found those of {kinds}")
-        given = {key: setting for key, setting in settings.items() if setting is not None}
-        keys: RopeKeys | None = getattr(parse_settings(_RopeFile, {name: given}, where), name)
-        assert keys is not None
-        scaling = keys.scaling()
+    theta, of_theta, scalings = published.get("rope_theta"), "rope_theta", []
+    for name in ROPE_NAMES:
+        keys = _rope_keys(published.get(name), name, where)
+        if keys is None:
+            continue
+        scalings.append(keys.scaling())
         if None not in (theta, keys.rope_theta) and theta != keys.rope_theta:
-            raise UserError(f"{where}: rope_theta is {theta}, but {name}.rope_theta is {keys.rope_theta}")
-        theta = theta if keys.rope_theta is None else keys.rope_theta
+            raise UserError(f"{where}: {of_theta} is {theta}, but {name}.rope_theta is {keys.rope_theta}")
+        if theta is None:
+            theta, of_theta = keys.rope_theta, f"{name}.rope_theta"
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ; keep the one that is right")
     theta = default_theta if theta is None else theta
     if theta is None:
         raise UserError(f"{where}: missing key 'rope_theta', the base of the draft's rotary embeddings; add it")
-    return float(theta), scaling
+    return float(theta), scalings[0] if scalings else None
+
+
+def _rope_keys(value: Any, name: str, where: str) -> RopeKeys | None:
+    """What `rope_parameters` or `rope_scaling` says of full attention; None where all of it is null or left out."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {name}: expected mapping, found {found(value)}")
+    settings: Any = value
+    if any(isinstance(part, Mapping) for part in value.values()):  # one set per kind of attention
+        settings = value.get("full_attention")
+        if not isinstance(settings, Mapping):
+            kinds = ", ".join(map(str, value))
+            raise UserError(f"{where}: {name}: expected settings of full_attention, found those of {kinds}")
+    given = {key: setting for key, setting in settings.items() if setting is not None}
+    if not given:
+        return None
+    keys: RopeKeys | None = getattr(parse_settings(_RopeFile, {name: given}, where), name)
+    return keys
 
 
 # Keys that are not read.
@@ -350,9 +380,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "use_bias": (False,),
     "use_qkv_bias": (False,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
     "quantization_config": (),
     # activations and norms
     "hidden_act": ("silu", "swish"),
@@ -406,12 +433,23 @@ _PAIR_NEUTRAL = {
     "fc_norm": (False,),
     "norm_output": (False,),
 }
+_OF_EXPERTS = frozenset(
+    {
+        *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "moe_layer_freq", "decoder_sparse_step"),
+        *("first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "n_group", "topk_group", "topk_method"),
+        *("scoring_func", "routed_scaling_factor", "output_router_logits", "router_aux_loss_coef"),
+    }
+)
+"""Left over from a target with experts. They say nothing of a layer that has none: families with experts are refused by
+`model_type`, and tensors of experts are refused as unexpected."""
 _HARMLESS = frozenset(
     {
         *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
         *("attention_dropout", "attn_implementation", "initializer_range", "max_window_layers", "pretraining_tp"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"),
         *("speculators_config", "speculators_model_type", "speculators_version"),
+        *_OF_EXPERTS,
     }
 )
 _ALIKE = ("qwen3", "qwen2", "llama", "mistral")

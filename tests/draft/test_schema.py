@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,20 @@ def test_the_base_of_a_block_drafts_rope_must_be_stated(rope):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e6, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]}}, 1e6, None),
+        ({"rope_scaling": {"rope_type": "default", "factor": 1.0, "partial_rotary_factor": 1}}, 1e6, None),
+        ({"rope_scaling": {"rope_type": "default", "original_max_position_embeddings": 64}}, 1e6, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "original_max_position_embeddings": 64}},
+            1e6,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True, "partial_rotary_factor": 1.0}},
+            1e6,
+            {"rope_type": "yarn", "factor": 2.0},
+        ),
     ],
 )
 def test_rope_is_read_wherever_a_file_states_it(changes, theta, scaling):
@@ -114,6 +129,11 @@ def without(name: str) -> dict:
         (LLAMA3 | {"long_factor": [1.0, 2.0]}, "rope_type llama3 has no key 'long_factor'"),
         ({"rope_type": ["yarn"]}, "rope_scaling.rope_type: expected string, found ['yarn'] (list)"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "rope_type and type differ"),
+        ({"rope_type": "linear", "type": "mrope", "factor": 2.0}, "rope_type and type differ"),
+        ({"rope_type": "default", "factor": 2.0}, "factor: expected 1, since rope_type default does not scale"),
+        ({"type": "mrope", "factor": 2.0}, "factor: expected 1, since rope_type default does not scale"),
+        ({"type": "yarn", "factor": 2.0, "attn_factor": 1.5}, "rope_scaling: unknown key 'attn_factor'"),
+        ({"type": "yarn", "factor": 2.0, "extrapolation_factor": 2.0}, "unknown key 'extrapolation_factor'"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor: expected"),
         ({"sliding_attention": {"rope_theta": 1e4}}, "expected settings of full_attention, found those of sliding_"),
         ([1], "rope_scaling: expected mapping, found [1] (list)"),
@@ -130,6 +150,28 @@ def test_two_ropes_that_differ_are_refused():
     config = block.published_json(rope_scaling=LLAMA3, rope_parameters={"rope_type": "default"})
     assert "rope_parameters and rope_scaling differ" in refused(parse_config, config)
     parse_config(block.published_json(rope_scaling=LLAMA3, rope_parameters=LLAMA3))
+
+
+@pytest.mark.parametrize(
+    "scaling, parameters",
+    [
+        (LLAMA3, LLAMA3 | {"rope_theta": 1e6}),
+        (LLAMA3 | {"rope_theta": 1e6}, LLAMA3 | {"rope_theta": 1000000, "beta_fast": None}),
+        (LLAMA3 | {"factor": 8}, {"full_attention": LLAMA3 | {"rope_theta": 1e6}, "sliding_attention": {}}),
+        (LLAMA3, {"rope_type": None}),
+    ],
+)
+def test_two_ropes_that_say_the_same_are_one(scaling, parameters):
+    for first, second in ((scaling, parameters), (parameters, scaling)):
+        config = parse_config(block.published_json(rope_scaling=first, rope_parameters=second))
+        assert (config.rope_theta, config.rope_scaling) == (1e6, LLAMA3)
+
+
+def test_two_ropes_must_agree_on_the_base():
+    ropes = {"rope_parameters": LLAMA3 | {"rope_theta": 1e6}, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}}
+    message = refused(parse_config, block.published_json(rope_theta=None, **ropes))
+    assert "rope_parameters.rope_theta is 1000000.0, but rope_scaling.rope_theta is 500000.0" in message
+    assert "rope_theta is 1000000, but rope_scaling" in refused(parse_config, block.published_json(**ropes))
 
 
 # Keys that change what is computed.
@@ -154,7 +196,6 @@ def test_two_ropes_that_differ_are_refused():
         ("query_pre_attn_scalar", 256, block.HEAD_DIM),
         ("norm_eps", 1e-5, None),
         ("use_qk_norm", False, True),
-        ("num_experts", 8, 0),
         ("quantization_config", {"bits": 4}, None),
         ("model_type", "gemma3_text", "qwen3"),
     ],
@@ -166,6 +207,26 @@ def test_a_key_that_matters_is_refused_unless_it_changes_nothing(key, value, neu
     assert plain.published[key] == neutral
     if key in ("is_causal", "output_multiplier"):
         assert f"dflash_config: {key}: expected" in refused(parse_config, nested(**{key: value}))
+
+
+EXPERTS = {"num_experts": 128, "num_local_experts": 8, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+
+
+def test_expert_keys_are_kept_unread_where_layers_have_no_experts():
+    parsed = parse_config(block.published_json(**EXPERTS))
+    assert replace(parsed, published={}) == replace(parse_config(block.published_json()), published={})
+    assert parsed.published["num_experts"] == 128
+    assert unknown_keys(parsed.published) == ["dflash_config.a_key_of_tomorrow"]
+    layer = pair.published_json("speculators")
+    layer["transformer_layer_config"] |= EXPERTS
+    assert parse_single_layer(layer).intermediate_size == pair.INTERMEDIATE
+    assert unknown_keys(layer) == ["a_key_of_tomorrow"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_draft_whose_layers_have_experts_is_refused(family):
+    message = refused(parse_config, block.published_json(model_type=family, **EXPERTS))
+    assert "model_type: expected qwen3 or" in message and f"found '{family}', whose layers differ" in message
 
 
 def test_what_is_neutral_depends_on_the_kind_of_draft():
@@ -188,6 +249,17 @@ def test_keys_that_name_other_layers_are_refused():
     assert parse_single_layer(agreeing).target_layer_ids == (1, 17, 32)
     config = pair.published_json(**{name: [2, 18, 33], "eagle_config": {name: [2, 18, 33]}})
     assert "those of [1, 17, 32]" in refused(parse_single_layer, config)
+
+
+@pytest.mark.parametrize("ids", [None, []])
+def test_an_eagle_draft_that_lists_no_layers_follows_the_published_rule(tmp_path, ids):
+    name = "eagle_aux_hidden_state_layer_ids"
+    for config in (pair.published_json(**{name: ids}), pair.published_json(eagle_config={name: ids})):
+        assert parse_single_layer(config) == replace(parse_single_layer(pair.published_json()), published=config)
+    pair.write(tmp_path, config, pair.published_tensors())
+    assert load_draft(tmp_path, tiny_target(num_hidden_layers=8)).layers == (1, 3, 4)
+    other = {name: [2, 18, 33], "eagle_config": {name: ids}}
+    assert parse_single_layer(pair.published_json(**other)).target_layer_ids == (1, 17, 32)
 
 
 # Types and sizes.
@@ -270,6 +342,12 @@ def test_weights_that_are_no_numbers_with_a_point_are_refused(saved, dtype):
     change_tensors(saved, **{"fc.weight": torch.ones(32, 64).to(dtype)})
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(UserError, match=f"tensor fc.weight: expected floating point of 16 bits or more, found {name}"):
+        read_draft(saved)
+
+
+def test_tensors_of_experts_are_refused(saved):
+    change_tensors(saved, **{"layers.0.mlp.experts.0.gate_proj.weight": torch.ones(4, 32)})
+    with pytest.raises(UserError, match=r"unexpected tensor layers\.0\.mlp\.experts\.0"):
         read_draft(saved)
 
 

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached for the network would fail, not wait
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does (cli.threads): machines are shared
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -17,11 +19,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """A command run with --threads leaves its number behind."""
+def threads_are_put_back():
+    """A command with --threads sets them for this whole process."""
     yield
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

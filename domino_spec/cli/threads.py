@@ -2,9 +2,9 @@
 
 PyTorch's Linux wheels carry GNU's OpenMP. Between two products its threads spin for some milliseconds; where another
 process takes part of a core, the thread that everybody spins for is the one that does not run, and decoding falls to a
-tenth. After 1000 turns of the loop (what GNU's OpenMP takes itself once it knows that there are more threads than
+fraction. After 1000 turns of the loop (what GNU's OpenMP takes itself once it knows that there are more threads than
 cores) a thread sleeps instead. On a quiet machine that costs nothing; OMP_WAIT_POLICY=passive, which never spins, costs
-a quarter (docs/log.md).
+a fifth to a quarter (docs/log.md).
 
 Only the command line does so: a library does not change its process's environment.
 """

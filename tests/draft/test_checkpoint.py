@@ -151,7 +151,7 @@ def test_keys_that_some_files_hold_at_the_top_are_read_there(tmp_path, key, valu
     read = getattr(read_config(write(tmp_path, config, None)), key)
     assert (list(read) if key == "target_layer_ids" else read) == value
     config["dflash_config"][key] = [1, 3] if key == "target_layer_ids" else 7
-    with pytest.raises(UserError, match=f"{key}: found .*, but in dflash_config, where it is read, .*(7|3)"):
+    with pytest.raises(UserError, match=f"{key}: found .* here, but it is read in dflash_config, where it is .*(7|3)"):
         read_config(write(tmp_path, config, None))
 
 
@@ -159,7 +159,7 @@ def test_keys_that_some_files_hold_at_the_top_are_read_there(tmp_path, key, valu
 def test_keys_in_an_object_where_nobody_reads_them_are_refused(tmp_path, key, value):
     config = published_json(head=False)
     config["dflash_config"][key] = value
-    with pytest.raises(UserError, match=f"dflash_config: {key}: found .*, but beside dflash_config, where it is read"):
+    with pytest.raises(UserError, match=f"dflash_config: {key}: found .* here, but it is read beside dflash_config"):
         read_config(write(tmp_path, config, None))
 
 

@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import save_draft
 from domino_spec.files import WEIGHTS_FILE
 from domino_spec.target.load import load_target
 from domino_spec.target.outline import outline_target
 from domino_spec.target.weights import check_loaded, check_stored
 from tests import tiny
-from tests.cli_fixtures import fail, save_target
+from tests.cli_fixtures import fail, new_draft, save_target
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -75,13 +76,17 @@ def test_weights_that_are_codes_are_refused_by_name(directory, capfd, caplog, dt
     assert f"tensor {NAME} is stored as {str(dtype).removeprefix('torch.')}: expected bfloat16, float16" in line
 
 
-def test_all_weights_that_are_codes_are_counted(directory, capfd, caplog):
+def test_all_weights_that_are_codes_are_counted(directory, tmp_path, capfd, caplog):
+    save_draft(new_draft(directory), tmp_path / "draft")
     edited(directory, lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()})
     count = len(load_file(directory / WEIGHTS_FILE))
     assert f"{count} tensors are stored as int8 or other codes, first lm_head.weight: expected" in refusal(
         directory, capfd, caplog
     )
-    for line in (fail("inspect", "--target", directory), fail("serve", "--check", "--target", directory)):
+    for line in (
+        fail("inspect", tmp_path / "draft", "--target", directory),
+        fail("serve", "--check", "--target", directory),
+    ):
         assert "stored as int8" in line
 
 

@@ -92,7 +92,7 @@ def parse_settings(cls: type[S], values: object, where: str) -> S:
         # A misspelt key is unknown, and its right name missing: the first says more.
         first = {"unexpected_keyword_argument": 0, "missing": 1}
         worst = min(error.errors(include_url=False), key=lambda one: first.get(one["type"], 2))
-        raise UserError(f"{where}: {_describe(worst, cls)}") from None
+        raise UserError(f"{where}: {_describe(worst, cls, json.loads(text))}") from None
 
 
 @functools.cache
@@ -111,9 +111,9 @@ def _integers(value: Any, key: str) -> Iterator[tuple[str, int]]:
             yield from _integers(item, f"{key}[{index}]")
 
 
-def _describe(error: ErrorDetails, cls: type[Settings]) -> str:
-    """One of pydantic's errors as `key: expected this, found that`."""
-    kind, path = error["type"], error["loc"]
+def _describe(error: ErrorDetails, cls: type[Settings], values: object) -> str:
+    """One of pydantic's errors about `values` as `key: expected this, found that`."""
+    kind, path = error["type"], _keys(error["loc"], error["type"], values)
     if kind == "unexpected_keyword_argument":
         known = ", ".join(sorted(f.name for f in dataclasses.fields(_class_at(cls, path[:-1]))))
         return f"{_prefix(path[:-1])}unknown key {shortened(path[-1])}; known keys are {known}"
@@ -125,6 +125,19 @@ def _describe(error: ErrorDetails, cls: type[Settings]) -> str:
         return f"not valid text: {error['ctx']['error']}"
     expected = _EXPECTED.get(kind, "").format(**error.get("ctx", {})) or error["msg"].removeprefix("Input should be ")
     return f"{_prefix(path)}expected {expected}, found {found(error['input'])}"
+
+
+def _keys(path: tuple[int | str, ...], kind: str, values: Any) -> tuple[int | str, ...]:
+    """The keys and indices of one of pydantic's paths, which also names the members of unions that it tried."""
+    keys: list[int | str] = []
+    part: Any
+    for part in path:
+        if isinstance(values, list if isinstance(part, int) else dict) and (isinstance(part, int) or part in values):
+            values = values[part]
+        elif kind != "missing" or part != path[-1]:
+            continue
+        keys.append(part)
+    return tuple(keys)
 
 
 def _prefix(path: tuple[int | str, ...]) -> str:
@@ -160,6 +173,12 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    """`values`; raises `UserError` where one of them stands twice."""
+    require(len(set(values)) == len(values), f"expected each only once, found {shortened(list(values))}")
+    return values
 
 
 @dataclass(frozen=True)

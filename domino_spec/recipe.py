@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator
 
-from domino_spec.config import HeadConfig, Settings, UserError, parse_settings, require, shortened
+from domino_spec.config import HeadConfig, Settings, UserError, distinct, parse_settings, require, shortened
 
 LARGEST_FILE = 32_768
 """Bytes of a recipe. One fills a page, and PyYAML reads this many in a second or two."""
@@ -42,8 +42,7 @@ def _above(low: float, high: float) -> AfterValidator:
 
 def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     require(len(values) >= 1, "expected at least one, found an empty list")
-    require(len(set(values)) == len(values), f"expected each only once, found {shortened(list(values))}")
-    return values
+    return distinct(values)
 
 
 def _short(values: tuple[int, ...]) -> tuple[int, ...]:

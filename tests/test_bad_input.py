@@ -226,6 +226,12 @@ def test_a_draft_that_does_not_exist(tmp_path, target_dir):
     assert "no such draft" in fail("generate", PROMPT, "--target", target_dir, "--draft", "no such draft")
 
 
+def test_a_draft_that_is_a_file_or_none(target_dir, draft_dir):
+    line = fail("generate", PROMPT, "--target", target_dir, "--draft", draft_dir / WEIGHTS)
+    assert "is a file: give the directory that it is in" in line and "does not exist" not in line
+    assert "--method none" in fail("generate", PROMPT, "--target", target_dir, "--draft", "none")
+
+
 def test_a_directory_that_is_not_a_draft(tmp_path, target_dir):
     assert str(tmp_path) in fail("inspect", tmp_path)
     assert "ordinary model" in fail("inspect", target_dir)

@@ -35,6 +35,7 @@ class Outer(Settings):
     inner: Inner | None = None
     sizes: tuple[int, ...] = ()
     shifted: bool = False
+    stops: int | tuple[int, ...] | None = None
 
 
 def test_settings_are_read_with_lists_as_tuples_and_whole_numbers_as_floats():
@@ -71,6 +72,8 @@ ENDLESS.append(ENDLESS)
         ({"sizes": [1, "x"]}, "file: sizes[1]: expected integer, found 'x' (str)"),
         ({"sizes": [10**5000]}, "file: sizes[0]: expected integer of at most 64 bits, found one of "),
         ({"sizes": ENDLESS}, "file: expected plain settings, found keys of other kinds or endless nesting"),
+        ({"stops": "x"}, "file: stops: expected integer, found 'x' (str)"),
+        ({"stops": [1, "x"]}, "file: stops"),
         ({"shifted": 1}, "file: shifted: expected true or false, found 1 (int)"),
         ({"shifted": "no"}, "file: shifted: expected true or false, found 'no' (str)"),
     ],

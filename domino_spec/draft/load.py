@@ -31,7 +31,7 @@ def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
         weights: False downloads its configuration alone.
 
     Raises:
-        UserError: it does not exist or cannot be downloaded.
+        UserError: it does not exist, is a file, or cannot be downloaded.
     """
     name = str(name_or_path)
     if name == EMBEDDED_DRAFT:
@@ -40,6 +40,12 @@ def draft_directory(name_or_path: str | Path, weights: bool = True) -> Path:
             raise UserError(f"this installation does not contain the draft {EMBEDDED_DRAFT}")
         return directory
     path = Path(name)
+    if path.is_file():
+        raise UserError(f"draft {name} is a file: give the directory that it is in, with config.json and all weights")
+    if name == "none" and not path.exists():
+        raise UserError(
+            "draft none does not exist: to decode without a draft, leave out --draft and give --method none"
+        )
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         if not path.is_dir():
             raise UserError(

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from domino_spec.config import Settings, UserError, found, parse_settings, require, shortened
+from domino_spec.config import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
 
@@ -29,8 +29,10 @@ Rows = Annotated[int, Field(ge=1, le=2**24)]
 Slots = Annotated[int, Field(ge=1, le=1024)]
 """Of a block: a draft that long costs more than the target."""
 LayerId = Annotated[int, Field(ge=0, le=4096)]
-LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256)]
-LayerIdsOrRule = Annotated[tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: ids or None)]
+LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256), AfterValidator(distinct)]
+LayerIdsOrRule = Annotated[
+    tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: distinct(ids) or None)
+]
 """An empty list stands for one that is left out: the layers are those of the published rule."""
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]

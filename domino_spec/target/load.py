@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from domino_spec.config import Settings, UserError, cache_directory, parse_settings, shortened
+from domino_spec.config import Settings, UserError, cache_directory, found, parse_settings, shortened
 from domino_spec.extras import EXTRAS, missing_packages
 from domino_spec.files import read_object
 from domino_spec.target.attention import ATTENTION_NAME
@@ -149,6 +149,8 @@ def load_tokenizer(source: str, what: str) -> PreTrainedTokenizerBase:
 
     transformers reads the configuration for it, so `load_config` has to have checked that.
     """
+    if (file := Path(source) / "tokenizer.json").is_file():
+        read_object(file)
     with reading(f"the tokenizer of {what}", source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -232,7 +234,9 @@ def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where
     if values.get("transformers_weights") is not None:
         raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
     parse_settings(_TextSettings, values, where)
-    if isinstance(text := values.get("text_config"), Mapping):
+    if (text := values.get("text_config")) is not None:
+        if not isinstance(text, Mapping):
+            raise UserError(f"{where}: text_config: expected mapping, found {found(text)}")
         parse_settings(_TextSettings, text, f"{where}: text_config")
     _check_counts(values, stored, f"{where}: ")
 

@@ -41,16 +41,33 @@ def check_stored(model: Any, stored: Mapping[str, Tensor], what: str) -> None:
         what: how the message calls it, such as "target some/path".
 
     Raises:
-        UserError: a tensor is missing, has another shape, or has no place in the model.
+        UserError: a tensor is missing, has another shape, has no place in the model, or holds codes of weights.
     """
+    integers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     meta = {name: tensor.to("meta") for name, tensor in stored.items()}
     renamed: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(device_map={"": torch.device("meta")}, weight_mapping=renamed)
     with without_report():
         info, _ = convert_and_load_state_dict_in_model(model, meta, settings)
+        unread = set(info.unexpected_keys)  # those that are left out on purpose, too
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
     check_loaded(info.to_dict(), what)
+    read = {name: tensor.dtype for name, tensor in stored.items() if name not in unread}
+    # Some files leave out the prefix of the decoder.
+    _check_types({n: t for n, t in read.items() if not any(f".{i}".endswith(f".{n}") for i in integers)}, what)
+
+
+def _check_types(types: Mapping[str, torch.dtype], what: str) -> None:
+    """Refuse weights that are stored as integers or in 8 bits or fewer: without their scales they mean nothing."""
+    coded = [name for name, dtype in types.items() if not (dtype.is_floating_point and dtype.itemsize >= 2)]
+    if coded:
+        found = str(types[min(coded)]).removeprefix("torch.")
+        stored, more = f"is stored as {found}", f"are stored as {found} or other codes"
+        raise UserError(
+            f"{what}: {_count(coded, stored, more)}: expected bfloat16, float16, float32 or float64; "
+            "if the weights are quantised, config.json must say so (quantization_config)"
+        )
 
 
 def check_loaded(info: Mapping[str, Collection[Any]], what: str) -> None:

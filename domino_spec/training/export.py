@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig, UserError
-from domino_spec.draft.checkpoint import CONFIG_FILE, check_readers
+from domino_spec.config import DraftConfig, UserError, shortened
+from domino_spec.draft.checkpoint import ARCHITECTURES, CONFIG_FILE, check_readers, read_published
 from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
+from domino_spec.draft.single_layer_checkpoint import is_single_layer
 from domino_spec.training.state import STATE_FILE, read_state
 
 
@@ -24,13 +25,14 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
 
     Raises:
         UserError: the run holds no draft or one that other readers would misread, a file of it cannot be read or is
-            damaged, the draft is not that of the run's last state, or `out` cannot be written.
+            damaged, the draft is not that of the run's last state, or `out` holds another model or cannot be written.
     """
     source = run / "draft"
     if not (source / CONFIG_FILE).is_file():
         raise UserError(f"{run} holds no trained draft: give the directory that `domino-spec train` wrote with --out")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the run's own draft; choose another directory")
+    _check_out(out)
     draft = read_any_draft(source)
     if isinstance(draft.config, DraftConfig):
         check_readers(draft.config, str(source))
@@ -44,6 +46,20 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
         draft.config = dataclasses.replace(draft.config, published=published)  # type: ignore[type-var,assignment]
     save_any_draft(draft, out)
     return read_any_draft(out)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a directory of another model, such as the target's: its configuration and weights would be lost."""
+    if not (out / CONFIG_FILE).is_file():
+        return
+    published = read_published(out)
+    architectures = published.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if not is_single_layer(published) and not any(name in ARCHITECTURES for name in names):
+        raise UserError(
+            f"--out {out} holds another model, which the draft would overwrite: expected a draft's {CONFIG_FILE} or "
+            f"none, found architectures {shortened(architectures)}; choose another directory"
+        )
 
 
 def _master_weights(draft: AnyDraft, run: Path) -> dict[str, Tensor]:

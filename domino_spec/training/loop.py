@@ -279,7 +279,7 @@ def train(
             if trainer.step > saved_step and not failed:
                 if trainer.can_save:
                     save()
-                else:
+                elif interrupted.is_set():
                     _log.warning("cut in the middle of a step: %s", _kept(saved_step, directory))
     return trainer.draft
 

@@ -294,6 +294,7 @@ def test_a_wrong_type_or_size_is_one_line(key, value, message):
         ("target_layer_ids", [0, "3"], "dflash_config.target_layer_ids[1]: expected integer, found '3' (str)"),
         ("target_layer_ids", [True], "dflash_config.target_layer_ids[0]: expected integer, found True (bool)"),
         ("target_layer_ids", [], "dflash_config.target_layer_ids: "),
+        ("target_layer_ids", [3, 3], "dflash_config.target_layer_ids: expected each only once, found [3, 3]"),
         ("last_layer_tap", "raw", "dflash_config.last_layer_tap: expected 'before_norm' or 'after_norm', found 'raw'"),
         ("emb_dim", 10**12, "dflash_config.emb_dim: expected less than or equal to 1048576"),
     ],

@@ -124,7 +124,7 @@ BAD_VALUES = {
     "quantization_config": [5, [8]],
     "transformers_weights": ["other.safetensors", 5],
     "model_type": ["nope", {}, None],
-    "text_config": [{"num_hidden_layers": 2**31}],
+    "text_config": [{"num_hidden_layers": 2**31}, "", [], 0],
 }
 
 
@@ -146,6 +146,9 @@ def test_the_line_names_the_key_what_was_found_and_what_is_expected(copy):
     change(copy / "config.json", hidden_size=32, num_hidden_layers=2**31)
     with pytest.raises(UserError, match=r"num_hidden_layers: found 2147483648, more than its files can hold"):
         target_config(copy)
+    change(copy / "config.json", num_hidden_layers=4, text_config="")
+    with pytest.raises(UserError, match=r"config\.json: text_config: expected mapping, found '' \(str\)"):
+        target_config(copy)
 
 
 @pytest.mark.parametrize("value", ["58", 58.5, -1, [[58]], 60, [58, 60], True])
@@ -162,9 +165,9 @@ def test_tokens_that_cannot_end_an_answer_are_refused(copy, value):
         ("generation_config.json", "[]", r"generation_config\.json: expected an object"),
         ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected an object"),
-        ("tokenizer.json", "[]", "cannot read the tokenizer of target"),
+        ("tokenizer.json", "[]", r"tokenizer\.json: expected an object, found \[\]"),
         ("tokenizer.json", "{}", "cannot read the tokenizer of target"),
-        ("tokenizer.json", '{"model": ', "cannot read the tokenizer of target"),
+        ("tokenizer.json", '{"model": ', r"tokenizer\.json is not valid JSON"),
     ],
 )
 def test_a_bad_file_beside_the_configuration_is_one_line(copy, file, content, said):
@@ -187,7 +190,7 @@ def test_a_quirk_of_a_library_is_no_users_fault(copy, monkeypatch):
 
 
 def test_verbose_shows_where_an_error_came_from(copy):
-    (copy / "tokenizer.json").write_text("[]")
+    (copy / "tokenizer.json").write_text("{}")
     log = logging.getLogger("domino_spec")
     try:
         shown = run("generate", "w3", "--target", copy, "--verbose")

@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from domino_spec.config import UserError
+from domino_spec.draft.checkpoint import save_draft
 from domino_spec.files import WEIGHTS_FILE
 from domino_spec.target.load import load_target
 from domino_spec.target.outline import outline_target
-from domino_spec.target.weights import check_loaded
+from domino_spec.target.weights import check_loaded, check_stored
 from tests import tiny
-from tests.cli_fixtures import fail, save_target
+from tests.cli_fixtures import fail, new_draft, save_target
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -66,6 +67,35 @@ def test_a_tensor_of_another_shape_is_named_with_both(directory, capfd, caplog):
     edited(directory, lambda tensors: {**tensors, NAME: tensors[NAME][:5].clone()})
     line = refusal(directory, capfd, caplog)
     assert f"tensor {NAME} has another shape than config.json means ([5, 32], not [48, 32])" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_codes_are_refused_by_name(directory, capfd, caplog, dtype):
+    edited(directory, lambda tensors: {**tensors, NAME: tensors[NAME].to(dtype)})
+    line = refusal(directory, capfd, caplog)
+    assert f"tensor {NAME} is stored as {str(dtype).removeprefix('torch.')}: expected bfloat16, float16" in line
+
+
+def test_all_weights_that_are_codes_are_counted(directory, tmp_path, capfd, caplog):
+    save_draft(new_draft(directory), tmp_path / "draft")
+    edited(directory, lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()})
+    count = len(load_file(directory / WEIGHTS_FILE))
+    assert f"{count} tensors are stored as int8 or other codes, first lm_head.weight: expected" in refusal(
+        directory, capfd, caplog
+    )
+    for line in (
+        fail("inspect", tmp_path / "draft", "--target", directory),
+        fail("serve", "--check", "--target", directory),
+    ):
+        assert "stored as int8" in line
+
+
+def test_integers_that_the_model_holds_itself_are_no_weights():
+    model = tiny.tiny_model()
+    model.register_buffer("positions", torch.arange(4))
+    model.to("meta")
+    stored = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    check_stored(model, stored, "target a/b")
 
 
 def test_the_commands_say_the_same(directory, tmp_path):

@@ -65,6 +65,20 @@ def test_what_is_not_a_run_is_refused(run_directory, tmp_path):
         export_draft(run_directory, run_directory / "draft", torch.bfloat16)
 
 
+@pytest.mark.parametrize("published", [{"architectures": ["LlamaForCausalLM"]}, {"model_type": "llama"}])
+def test_another_model_is_not_overwritten(run_directory, tmp_path, published):
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with pytest.raises(UserError, match=r"holds another model, which the draft would overwrite.*choose another dir"):
+        export_draft(run_directory, tmp_path, torch.bfloat16)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == published
+
+
+def test_a_draft_is_overwritten_by_another(run_directory, tmp_path):
+    export_draft(run_directory, tmp_path, torch.float32)
+    assert export_draft(run_directory, tmp_path, torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_a_description_counts_every_parameter(run_directory):
     draft = read_draft(run_directory / "draft")
     description = describe_draft(run_directory / "draft")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -118,14 +119,12 @@ def prompt_ids(
     return encode_prompt(target.tokenizer, prompt, chat=chat, enable_thinking=enable_thinking)  # type: ignore[arg-type]
 
 
-def _token_id(target: Target, value: object, name: str) -> int:
+def _token_id(target: Target, value: Any, name: str) -> int:
     if not _is_number(value, Integral):
         raise UserError(_expected(name, "a token id", value))
-    require(
-        0 <= value < target.vocab_size,
-        _expected(name, f"a token id below the vocabulary's {target.vocab_size:,}", value),
-    )  # type: ignore[operator]
-    return int(value)  # type: ignore[call-overload,no-any-return]
+    if not 0 <= value < target.vocab_size:
+        raise UserError(_expected(name, f"a token id below the vocabulary's {target.vocab_size:,}", value))
+    return int(value)
 
 
 def _is_number(value: object, kind: type) -> bool:

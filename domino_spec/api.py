@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from domino_spec.config import DEFAULT_CANDIDATES, UserError
+from domino_spec.config import DEFAULT_CANDIDATES, UserError, found, require
 from domino_spec.decoding.generate import decode
 from domino_spec.decoding.generation import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
@@ -22,7 +24,7 @@ from domino_spec.target.check import check_target, read_reference
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
 
 
 def default_min_confidence(device: torch.device) -> float:
@@ -93,17 +95,63 @@ def _custom_generate(draft: AnyDraft, target: Target) -> Callable[..., torch.Ten
     return custom_generate
 
 
-def prompt_ids(target: Target, prompt: Prompt, *, chat: bool = True, enable_thinking: bool = False) -> list[int]:
-    """Token ids of a text, a chat or token ids.
+def prompt_ids(
+    target: Target, prompt: Prompt, *, chat: bool = True, enable_thinking: bool = False, name: str = "the prompt"
+) -> list[int]:
+    """Token ids of a text, a chat or token ids; `name` is what error texts call the prompt.
 
     Raises:
-        UserError: an empty prompt, or text for a target without a tokenizer.
+        UserError: a prompt that is empty or of another kind, or text for a target without a tokenizer.
     """
-    if not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt) and len(prompt):
-        return list(prompt)  # type: ignore[arg-type]
+    if isinstance(prompt, torch.Tensor):
+        whole = not (prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool)
+        shape = f"a tensor of {prompt.dtype} and shape {tuple(prompt.shape)}"
+        require(prompt.dim() == 1 and whole, f"{name}: expected a list of token ids, found {shape}")
+        prompt = prompt.tolist()
+    if not isinstance(prompt, str):
+        kinds = "text, chat messages or token ids"
+        require(isinstance(prompt, Sequence) and not isinstance(prompt, bytes), _expected(name, kinds, prompt))
+        require(len(prompt) > 0, f"{name} is empty: give {kinds}")
+        if not all(isinstance(part, Mapping) for part in prompt):
+            return [_token_id(target, part, f"{name}[{i}]") for i, part in enumerate(prompt)]
     if target.tokenizer is None:
         raise UserError("this target has no tokenizer: give prompts as token ids")
     return encode_prompt(target.tokenizer, prompt, chat=chat, enable_thinking=enable_thinking)  # type: ignore[arg-type]
+
+
+def _token_id(target: Target, value: Any, name: str) -> int:
+    if not _is_number(value, Integral):
+        raise UserError(_expected(name, "a token id", value))
+    if not 0 <= value < target.vocab_size:
+        raise UserError(_expected(name, f"a token id below the vocabulary's {target.vocab_size:,}", value))
+    return int(value)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _expected(name: str, kind: str, value: object) -> str:
+    return f"{name}: expected {kind}, found {found(value)}"
+
+
+def _check_types(prompts: object, stop: object, *tables: tuple[str, type, bool, Mapping[str, object]]) -> None:
+    """Refuse arguments of another type than the one that is asked for; their ranges are checked where they are used.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for kind, number, may_be_none, values in tables:
+        for name, value in values.items():
+            if not _is_number(value, number) and not (may_be_none and value is None):
+                raise UserError(_expected(name, kind, value))
+    for name, kind, value in (("prompts", "a list of prompts", prompts), ("stop", "a list of texts", stop)):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise UserError(f"{_expected(name, kind, value)}; put it in a list")
+    for i, text in enumerate(stop):  # type: ignore[arg-type,var-annotated]
+        if not isinstance(text, str):
+            raise UserError(_expected(f"stop[{i}]", "a text", text))
+    require(len(prompts) > 0, "no prompt given")  # type: ignore[arg-type]
 
 
 def stream(
@@ -145,15 +193,22 @@ def stream(
         watch: counts what is accepted over several calls, and warns where drafting is of no use; None watches this
             call alone.
     """
+    _check_types(
+        prompts,
+        stop,
+        ("an integer", Integral, False, dict(max_new_tokens=max_new_tokens, top_k=top_k, seed=seed)),
+        ("an integer", Integral, True, dict(num_drafts=num_drafts, candidates=candidates)),
+        ("a number", Real, False, dict(temperature=temperature, top_p=top_p)),
+        ("a number", Real, True, dict(min_confidence=min_confidence)),
+    )
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     limits = Limits(max_new_tokens, tuple(stop))
     if num_drafts is not None and num_drafts < 0:
         raise UserError(f"num_drafts must not be negative, got {num_drafts}")
-    if not prompts:
-        raise UserError("no prompt given")
     if exact:
         target.check_exact()
-    ids = [prompt_ids(target, p, chat=chat, enable_thinking=enable_thinking) for p in prompts]
+    options = dict(chat=chat, enable_thinking=enable_thinking)
+    ids = [prompt_ids(target, prompt, name=f"prompts[{i}]", **options) for i, prompt in enumerate(prompts)]
     method = default_method(draft, sample_drafts) if method is None else method
     drafter = make_drafter(
         method,

@@ -227,10 +227,9 @@ def check_draft(method: str, draft: AnyDraft | None) -> None:
     if kinds and draft is None:
         raise UserError(f"method {method} needs a draft")
     if draft is not None and kinds and kind_of(draft) not in kinds:
-        suited = [name for name, known in METHODS.items() if kind_of(draft) in known.kinds]
+        kind = kind_of(draft)  # a method's name, too
         raise UserError(
-            f"method {method} needs {KIND_NAMES[kinds[0]]} draft; this is {KIND_NAMES[kind_of(draft)]} draft "
-            f"(use {suited[0]})"
+            f"method {method} needs {KIND_NAMES[kinds[0]]} draft; this is {KIND_NAMES[kind]} draft (use {kind})"
         )
 
 

@@ -82,7 +82,7 @@ def test_a_method_takes_the_draft_that_was_made_for_it(target):
     "method, kind, said",
     [
         ("domino", "dflash", "method domino needs a Domino draft; this is a DFlash draft (use dflash)"),
-        ("eagle3", "domino", "method eagle3 needs an EAGLE-3 draft; this is a Domino draft (use dflash)"),
+        ("eagle3", "domino", "method eagle3 needs an EAGLE-3 draft; this is a Domino draft (use domino)"),
         ("domino-tree", "dart", "method domino-tree needs a Domino draft; this is a DART draft (use dart)"),
     ],
 )
@@ -149,6 +149,45 @@ def test_generate_draws_the_same_text_by_default_as_with_sampled_drafts(target):
 def test_options_that_make_no_sense_are_refused(target, options, message):
     with pytest.raises(UserError, match=message):
         generate(target, tiny_draft(target), [[1, 2]], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stop="w3"), "stop: expected a list of texts, found 'w3' (str); put it in a list"),
+        (dict(stop=["w3", 4]), "stop[1]: expected a text, found 4 (int)"),
+        (dict(seed=1.5), "seed: expected an integer, found 1.5 (float)"),
+        (dict(top_k="2"), "top_k: expected an integer, found '2' (str)"),
+        (dict(num_drafts=True), "num_drafts: expected an integer, found True (bool)"),
+        (dict(max_new_tokens=None), "max_new_tokens: expected an integer, found null"),
+        (dict(candidates=2.0), "candidates: expected an integer, found 2.0 (float)"),
+        (dict(temperature="hot"), "temperature: expected a number, found 'hot' (str)"),
+        (dict(top_p=False), "top_p: expected a number, found False (bool)"),
+        (dict(min_confidence="x"), "min_confidence: expected a number, found 'x' (str)"),
+        (dict(prompts="w3"), "prompts: expected a list of prompts, found 'w3' (str); put it in a list"),
+        (dict(prompts=[]), "no prompt given"),
+        (dict(prompts=[3]), "prompts[0]: expected text, chat messages or token ids, found 3 (int)"),
+        (dict(prompts=[[3], []]), "prompts[1] is empty: give text, chat messages or token ids"),
+        (dict(prompts=[[3, 1.0]]), "prompts[0][1]: expected a token id, found 1.0 (float)"),
+        (dict(prompts=[[True]]), "prompts[0][0]: expected a token id, found True (bool)"),
+        (dict(prompts=[[[3]]]), "prompts[0][0]: expected a token id, found [3] (list)"),
+        (dict(prompts=[[3, {"role": "user"}]]), "prompts[0][1]: expected a token id, found {'role': 'user'} (dict)"),
+        (dict(prompts=[[60]]), "prompts[0][0]: expected a token id below the vocabulary's 60, found 60 (int)"),
+        (dict(prompts=[[-1]]), "prompts[0][0]: expected a token id below the vocabulary's 60, found -1 (int)"),
+        (
+            dict(prompts=[torch.ones(2, 3)]),
+            "prompts[0]: expected a list of token ids, found a tensor of torch.float32 and shape (2, 3)",
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(target, options, message):
+    with pytest.raises(UserError) as caught:
+        generate(target, tiny_draft(target), **{"prompts": [[1, 2]], "max_new_tokens": 2, **options})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_tensor_of_token_ids_is_a_prompt(target):
+    assert prompt_ids(target, torch.tensor([4, 5])) == [4, 5]
 
 
 def test_a_head_can_be_asked_for_only_where_there_is_one(target):

@@ -139,11 +139,12 @@ def serve(
     if engine == LOCAL:
         require("serve", "serve")
     machine.prepare(pair.target)
+    drafting_off = _check_values(draft_name, engine, endpoint, local, method, machine)
     if only_check:
         return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
     if engine != LOCAL:
         return _serve_elsewhere(context, pair, draft_name, engine, endpoint, machine, engine_arguments, only_print)
-    _serve_here(pair, draft_name, endpoint, local, machine)
+    _serve_here(pair, draft_name, endpoint, local, machine, drafting_off)
 
 
 def _check_options(
@@ -174,6 +175,49 @@ def _check_options(
         raise UserError("--print and --check are two things: give one")
 
 
+def _check_values(
+    draft_name: str | None, engine: str, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
+) -> str | None:
+    """Refuse values that cannot be served, before anything is loaded; returns why nothing is drafted, or None."""
+    from domino_spec.serving.address import bind, check_api_key, check_host
+    from domino_spec.serving.memory import check_slots
+    from domino_spec.serving.preflight import choose_device
+    from domino_spec.target.text import check_characters
+
+    texts = [("host", endpoint.host), ("served-model-name", endpoint.served_model_name), ("api-key", endpoint.api_key)]
+    for name, text in (*texts, *(("cors-origin", origin) for origin in local.cors_origins)):
+        check_characters(text or "", f"--{name}")
+    check_host(endpoint.host)
+    check_api_key(endpoint.host, endpoint.api_key)
+    if endpoint.num_drafts is not None and endpoint.num_drafts < 0:
+        raise UserError(f"num_drafts must not be negative, got {endpoint.num_drafts}")
+    if engine == LOCAL or endpoint.slots < 1:  # another engine may take more
+        check_slots(endpoint.slots)
+    if engine != LOCAL:
+        return None
+    for option, seconds in (("--timeout", local.timeout), ("--drain-seconds", local.drain_seconds)):
+        if not 0 <= seconds <= MOST_SECONDS:
+            raise UserError(f"{option} must be between 0 and {MOST_SECONDS:,} seconds, got {seconds:g}")
+    bind(endpoint.host, 0, endpoint.api_key).close()  # the port itself may be another server's until this one starts
+    if local.graphs and choose_device(machine.device).type != "cuda":
+        raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
+    if method is None and draft_name is None:
+        method = "none"
+    if method is not None:  # else it is the draft's own
+        check_settings([method], asked_for(*SETTINGS))
+    drafting_off = why_nothing_is_drafted(method or "", asked=local.method is not None, num_drafts=endpoint.num_drafts)
+    if local.costs is None:
+        return drafting_off
+    if drafting_off is not None:
+        raise UserError("--costs keeps what drafting costs, and nothing is drafted: leave it out")
+    if endpoint.num_drafts is not None:
+        raise UserError("--costs is for choosing the number of drafts, which --num-drafts fixes: leave one of them out")
+    from domino_spec.serving.server import read_costs
+
+    read_costs(local.costs)
+    return drafting_off
+
+
 def _check(
     context: click.Context,
     pair: Pair,
@@ -202,6 +246,7 @@ def _check(
             num_drafts=endpoint.num_drafts,
             prefix_bytes=local.prefix_cache * 2**20,
             allow_other_target=pair.allow_other_target,
+            settings=tuple(asked_for(*SETTINGS)),
         )
     )
     faults = [finding for finding in findings if not finding.works]
@@ -234,10 +279,8 @@ def _serve_elsewhere(
     """Print another engine's command line and, unless that was all, become it."""
     from domino_spec.draft.load import draft_directory, read_any_draft
     from domino_spec.serving import launch
-    from domino_spec.serving.address import check_api_key
     from domino_spec.target.load import target_source
 
-    check_api_key(endpoint.host, endpoint.api_key)
     directory = None if draft_name is None else draft_directory(draft_name)
     draft = None if directory is None else read_any_draft(directory, outline=True)
     settings = launch.Settings(
@@ -267,29 +310,25 @@ def _serve_elsewhere(
         command.run()
 
 
-def _serve_here(pair: Pair, draft_name: str | None, endpoint: Endpoint, local: Local, machine: Machine) -> None:
+def _serve_here(
+    pair: Pair,
+    draft_name: str | None,
+    endpoint: Endpoint,
+    local: Local,
+    machine: Machine,
+    drafting_off: str | None,
+) -> None:
     """Serve on this package's engine until a signal ends it."""
-    for option, seconds in (("--timeout", local.timeout), ("--drain-seconds", local.drain_seconds)):
-        if not 0 <= seconds <= MOST_SECONDS:
-            raise UserError(f"{option} must be between 0 and {MOST_SECONDS:,} seconds, got {seconds:g}")
     from domino_spec.serving.address import bind, url
     from domino_spec.serving.app import Service, Settings
-    from domino_spec.serving.preflight import choose_device
     from domino_spec.serving.server import Server, make_engine
 
     bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken
-    if local.graphs and choose_device(machine.device).type != "cuda":
-        raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
     method = local.method or default_method(draft)
     check_settings([method], asked_for(*SETTINGS))
-    drafting_off = why_nothing_is_drafted(method, asked=local.method is not None, num_drafts=endpoint.num_drafts)
     if drafting_off is not None:
         _report(f"nothing is drafted: {drafting_off}")
-        if local.costs is not None:
-            raise UserError("--costs keeps what drafting costs, and nothing is drafted: leave it out")
-    elif local.costs is not None and endpoint.num_drafts is not None:
-        raise UserError("--costs is for choosing the number of drafts, which --num-drafts fixes: leave one of them out")
     engine = make_engine(
         target,
         draft,

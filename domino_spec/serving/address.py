@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
-from domino_spec.config import UserError
+from domino_spec.config import UserError, found
+
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
+
+
+def check_host(host: str) -> None:
+    """Refuse what is neither an address nor written as a name.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        ipaddress.ip_address(host)
+        return
+    except ValueError:
+        pass
+    try:
+        labels = host.encode("idna").decode("ascii").removesuffix(".").split(".")
+    except UnicodeError:
+        labels = [""]
+    if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise UserError(f"--host: expected an address or a host name, such as 127.0.0.1, found {found(host)}")
 
 
 def is_loopback(host: str) -> bool:
@@ -34,6 +56,7 @@ def bind(host: str, port: int, api_key: str | None) -> socket.socket:
     Raises:
         UserError: the address cannot be had, or others reach it and there is no API key.
     """
+    check_host(host)
     check_api_key(host, api_key)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -42,7 +65,8 @@ def bind(host: str, port: int, api_key: str | None) -> socket.socket:
         bound.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from None
+        where = f"{host} port {port}" if port else host
+        raise UserError(f"cannot listen on {where}: {reason}; choose another --port or --host") from None
     return bound
 
 

@@ -62,7 +62,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise invalid(None, "the body is nested too deeply", "invalid_json") from None
+    except ValueError as error:
         raise invalid(None, f"the body is not valid JSON: {_one_line(error)}", "invalid_json") from None
     if not isinstance(values, dict):
         raise invalid(None, f"the body must be a JSON object, got {_kind(values)}", "invalid_json")

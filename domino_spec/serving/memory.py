@@ -15,6 +15,8 @@ from domino_spec.decoding.drafter import Drafter, cycle_room
 from domino_spec.target.model import Target
 
 GIB = 2**30
+MOST_SLOTS = 1024
+"""Even for a tiny target, it takes minutes to measure what passes of more requests cost."""
 ROOM = 0.9
 """The part of what is available that weights and caches may take; activations need the rest."""
 
@@ -25,6 +27,16 @@ def cache_needs(target: Target, drafter: Drafter, slots: int, capacity: int, pre
     one = bytes_of((target.new_cache(1, rows), drafter.allocate(1, rows)))
     needs = {f"caches of {slots} slots of {capacity:,} tokens": slots * one}
     return needs | ({"earlier turns": prefix_bytes} if prefix_bytes else {})
+
+
+def check_slots(slots: int) -> None:
+    """Refuse a number of slots that makes no sense.
+
+    Raises:
+        UserError: saying what does.
+    """
+    if not 1 <= slots <= MOST_SLOTS:
+        raise UserError(f"slots must be between 1 and {MOST_SLOTS:,}, got {slots}")
 
 
 def check_room(target: Target, drafter: Drafter, slots: int, capacity: int, prefix_bytes: int) -> None:

@@ -21,7 +21,7 @@ from domino_spec.draft.load import AnyDraft, draft_directory, read_any_draft
 from domino_spec.draft.model import Draft
 from domino_spec.drafters.plain import PlainDecoding
 from domino_spec.kernels import cpu
-from domino_spec.methods import KIND_NAMES, check_draft, default_method, kind_of, make_drafter
+from domino_spec.methods import KIND_NAMES, check_draft, check_settings, default_method, kind_of, make_drafter
 from domino_spec.serving.hooks import check_hooks
 from domino_spec.serving.launch import ENGINES, check_served, installed_version
 from domino_spec.serving.memory import bytes_of, cache_needs, fits, memory_sentence
@@ -62,6 +62,8 @@ class Plan:
     num_drafts: int | None
     prefix_bytes: int
     allow_other_target: bool
+    settings: tuple[str, ...] = ()
+    """Arguments of `make_drafter` that were asked for; the method must read them."""
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -182,6 +184,7 @@ def _method(plan: Plan, draft: AnyDraft) -> str:
     else:
         method = plan.method or default_method(draft)
         check_draft(method, draft)
+        check_settings([method], plan.settings)
     head = draft.config.head
     if head is None or not method.startswith("domino"):
         return method

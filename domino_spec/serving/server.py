@@ -21,7 +21,7 @@ from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method, make_drafter, watch_for
 from domino_spec.serving.app import Service
-from domino_spec.serving.memory import check_room
+from domino_spec.serving.memory import check_room, check_slots
 from domino_spec.serving.runner import STOPPED
 from domino_spec.target.model import Target
 from domino_spec.target.text import encode_prompt
@@ -66,8 +66,7 @@ def make_engine(
     """
     if num_drafts is not None and num_drafts < 0:
         raise UserError(f"num_drafts must not be negative, got {num_drafts}")
-    if slots < 1:
-        raise UserError(f"slots must be at least 1, got {slots}")
+    check_slots(slots)
     capacity = slot_capacity(target.max_length, capacity)
     method = default_method(draft) if method is None else method
     drafter = make_drafter(
@@ -103,12 +102,24 @@ def slot_capacity(longest: int, capacity: int | None) -> int:
     return capacity
 
 
+def read_costs(file: Path | None) -> CostModel | None:
+    """Costs that were measured before; None where there are none yet.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if file is None or not file.exists():
+        return None
+    try:
+        return CostModel.load(file)
+    except UserError as error:
+        raise UserError(f"{error}; delete the file, and what passes cost is measured again") from None
+
+
 def _costs(target: Target, drafter: Drafter, slots: int, file: Path | None, report: Callable[[str], None]) -> CostModel:
-    if file is not None and file.exists():
-        try:
-            return CostModel.load(file)
-        except UserError as error:
-            raise UserError(f"{error}; delete the file, and what passes cost is measured again") from None
+    kept = read_costs(file)
+    if kept is not None:
+        return kept
     report(f"measuring what passes cost, up to {slots} requests")
     costs = measure_costs(target, drafter, slots, report=report)
     if file is not None:

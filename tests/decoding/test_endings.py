@@ -120,7 +120,7 @@ def test_partial_text_survives_an_interrupt_inside_the_target(text_target, known
     "prompts, options, message",
     [
         ([], {}, "no prompt given"),
-        ([[]], {}, "the prompt"),
+        ([[]], {}, r"prompts\[0\] is empty"),
         ([""], {}, "the prompt is empty"),
         ([[1] * 510], {"max_new_tokens": 3}, "exceed the context of 512"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),

@@ -95,9 +95,25 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "pip install starlette uvicorn prometheus_client" in fail("serve")
 
 
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["serve", "check"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--slots", "0"], "slots must be between 1 and 1,024, got 0"),
+        (["--slots", "20000"], "slots must be between 1 and 1,024, got 20000"),
+        (["--num-drafts", "-1"], "num_drafts must not be negative, got -1"),
+        (["--api-key", "k\udcff"], "--api-key is not valid UTF-8 text: character 2"),
+        (["--served-model-name", "\udcff"], "--served-model-name is not valid UTF-8"),
+        (["--cors-origin", "\udcff"], "--cors-origin is not valid UTF-8"),
+        (["--host", "\udcff"], "--host is not valid UTF-8"),
+        (["--host", "no host"], "--host: expected an address or a host name, such as 127.0.0.1, found 'no host'"),
+        (["--host", "1.2.3.999"], "--host: expected an address or a host name"),
+        (["--host", ""], "--host: expected an address or a host name"),
+        (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen on 192.0.2.1: Cannot assign"),
+        (["--costs", __file__], "delete the file, and what passes cost is measured again"),
+        (["--costs", "new.json", "--num-drafts", "2"], "--costs is for choosing the number of drafts"),
+        (["--costs", "new.json", "--draft", "none"], "--costs keeps what drafting costs"),
+        (["--draft", "none", "--candidates", "8"], "--candidates means nothing to method none"),
         (["--timeout", "-1"], "--timeout must be between 0 and 1,000,000 seconds, got -1"),
         (["--drain-seconds", "-1"], "--drain-seconds must be between 0 and 1,000,000 seconds, got -1"),
         (["--timeout", "nan"], "'nan' is not a finite number"),
@@ -106,13 +122,13 @@ def test_what_is_missing_is_named(monkeypatch):
         (["--method", "domino", "--target", "some/other"], "needs a draft made for some/other"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
-    assert message in fail("serve", *options)
+def test_options_that_cannot_be_served_are_refused(options, message, check):
+    assert message in fail("serve", *check, *options)
 
 
 def test_settings_of_the_engine_are_checked(words, draft):
     for options, message in (
-        (dict(slots=0), "slots must be at least 1"),
+        (dict(slots=0), "slots must be between 1 and 1,024, got 0"),
         (dict(slots=1, capacity=1), "capacity must be between 2 and the 512 tokens"),
         (dict(slots=1, capacity=513), "capacity must be between 2 and the 512 tokens"),
         (dict(slots=1, num_drafts=-1), "num_drafts must not be negative"),

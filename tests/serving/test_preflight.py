@@ -136,9 +136,9 @@ def test_caches_that_memory_cannot_hold_are_refused_before_they_are_allocated(ta
         return new_cache(self, requests, rows)
 
     monkeypatch.setattr(type(target), "new_cache", noted)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
-    with pytest.raises(UserError, match=r"caches of 200000 slots.*1.0 available.*ask for fewer --slots"):
-        make_engine(target, None, slots=200000, capacity=200)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**26)
+    with pytest.raises(UserError, match=r"caches of 1000 slots.*0.1 available.*ask for fewer --slots"):
+        make_engine(target, None, slots=1000, capacity=200)
     with pytest.raises(UserError, match=r"earlier turns 4096.0.*less --prefix-cache"):
         make_engine(target, None, slots=1, capacity=200, prefix_bytes=2**42)
     assert allocated == [1, 1], "one slot, to see what it takes"

@@ -178,6 +178,12 @@ def test_malformed_json_is_refused(server, route, body):
     check_error(response, 400, None, "invalid_json")
 
 
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 200_000], ids=["lists", "objects"])
+def test_endless_nesting_is_said(server, body):
+    response = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert check_error(response, 400, None, "invalid_json") == "the body is nested too deeply"
+
+
 def test_a_number_beyond_floats_is_out_of_range(server):
     body = b'{"model": "tiny", "prompt": "w3", "temperature": 1e400}'
     response = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})

@@ -182,7 +182,7 @@ def test_the_number_of_drafts_can_be_chosen(target_dir, draft_dir):
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_text_so_far_and_says_nothing(tmp_path):
     target = save_target(tmp_path / "target", max_position_embeddings=100_000)
-    arguments = ["generate", PROMPT, "--target", str(target), "--max-new-tokens", "90000"]
+    arguments = ["generate", PROMPT, "--target", str(target), "--method", "none", "--max-new-tokens", "90000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "domino_spec", *arguments],
         stdout=subprocess.PIPE,

@@ -16,6 +16,8 @@ from tests import tiny
 
 METHODS = ["none", "domino", "dflash", "ngram", "domino-tree", "domino-argmax", "domino-matching", "transformers"]
 MAX_NEW_TOKENS = 7
+OF_THE_MACHINE = ("load_average", "steal_seconds")
+"""What a row says of the machine while it was measured."""
 PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21"]}
 TURNS = {"sums": ["w1"], "words": []}
 """What the user says after the answer to each prompt of a suite."""

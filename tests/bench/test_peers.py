@@ -273,7 +273,7 @@ def test_an_assistant_is_loaded_as_a_stock_model(models, disk):
         ("bytes", r"different tokenizers: give one with the same"),
         ("nowhere", r"does not exist: give a model directory or a hub id"),
         ("draft", r"is a draft, which cannot write by itself: give a small language model"),
-        ("broken", r"cannot load assistant"),
+        ("broken", r"holds no safetensors weights"),
     ],
 )
 def test_a_wrong_assistant_is_one_line(models, disk, name, complaint):
@@ -297,7 +297,7 @@ def test_what_dflash_cannot_express_is_one_line(models, monkeypatch):
             peer_drafts(DFLASH, missing, None)
     with pytest.raises(UserError, match="needs a draft"):
         load_peers(model, target, [DFLASH])
-    with pytest.raises(UserError, match=r"reads the target's last layer .* only after the final norm"):
+    with pytest.raises(UserError, match=r"reads the target's last layer .* before its final norm"):
         check_dflash(tiny_draft(target, taps=(0, 3)).config)
     monkeypatch.setitem(sys.modules, "transformers.models.muse_glimmer_assistant", None)
     for name in ("configuration", "modeling"):

@@ -16,8 +16,6 @@ from tests import tiny
 
 METHODS = ["none", "domino", "dflash", "ngram", "domino-tree", "domino-argmax", "domino-matching", "transformers"]
 MAX_NEW_TOKENS = 7
-OF_THE_MACHINE = ("load_average", "steal_seconds")
-"""What a row says of the machine while it was measured."""
 PROMPTS = {"sums": ["w3 w4 w5 w3", "w9 w9 w8"], "words": ["w20 w21"]}
 TURNS = {"sums": ["w1"], "words": []}
 """What the user says after the answer to each prompt of a suite."""
@@ -72,6 +70,12 @@ def finished(disk: Disk, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "bench"
     run_bench(**disk.options(out, breakdown=True))
     return out
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of decoding, without what it says of the machine meanwhile."""
+    of_the_machine = ("seconds_prefill", "seconds_decode", "load_average", "steal_seconds")
+    return {key: value for key, value in row.items() if key not in of_the_machine}
 
 
 def read_raw(out: Path) -> list[dict[str, Any]]:

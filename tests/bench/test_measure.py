@@ -16,7 +16,7 @@ from domino_spec.bench.run import run_bench
 from domino_spec.bench.turns import Request
 from domino_spec.config import UserError
 from domino_spec.decoding.generation import Generation
-from tests.bench.conftest import OF_THE_MACHINE, read_raw
+from tests.bench.conftest import read_raw, without_times
 
 CONFIGURATION = {"target": "t", "seed": 5}
 KEYS = [  # DESIGN section 8
@@ -237,7 +237,7 @@ def test_a_real_bench_killed_in_the_middle_goes_on(disk, finished, tmp_path):
     assert rows[: len(before)] == before and 0 < len(before) < len(rows)
 
     def runs(rows):
-        timeless = [{k: v for k, v in row.items() if not k.startswith("seconds") and k not in OF_THE_MACHINE} for row in rows]
+        timeless = map(without_times, rows)
         return sorted(json.dumps(row) for row in timeless if row["method"] in fewer["methods"] and row["repeat"] == 0)
 
     assert runs(rows) == runs(read_raw(finished))

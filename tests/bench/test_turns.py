@@ -11,7 +11,7 @@ from domino_spec.bench.suites import Prompt
 from domino_spec.bench.turns import ANSWERS_FILE, check_prompts, make_requests
 from domino_spec.config import UserError
 from tests import tiny
-from tests.bench.conftest import OF_THE_MACHINE, read_raw
+from tests.bench.conftest import read_raw, without_times
 
 NEW = 6
 PROMPTS = [
@@ -145,7 +145,7 @@ def test_a_bench_interrupted_while_it_answers_measures_what_an_unbroken_one_does
     run_bench(**disk.options(tmp_path / "out", **fewer))
 
     def runs(rows):
-        timeless = [{k: v for k, v in row.items() if not k.startswith("seconds") and k not in OF_THE_MACHINE} for row in rows]
+        timeless = map(without_times, rows)
         wanted = [r for r in timeless if r["method"] in fewer["methods"] and not (r["repeat"] or r["temperature"])]
         return sorted(map(json.dumps, wanted))
 

@@ -13,8 +13,8 @@ from tests import tiny
 from tests.walk import Walk, recording
 
 CEILINGS = {"generate": (34, 1470), "cycle": (27, 864), "training": (19, 655), "request": (36, 1850)}
-"""Files of the package entered, and lines of the functions entered in them. A request has a thread of its own, which may
-be a function further when its first token arrives: its ceiling has that much room."""
+"""Files of the package entered, and lines of the functions entered in them. A request is decoded in a thread of its own,
+which may be a function further when the first token arrives: its ceiling leaves room for that."""
 
 
 def assert_below(walk: Walk, path: str) -> None:
@@ -52,8 +52,7 @@ def test_one_steady_cycle(pair):
     assert_below(walk, "cycle")
 
 
-def test_one_training_step(pair):
-    target, _ = pair
+def test_one_training_step():
     sequences = tiny.as_sequences(tiny.random_prompts([3, 4]), tiny.random_prompts([9, 7], seed=9))
     trainer = tiny.make_trainer(tiny.tiny_target(), sequences, {})
     trainer.train_step()

@@ -21,6 +21,13 @@ BLOCK = 5
 EVEN_IDS = torch.arange(0, 60, 2)
 
 
+def angles_are_products(target) -> bool:
+    """Whether this transformers computes RoPE's angles by a product of matrices (5.17 does), which no step needs."""
+    with FlopCounterMode(display=False) as counter:
+        target.decoder.rotary_emb(torch.zeros(()), torch.arange(3)[None])
+    return counter.get_total_flops() > 0
+
+
 @pytest.fixture(scope="module")
 def sequences() -> list[Sequence]:
     """Answers longer and shorter than a block, and two of them in one sequence."""
@@ -71,7 +78,7 @@ def test_the_count_is_exactly_what_a_step_does(target, sequences, head, recipe, 
     settings = OptimizationRecipe(steps=1, precision="float32", **recipe)
     options = dict(head=head, shift_label=shift_label, draft_vocab_ids=draft_vocab_ids)
     seen, _, counted = watched_step(target, sequences, anchors_of(sequences, 1), settings, **options)
-    assert counted.total == seen
+    assert 0 <= seen - counted.total <= (0.001 * seen if angles_are_products(target) else 0)
 
 
 def test_scores_that_are_masked_do_not_count(target, sequences):

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from domino_spec.kernels import blended
+from domino_spec.ops import blended
 from domino_spec.training import fused_loss
 from domino_spec.training.losses import OBJECTIVES, blended_loss_reference
 

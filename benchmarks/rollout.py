@@ -33,10 +33,10 @@ if not torch.cuda.is_available():
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.config import HeadConfig
-from domino_spec.draft.head import DominoHead
-from domino_spec.kernels.embedding import EmbeddingTable
-from domino_spec.kernels.reference import head_rollout
+from domino_spec.draft.config import HeadConfig
+from domino_spec.draft.domino import DominoHead
+from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.reference import head_rollout
 
 FLUSHED_BYTES = 256 * 2**20
 """More than any second-level cache holds."""
@@ -118,7 +118,7 @@ def released_rollout(inputs: Inputs, table: Tensor) -> Tensor:
 
 def kernel_rollout(inputs: Inputs, candidates: int) -> Callable[[], Tensor]:
     """The Triton twin: fused on CUDA, phases of two programs in the interpreter."""
-    from domino_spec.kernels import rollout_triton as triton_twin
+    from domino_spec.ops.triton import rollout as triton_twin
 
     options = {}
     if not inputs.hidden.is_cuda:

@@ -26,12 +26,12 @@ import torch
 
 from domino_spec.api import load_draft
 from domino_spec.bench.simulate import Simulated, load_simulated, render, save_simulated, simulate, summarize
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.cycle import Drafter
 from domino_spec.draft.load import draft_directory
-from domino_spec.drafters.ngram_model import NgramModel
+from domino_spec.drafters.methods import METHODS, choose_draft, make_drafter
+from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
-from domino_spec.methods import METHODS, choose_draft, make_drafter
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, load_sequences

@@ -30,10 +30,10 @@ from batch_sweep import numbers  # beside this program
 from domino_spec.api import load_draft
 from domino_spec.bench.profile import MethodProfile, Profile, profile_cycles
 from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
-from domino_spec.config import UserError
 from domino_spec.draft.load import AnyDraft
+from domino_spec.drafters.methods import default_method, kind_of
 from domino_spec.files import write_json
-from domino_spec.methods import default_method, kind_of
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from domino_spec.api import generate, load_draft, stream
-    from domino_spec.config import UserError
     from domino_spec.decoding.engine import Engine
-    from domino_spec.decoding.generation import Generation, Limits, Request
+    from domino_spec.decoding.request import Generation, Limits, Request
     from domino_spec.decoding.sampling import SamplingSettings
+    from domino_spec.settings import UserError
     from domino_spec.target.load import load_target
 
 __all__ = [
@@ -33,11 +33,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "domino_spec.decoding.engine",
-    "Generation": "domino_spec.decoding.generation",
-    "Limits": "domino_spec.decoding.generation",
-    "Request": "domino_spec.decoding.generation",
+    "Generation": "domino_spec.decoding.request",
+    "Limits": "domino_spec.decoding.request",
+    "Request": "domino_spec.decoding.request",
     "SamplingSettings": "domino_spec.decoding.sampling",
-    "UserError": "domino_spec.config",
+    "UserError": "domino_spec.settings",
     "generate": "domino_spec.api",
     "load_draft": "domino_spec.api",
     "load_target": "domino_spec.target.load",

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from domino_spec.config import DEFAULT_CANDIDATES, UserError, found, require
-from domino_spec.decoding.generate import decode
-from domino_spec.decoding.generation import Generation, Limits
+from domino_spec.decoding.engine import decode
+from domino_spec.decoding.request import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.transformers_hook import calling_streamer, check_same_model, generate_with
 from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft import load as draft_loading
+from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.methods import default_method, make_drafter, watch_for
+from domino_spec.drafters.methods import default_method, make_drafter, watch_for
+from domino_spec.drafters.ngram_counts import NgramModel
+from domino_spec.integrations.transformers import calling_streamer, check_same_model, generate_with
+from domino_spec.settings import UserError, found, require
 from domino_spec.target.check import check_target, read_reference
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message, encode_prompt

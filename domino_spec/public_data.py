@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 Row = Mapping[str, Any]
 

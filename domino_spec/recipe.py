@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator
 
-from domino_spec.config import HeadConfig, Settings, UserError, distinct, parse_settings, require, shortened
+from domino_spec.draft.config import HeadConfig
+from domino_spec.settings import Settings, UserError, distinct, parse_settings, require, shortened
 
 LARGEST_FILE = 32_768
 """Bytes of a recipe. One fills a page, and PyYAML reads this many in a second or two."""

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from domino_spec.cli import cli
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.draft.model import Draft
+from domino_spec.draft.domino import Draft
 from domino_spec.target.load import load_target
 from tests import tiny
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config
 
-from domino_spec.config import DraftConfig
 from domino_spec.draft.checkpoint import published_config
+from domino_spec.draft.config import DraftConfig
 
 _WIDTHS = {
     "Qwen3-4B": dict(hidden_size=2560, intermediate_size=9728),

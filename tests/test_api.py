@@ -11,12 +11,11 @@ import torch
 import domino_spec
 from domino_spec import UserError, generate
 from domino_spec.api import prompt_ids
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
+from domino_spec.decoding.cycle import Proposal, start
+from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal
-from domino_spec.kernels import cpu
-from domino_spec.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
+from domino_spec.drafters.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
+from domino_spec.ops.native import steps as cpu
 from tests.tiny import (
     as_target,
     draft_for,

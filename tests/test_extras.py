@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from domino_spec.config import UserError
-from domino_spec.extras import EXTRAS, require
-from domino_spec.target.embedded import EMBEDDED_TARGET, WEIGHTS, check_installed, converted_directory
+from domino_spec.settings import EXTRAS, UserError, require_extra
+from domino_spec.target.load import EMBEDDED_TARGET, WEIGHTS, check_installed, converted_directory
 from tests.cli_fixtures import make_draft_dir, make_target_dir, write_recipe  # noqa: F401 - fixtures
 
 if sys.version_info >= (3, 11):
@@ -111,10 +110,10 @@ def test_a_command_that_needs_more_says_how_to_get_it_before_pytorch_is_loaded(t
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    require("serve", "serve")
+    require_extra("serve", "serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError) as error:
-        require("serve", "serve")
+        require_extra("serve", "serve")
     assert str(error.value) == (
         "serve needs uvicorn, which is not installed: pip install starlette uvicorn prometheus_client"
     )

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from domino_spec import files
-from domino_spec.config import UserError
 from domino_spec.files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -27,6 +26,7 @@ from domino_spec.files import (
     weight_files,
     write_json,
 )
+from domino_spec.settings import UserError
 from tests.cli_fixtures import fail, make_draft_dir, make_target_dir, run  # noqa: F401
 
 

@@ -87,7 +87,7 @@ def no_server(monkeypatch):
         def serve_forever(self, bound):
             bound.close()
 
-    monkeypatch.setattr("domino_spec.serving.server.Server", NoServer)
+    monkeypatch.setattr("domino_spec.serve.server.Server", NoServer)
 
 
 @pytest.mark.parametrize(("command", "option"), CASES)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from domino_spec import methods
 from domino_spec.api import default_min_confidence
 from domino_spec.cli import threads
-from domino_spec.config import DEFAULT_CANDIDATES
 from domino_spec.decoding import adapt, engine, watch
-from domino_spec.drafters import dart, eagle3, lookup_first, ngram
+from domino_spec.draft.config import DEFAULT_CANDIDATES
+from domino_spec.drafters import dart, eagle3, methods
+from domino_spec.drafters import lookup as lookup_first
+from domino_spec.drafters import lookup as ngram
 from domino_spec.target import model
 from tests.decoding import test_lossless
 

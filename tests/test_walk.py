@@ -6,9 +6,9 @@ import pytest
 
 from domino_spec import generate
 from domino_spec.decoding.engine import Engine
-from domino_spec.decoding.generation import Limits, Request
+from domino_spec.decoding.request import Limits, Request
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.methods import make_drafter
+from domino_spec.drafters.methods import make_drafter
 from tests import tiny
 from tests.walk import Walk, recording
 
@@ -63,7 +63,7 @@ def test_one_training_step():
 
 def test_a_request_to_its_first_streamed_token():
     pytest.importorskip("uvicorn")
-    from tests.serving.running import serving, word_target
+    from tests.serve.running import serving, word_target
 
     target = word_target()
     with recording() as walk, serving(target, tiny.tiny_draft(target), capacity=64) as running:

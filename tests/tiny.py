@@ -22,17 +22,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from domino_spec.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
-from domino_spec.decoding.drafter import NoCache
-from domino_spec.decoding.generate import decode
-from domino_spec.decoding.generation import Generation, Limits
+from domino_spec.decoding.cycle import NoCache, Proposal, State, Verdict
+from domino_spec.decoding.engine import decode
+from domino_spec.decoding.request import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.draft.model import Draft
+from domino_spec.draft.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.methods import METHODS
+from domino_spec.drafters.methods import METHODS
 from domino_spec.recipe import OptimizationRecipe
-from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
 from domino_spec.training.features import Batch, compute_features, pack_batch

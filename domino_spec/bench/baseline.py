@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.request import Generation
 from domino_spec.target.load import load_model, target_source
 from domino_spec.target.model import Target
 

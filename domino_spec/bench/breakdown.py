@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from domino_spec.bench.cells import table
 from domino_spec.bench.profile import profile_cycles
 from domino_spec.bench.profile_report import stage_name
-from domino_spec.config import DEFAULT_CANDIDATES
+from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
 from domino_spec.target.model import Target
 

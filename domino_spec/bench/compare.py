@@ -16,8 +16,8 @@ from domino_spec.bench.figures import contender_of, contenders_of, draws_of, mea
 from domino_spec.bench.intervals import Bounds, Draws
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import RAW_FILE, SETTINGS_FILE, Row, RunKey, read_rows
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path, read_json, write_json
+from domino_spec.settings import UserError
 
 COMPARISON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
 DERIVED = ("planned_runs", "limit")

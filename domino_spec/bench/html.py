@@ -18,8 +18,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from domino_spec.bench.markdown import render
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path
+from domino_spec.settings import UserError
 
 HTML_FILE = "report.html"
 

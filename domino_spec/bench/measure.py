@@ -19,7 +19,7 @@ from domino_spec.bench.methods import Contender, Run
 from domino_spec.bench.rows import Row, RunKey, append_row
 from domino_spec.bench.ties import TextCheck
 from domino_spec.bench.turns import Request
-from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.request import Generation
 from domino_spec.decoding.sampling import seed_of
 
 BATCH = 1

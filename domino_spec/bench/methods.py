@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from domino_spec.api import generate
 from domino_spec.bench.baseline import transformers_generate
 from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.cycle import Drafter
+from domino_spec.decoding.request import Generation
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.drafters.vocabulary import FrequentTokens, restricted
-from domino_spec.methods import METHODS as DRAFTING
-from domino_spec.methods import check_settings, choose_draft, kind_of, make_drafter, watch_for
+from domino_spec.draft.vocabulary import FrequentTokens, restricted
+from domino_spec.drafters.methods import METHODS as DRAFTING
+from domino_spec.drafters.methods import check_settings, choose_draft, kind_of, make_drafter, watch_for
+from domino_spec.drafters.ngram_counts import NgramModel
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 
 TRANSFORMERS = "transformers"
@@ -35,7 +35,7 @@ class Method:
     """How a method of the bench decodes."""
 
     drafting: str | None
-    """Key of `domino_spec.methods.METHODS`; None for a baseline that runs outside this package."""
+    """Key of `domino_spec.drafters.methods.METHODS`; None for a baseline that runs outside this package."""
     sample_drafts: bool | None = None
     """At temperature > 0; None is the method's own default (see `make_drafter`)."""
     matching_rule: bool = False

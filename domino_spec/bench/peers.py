@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from domino_spec.bench.baseline import timed_generate
-from domino_spec.config import DraftConfig, UserError
-from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.request import Generation
 from domino_spec.draft.checkpoint import draft_tensors, read_draft
+from domino_spec.draft.config import DraftConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import draft_directory
-from domino_spec.draft.model import Draft
+from domino_spec.settings import UserError
 from domino_spec.target.load import EMBEDDED_TARGET, load_config, load_model, load_tokenizer, target_source
 from domino_spec.target.model import Target
 

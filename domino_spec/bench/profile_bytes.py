@@ -27,14 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from domino_spec.bench.profile_cycle import Work
-from domino_spec.config import DraftConfig, SingleLayerConfig
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.cycle import Drafter
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
+from domino_spec.drafters.block import BlockDrafter, TreeDrafter
 from domino_spec.target.model import Target
-from domino_spec.target.packing import PackedLinear
+from domino_spec.target.native import PackedLinear
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -16,9 +16,7 @@ import torch
 
 from domino_spec.bench.profile_point import hold_caches, hold_state
 from domino_spec.bench.profile_watch import Watch, hold_device, stage_seconds, synchronise, watched
-from domino_spec.decoding.drafter import Drafter
-from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.decoding.verify import commit, verify
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, verify
 from domino_spec.draft.load import AnyDraft
 from domino_spec.target.model import Target
 

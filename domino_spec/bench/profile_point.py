@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter, start
+from domino_spec.decoding.cycle import Drafter, State, start
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
-from domino_spec.decoding.state import State
+from domino_spec.settings import UserError
 from domino_spec.target.model import PREFILL_CHUNK, Target
 
 

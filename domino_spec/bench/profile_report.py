@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from domino_spec.bench.cells import Record, number, table
 from domino_spec.bench.plots import save_figure
 from domino_spec.bench.profile_watch import STAGES
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path, write_json
+from domino_spec.settings import UserError
 
 JSON_FILE, MARKDOWN_FILE, PLOT = "profile.json", "profile.md", "profile"
 STAGE_NAMES = {

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.state import Proposal
+from domino_spec.decoding.cycle import Proposal
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
 from domino_spec.target.model import Target
 
 STAGES = ("verify", "verify_lm_head", "context", "backbone", "lm_head", "rollout", "accept_commit")

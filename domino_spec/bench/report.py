@@ -31,8 +31,8 @@ from domino_spec.bench.markdown import render
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import SETTINGS_FILE, Row, read_rows
 from domino_spec.bench.ties import compared_texts, find_partings, load_ties
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path, read_json, write_json
+from domino_spec.settings import UserError
 
 REPORT_FILE, MARKDOWN_FILE, BREAKDOWN_FILE = "report.json", "report.md", "breakdown.json"
 

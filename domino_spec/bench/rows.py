@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.files import read_json, read_jsonl, write_json
+from domino_spec.settings import Settings, UserError, parse_settings
 
 RAW_FILE, SETTINGS_FILE = "raw.jsonl", "settings.json"
 

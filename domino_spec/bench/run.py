@@ -24,11 +24,12 @@ from domino_spec.bench.rows import Row, record_session, start_or_resume
 from domino_spec.bench.suites import load_suites, prompts_digest
 from domino_spec.bench.ties import measure_ties, save_ties
 from domino_spec.bench.turns import Request, check_prompts, make_requests
-from domino_spec.config import DEFAULT_CANDIDATES, UserError
+from domino_spec.draft.config import DEFAULT_CANDIDATES
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft, draft_directory, load_draft
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.drafters.vocabulary import FrequentTokens
+from domino_spec.draft.vocabulary import FrequentTokens
+from domino_spec.drafters.ngram_counts import NgramModel
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 

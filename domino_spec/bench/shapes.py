@@ -15,14 +15,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from domino_spec.config import DraftConfig, UserError
+from domino_spec.draft.config import DraftConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import fresh_config
-from domino_spec.draft.model import Draft
 from domino_spec.files import read_json
 from domino_spec.recipe import DraftRecipe, HeadRecipe
-from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.settings import UserError
+from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
-from domino_spec.target.packing import can_pack
+from domino_spec.target.native import can_pack
 from domino_spec.target.shapes import KNOWN_TARGETS
 from domino_spec.training.memory import free_memory as free_memory
 

@@ -28,13 +28,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from domino_spec.bench.cells import Record, number, table, with_interval
 from domino_spec.bench.intervals import Cluster, Draws, Samples, mean_of
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import Drafter, start
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, start, tree_ancestors, walk_tree
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
-from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.decoding.tree import tree_ancestors, walk_tree
-from domino_spec.decoding.verify import commit
 from domino_spec.files import atomic_path, read_jsonl
+from domino_spec.settings import UserError
 from domino_spec.target.cache import TargetCache
 from domino_spec.training.data import Sequence, conversation_id
 from domino_spec.training.features import FeatureSource

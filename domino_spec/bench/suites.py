@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
 from domino_spec.public_data import BENCHMARKS, benchmark_turns
+from domino_spec.settings import UserError
 
 
 @dataclass(frozen=True)

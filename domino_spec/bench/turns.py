@@ -14,8 +14,8 @@ from pathlib import Path
 from domino_spec.api import generate, prompt_ids
 from domino_spec.bench.rows import append_line, cut_partial_line, turn_suffix
 from domino_spec.bench.suites import Prompt
-from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.target.text import Message
 

@@ -9,8 +9,7 @@ import click
 from click.core import ParameterSource
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import (
+from domino_spec.cli.options import (
     FINITE,
     Counts,
     Machine,
@@ -23,8 +22,8 @@ from domino_spec.demo.options import (
     max_new_tokens_option,
     rivals_options,
 )
-from domino_spec.demo.shell import comma_separated, print_json
-from domino_spec.extras import require
+from domino_spec.cli.shell import comma_separated, print_json
+from domino_spec.settings import UserError, require_extra
 
 OF_METHODS = frozenset(
     (
@@ -118,7 +117,7 @@ def bench(
     if out is None:
         raise UserError("no directory given for the measurements: domino-spec bench --suite SUITE --out DIR")
     if servers:
-        require("bench", "bench")
+        require_extra("bench", "bench")
         machine.prepare()
         from domino_spec.bench.server.run import run_server_bench
 
@@ -141,7 +140,7 @@ def bench(
     names = comma_separated(methods, str, "--methods")
     budgets = comma_separated(num_drafts or "", int, "--num-drafts")
     degrees = comma_separated(temperatures, float, "--temperatures")
-    require("bench", "bench")
+    require_extra("bench", "bench")
     machine.prepare(rivals.target)
     from domino_spec.bench.methods import check_options, needs_draft
     from domino_spec.bench.run import run_bench

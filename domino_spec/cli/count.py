@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import json_option, verbose_option
-from domino_spec.demo.shell import prepare, print_json, status
+from domino_spec.cli.options import json_option, verbose_option
+from domino_spec.cli.shell import prepare, print_json, status
 from domino_spec.recipe import load_recipe
+from domino_spec.settings import UserError
 
 
 @cli.command()
@@ -59,7 +59,7 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     """
     settings = load_recipe(recipe)
     prepare(verbose, target=settings.target)
-    from domino_spec.drafters.ngram_model import LARGEST_ORDER
+    from domino_spec.drafters.ngram_counts import LARGEST_ORDER
     from domino_spec.training.ngrams import write_ngrams
 
     if order > LARGEST_ORDER:

@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import (
+from domino_spec.cli.options import (
     FINITE,
     SETTINGS,
     Counts,
@@ -24,8 +23,9 @@ from domino_spec.demo.options import (
     num_drafts_option,
     pair_options,
 )
-from domino_spec.demo.shell import console, print_json, read_prompt, say_nothing_is_drafted, status
-from domino_spec.methods import METHODS, check_settings, default_method, why_nothing_is_drafted
+from domino_spec.cli.shell import console, print_json, read_prompt, say_nothing_is_drafted, status
+from domino_spec.drafters.methods import METHODS, check_settings, default_method, why_nothing_is_drafted
+from domino_spec.settings import UserError
 
 
 @cli.command()
@@ -80,11 +80,11 @@ def generate(
     prompt = read_prompt(prompt)
     machine.prepare(pair.target)
     from domino_spec.api import stream
-    from domino_spec.decoding.generation import Generation, Limits
+    from domino_spec.cli.record import generation_record
+    from domino_spec.cli.terminal import AnswerWriter, MarkedText
+    from domino_spec.decoding.request import Generation, Limits
     from domino_spec.decoding.sampling import SamplingSettings
-    from domino_spec.demo.record import generation_record
-    from domino_spec.demo.terminal import AnswerWriter, MarkedText
-    from domino_spec.drafters.vocabulary import restricted
+    from domino_spec.draft.vocabulary import restricted
     from domino_spec.target.text import check_characters
 
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -160,10 +160,10 @@ def demo(
     domino-spec demo --prompt "Tell me about the moon." --max-new-tokens 200
     """
     machine.prepare(pair.target)
-    from domino_spec.decoding.generation import Limits
-    from domino_spec.demo.race import PROMPTS, race, warm_up
-    from domino_spec.demo.record import races_record
-    from domino_spec.demo.terminal import RaceView, summary
+    from domino_spec.cli.race import PROMPTS, race, warm_up
+    from domino_spec.cli.record import races_record
+    from domino_spec.cli.terminal import RaceView, summary
+    from domino_spec.decoding.request import Limits
     from domino_spec.target.text import check_characters
 
     Limits(max_new_tokens)

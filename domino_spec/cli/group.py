@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from domino_spec import __version__
-from domino_spec.demo.shell import OneLineErrors
+from domino_spec.cli.shell import OneLineErrors
 
 
 @click.group(cls=OneLineErrors, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

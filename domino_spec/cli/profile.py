@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import (
+from domino_spec.cli.options import (
     DEFAULT_TARGET,
     Machine,
     Pair,
@@ -19,9 +18,9 @@ from domino_spec.demo.options import (
     machine_options,
     pair_options,
 )
-from domino_spec.demo.shell import comma_separated, print_json, status
-from domino_spec.extras import require
-from domino_spec.methods import check_settings
+from domino_spec.cli.shell import comma_separated, print_json, status
+from domino_spec.drafters.methods import check_settings
+from domino_spec.settings import UserError, require_extra
 
 if TYPE_CHECKING:
     from domino_spec.draft.load import AnyDraft
@@ -73,13 +72,13 @@ def profile(
     counts = comma_separated(num_drafts or "", int, "--num-drafts")
     sizes = comma_separated(rows or "", int, "--rows")
     _check_source(pair, shape, draft_vocab_size)
-    require("bench", "profile")
+    require_extra("bench", "profile")
     machine.prepare(pair.target if shape is None else None)
     from rich.console import Console
 
     from domino_spec.bench.profile import check_numbers, default_methods, profile_cycles, profile_record
     from domino_spec.bench.profile_report import check_writable, write_profile
-    from domino_spec.demo.progress import ProgressView
+    from domino_spec.cli.progress import ProgressView
 
     check_numbers(batch=[batch], repeats=[repeats], rows=sizes, num_drafts=counts)
     check_writable(out)
@@ -131,7 +130,7 @@ def _made(
     from domino_spec.bench.profile import check_context
     from domino_spec.bench.profile_bytes import cache_bytes
     from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
-    from domino_spec.methods import check_draft
+    from domino_spec.drafters.methods import check_draft
 
     dtype = "auto" if machine.dtype == "auto" else getattr(torch, machine.dtype)
     plan = plan_pair(find_shape(shape, draft_vocab_size), dtype, machine.device)

@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import (
+from domino_spec.cli.options import (
     FINITE,
     SETTINGS,
     Machine,
@@ -22,9 +21,9 @@ from domino_spec.demo.options import (
     method_option,
     pair_options,
 )
-from domino_spec.demo.shell import print_json
-from domino_spec.extras import require
-from domino_spec.methods import check_settings, default_method, why_nothing_is_drafted
+from domino_spec.cli.shell import print_json
+from domino_spec.drafters.methods import check_settings, default_method, why_nothing_is_drafted
+from domino_spec.settings import UserError, require_extra
 
 LOCAL = "local"
 MOST_SECONDS = 1_000_000
@@ -137,7 +136,7 @@ def serve(
     method = "none" if local.method is None and pair.draft == "none" else local.method
     draft_name = pair.draft_for((method,))
     if engine == LOCAL:
-        require("serve", "serve")
+        require_extra("serve", "serve")
     machine.prepare(pair.target)
     drafting_off = _check_values(draft_name, engine, endpoint, local, method, machine)
     if only_check:
@@ -179,9 +178,9 @@ def _check_values(
     draft_name: str | None, engine: str, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
 ) -> str | None:
     """Refuse values that cannot be served, before anything is loaded; returns why nothing is drafted, or None."""
-    from domino_spec.serving.address import bind, check_api_key, check_host
-    from domino_spec.serving.memory import check_slots
-    from domino_spec.serving.preflight import choose_device
+    from domino_spec.serve.address import bind, check_api_key, check_host
+    from domino_spec.serve.memory import check_slots
+    from domino_spec.serve.preflight import choose_device
     from domino_spec.target.text import check_characters
 
     texts = [("host", endpoint.host), ("served-model-name", endpoint.served_model_name), ("api-key", endpoint.api_key)]
@@ -212,7 +211,7 @@ def _check_values(
         raise UserError("--costs keeps what drafting costs, and nothing is drafted: leave it out")
     if endpoint.num_drafts is not None:
         raise UserError("--costs is for choosing the number of drafts, which --num-drafts fixes: leave one of them out")
-    from domino_spec.serving.server import read_costs
+    from domino_spec.serve.server import read_costs
 
     read_costs(local.costs)
     return drafting_off
@@ -230,7 +229,7 @@ def _check(
     as_json: bool,
 ) -> None:
     """Print what is found part by part; what stands in the way is the error."""
-    from domino_spec.serving.preflight import Plan, preflight
+    from domino_spec.serve.preflight import Plan, preflight
 
     findings = preflight(
         Plan(
@@ -278,7 +277,7 @@ def _serve_elsewhere(
 ) -> None:
     """Print another engine's command line and, unless that was all, become it."""
     from domino_spec.draft.load import draft_directory, read_any_draft
-    from domino_spec.serving import launch
+    from domino_spec.engines import launch
     from domino_spec.target.load import target_source
 
     directory = None if draft_name is None else draft_directory(draft_name)
@@ -319,9 +318,9 @@ def _serve_here(
     drafting_off: str | None,
 ) -> None:
     """Serve on this package's engine until a signal ends it."""
-    from domino_spec.serving.address import bind, url
-    from domino_spec.serving.app import Service, Settings
-    from domino_spec.serving.server import Server, make_engine
+    from domino_spec.serve.address import bind, url
+    from domino_spec.serve.app import Service, Settings
+    from domino_spec.serve.server import Server, make_engine
 
     bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken
     target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)

@@ -8,11 +8,10 @@ from pathlib import Path
 import click
 
 from domino_spec.cli.group import cli
-from domino_spec.config import UserError
-from domino_spec.demo.options import Machine, json_option, machine_options, no_check_option, verbose_option
-from domino_spec.demo.shell import console, prepare, print_json, status
-from domino_spec.extras import require
+from domino_spec.cli.options import Machine, json_option, machine_options, no_check_option, verbose_option
+from domino_spec.cli.shell import console, prepare, print_json, status
 from domino_spec.recipe import load_recipe
+from domino_spec.settings import UserError, require_extra
 
 
 @cli.command()
@@ -36,7 +35,7 @@ def regenerate(
     """
     settings = load_recipe(recipe)
     machine.prepare(settings.target)
-    from domino_spec.demo.answering import answer_recipe, result_lines
+    from domino_spec.cli.answering import answer_recipe, result_lines
 
     out = out or Path(settings.data.responses)
     result = answer_recipe(settings, out, draft, server, machine, shown=not as_json)
@@ -77,7 +76,7 @@ def train(
     """
     settings = load_recipe(recipe)
     if not dry_run:
-        require("train", "train")
+        require_extra("train", "train")
     Machine(device, "auto", threads, verbose).prepare(None if dry_run else settings.target)
     if dry_run:
         from domino_spec.training.estimate import estimate_lines, estimate_training
@@ -86,7 +85,7 @@ def train(
         return print_json(asdict(estimate)) if as_json else click.echo("\n".join(estimate_lines(estimate)))
     if out is None:
         raise UserError("no directory given for the run: domino-spec train RECIPE --out RUN")
-    from domino_spec.demo.progress import TrainingView
+    from domino_spec.cli.progress import TrainingView
     from domino_spec.training.parallel import is_first_process
     from domino_spec.training.plots import last_metrics
     from domino_spec.training.report import write_report
@@ -144,9 +143,8 @@ def inspect(draft: str, target: str | None, verbose: bool, as_json: bool) -> Non
     domino-spec inspect smollm2-135m-domino --target smollm2-135m
     """
     prepare(verbose, target=target)
-    from domino_spec.demo.record import draft_lines, draft_record
-    from domino_spec.draft.describe import check_fit, describe_draft
-    from domino_spec.draft.load import draft_directory
+    from domino_spec.cli.record import draft_lines, draft_record
+    from domino_spec.draft.load import check_fit, describe_draft, draft_directory
 
     description, fit = describe_draft(draft_directory(draft)), None
     if target is not None:

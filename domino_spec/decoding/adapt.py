@@ -20,7 +20,7 @@ from torch import Tensor
 
 from domino_spec.decoding.clock import Clock
 from domino_spec.decoding.costs import CostModel, sizes_up_to
-from domino_spec.decoding.state import Proposal, Verdict
+from domino_spec.decoding.cycle import Proposal, Verdict
 
 BINS = 16
 """Classes of confidence: (1/2, 1] ... in equal steps of its square root."""

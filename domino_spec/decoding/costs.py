@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 
-from domino_spec.config import Settings, UserError, parse_settings
-from domino_spec.decoding.drafter import Drafter, cycle_room
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, verify
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
-from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.decoding.verify import commit, verify
 from domino_spec.files import atomic_path, read_json
+from domino_spec.settings import Settings, UserError, parse_settings
 from domino_spec.target.model import Target
 
 CONTEXT = 256

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.kernels.reference import draw
+from domino_spec.ops.reference import draw
+from domino_spec.settings import UserError
 
 ALMOST_ZERO, HOTTEST = 1e-5, 1e5
 """Least and highest temperature above 0: logits divided by less would not stay finite, by more would all be equal."""

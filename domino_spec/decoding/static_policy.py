@@ -14,8 +14,8 @@ import torch
 
 from domino_spec.decoding.adapt import DraftPolicy
 from domino_spec.decoding.costs import sizes_up_to
-from domino_spec.decoding.state import Proposal, Verdict
-from domino_spec.decoding.static import Flight, Heard, best_drafts
+from domino_spec.decoding.cycle import Proposal, Verdict
+from domino_spec.decoding.graphs.cycles import Flight, Heard, best_drafts
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from domino_spec.config import DraftConfig, SingleLayerConfig
-from domino_spec.kernels import cpu
-from domino_spec.kernels.context import write_context_
-from domino_spec.kernels.layers_cpu import DecoderLayers
-from domino_spec.target.fusing import FusedProjection, NotFusible, fuse, fused_layers, fused_norm
-from domino_spec.target.packing import PackedLinear, pack_linears
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.ops.context import write_context_
+from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native.layers import DecoderLayers
+from domino_spec.target.native import (
+    FusedProjection,
+    NotFusible,
+    PackedLinear,
+    fuse,
+    fused_layers,
+    fused_norm,
+    pack_linears,
+)
 
 
 class Rotary(NamedTuple):

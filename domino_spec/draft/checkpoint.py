@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig, HeadConfig, UserError, shortened
-from domino_spec.draft.model import Draft
+from domino_spec.draft.config import DraftConfig, HeadConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.schema import (
     AFTER_NORM,
     BEFORE_NORM,
@@ -40,6 +40,7 @@ from domino_spec.files import (
     weight_files,
     write_json,
 )
+from domino_spec.settings import UserError, shortened
 
 _log = logging.getLogger(__name__)
 

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domino_spec.config import (
+from domino_spec.draft.checkpoint import read_draft
+from domino_spec.draft.config import (
     DraftConfig,
     HeadConfig,
     SingleLayerConfig,
-    UserError,
     default_target_layer_ids,
     feature_levels,
 )
-from domino_spec.draft.checkpoint import read_draft
-from domino_spec.draft.load import check_finite, draft_directory
-from domino_spec.draft.model import Draft
-from domino_spec.draft.pairing import check_pairing
+from domino_spec.draft.domino import Draft
+from domino_spec.draft.load import check_finite, check_pairing, draft_directory
 from domino_spec.draft.schema import ROPES
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DraftRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 16, 5  # the paper's (5.1)

@@ -1,23 +1,98 @@
-"""Drafts of any kind: loaded from the package, a directory or the hub, checked against a target; and written."""
+"""Does this draft fit this target? A wrong pairing decodes correctly but accepts nothing, so it is refused.
+
+Shapes are compared always. The target's fingerprint is compared where the draft carries one; published drafts do not,
+which is said once.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published, save_draft
-from domino_spec.draft.model import Draft
-from domino_spec.draft.pairing import check_pairing
-from domino_spec.draft.schema import unknown_keys
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig, feature_levels
+from domino_spec.draft.domino import Draft
+from domino_spec.draft.schema import OWN_SETTINGS, unknown_keys
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
-from domino_spec.target.packing import can_pack
+from domino_spec.target.native import can_pack
+from domino_spec.target.outline import outline_target
 
 _log = logging.getLogger(__name__)
+
+
+def shape_mismatch(
+    config: DraftConfig | SingleLayerConfig, hidden_size: int, vocab_size: int, num_layers: int
+) -> str | None:
+    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
+    for what, draft_side, target_side in (
+        (
+            "hidden size",
+            config.target_hidden_size if isinstance(config, SingleLayerConfig) else config.hidden_size,
+            hidden_size,
+        ),
+        ("vocabulary", config.vocab_size, vocab_size),
+        ("number of target layers", config.num_target_layers, num_layers),
+    ):
+        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
+            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
+    if isinstance(config, SingleLayerConfig):
+        try:
+            deepest = max(config.target_layer_ids or feature_levels(num_layers))
+        except UserError as error:
+            return f"the draft reads three levels of the target's layers, but {error}"
+        if deepest >= num_layers:
+            return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
+        if deepest == num_layers - 1 and config.published and OWN_SETTINGS not in config.published:
+            return (
+                f"the draft reads layer {deepest}, the target's last one, and its config.json does not say whether "
+                "before the final norm or after it"
+            )
+    return None
+
+
+def check_pairing(
+    config: DraftConfig | SingleLayerConfig,
+    draft_name: str,
+    target: Target,
+    allow_other_target: bool = False,
+    how_to_allow: str = "--allow-other-target",
+) -> None:
+    """Refuse a draft that was not made for this target.
+
+    Args:
+        config: of the draft.
+        draft_name: for the message.
+        target: to pair it with.
+        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
+        how_to_allow: the option or setting that does so, for the message.
+
+    Raises:
+        UserError: one sentence that names both sides.
+    """
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
+    if config.target_fingerprint is None:
+        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
+    elif config.target_fingerprint != target.fingerprint:
+        if not allow_other_target:
+            raise UserError(
+                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
+                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
+                f"({how_to_allow}) for a fine-tuned target"
+            )
+        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)
+
+
+# ----------------------------------------------------------------------
+# Drafts of any kind: loaded from the package, a directory or the hub, checked against a target; and written.
+
 
 EMBEDDED_DRAFT = "smollm2-135m-domino"
 AnyDraft = Draft | SingleLayerDraft
@@ -145,3 +220,105 @@ def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
     context = draft.backbone.project_context(draft.read_features(features).to(draft.dtype), positions[:, :8])
     seen = torch.ones(1, 1, 8, 16, dtype=torch.bool, device=target.device)
     return draft.base_logits(draft.backbone(draft.block_embeddings(tokens[:, -1], 8), positions[:, 8:], context, seen))
+
+
+# ----------------------------------------------------------------------
+# What a draft on disk is (method, shape, conventions, parameters per part, size) and whether it fits a target.
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft checkpoint in words and figures."""
+
+    config: DraftConfig | SingleLayerConfig
+    method: str
+    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
+    dtypes: tuple[str, ...]
+    """Types of its parameters as saved."""
+    parameters: dict[str, int]
+    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
+    embed_tokens (where the draft has its own); and total."""
+    file_bytes: int
+    """Size of its safetensors files."""
+
+
+def describe_draft(directory: Path) -> DraftDescription:
+    """Read a draft and count it.
+
+    Raises:
+        UserError: as `checkpoint.read_draft`.
+    """
+    draft = read_any_draft(directory, outline=True)
+    method, parts = _parts(draft)
+    return DraftDescription(
+        config=draft.config,
+        method=method,
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
+        parameters={**parts, "total": sum(parts.values())},
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+    )
+
+
+def _parts(draft: AnyDraft) -> tuple[str, dict[str, int]]:
+    """The draft's method, and how many parameters each of its parts has."""
+    if isinstance(draft, SingleLayerDraft):
+        ends = {"fc": draft.fc.weight.numel(), "lm_head": draft.lm_head.weight.numel()}
+        layer = sum(p.numel() for p in draft.parameters()) - sum(ends.values())  # norms and DART's mask among them
+        parts = {"fc": ends["fc"], "layer": layer, "lm_head": ends["lm_head"]}
+        own = draft.embed_tokens
+        return draft.config.method, parts if own is None else {**parts, "embed_tokens": own.numel()}
+    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
+    if draft.head is None:
+        return "dflash", parts
+    down, _, up = draft.head.embed_proj
+    parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
+    parts["w1"] = sum(p.numel() for p in down.parameters())
+    parts["w2"] = sum(p.numel() for p in up.parameters())
+    return "domino", parts
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a draft fits a target."""
+
+    fits: bool
+    sentence: str
+    """What was compared and what came out."""
+
+
+def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_name: str) -> Fit:
+    """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
+
+    A target on the hub is compared by its configuration alone, without its weights being downloaded or loaded.
+
+    Raises:
+        UserError: the target cannot be read.
+    """
+    return fit_of(config, draft_name, outline_target(target_name).target)
+
+
+def fit_of(
+    config: DraftConfig | SingleLayerConfig, draft_name: str, target: Target, allow_other_target: bool = False
+) -> Fit:
+    """`check_fit` with a target that is outlined or loaded already.
+
+    Args:
+        config: of the draft.
+        draft_name: for the sentence.
+        target: its fingerprint is empty where it is not known.
+        allow_other_target: other weights of the same shape fit, too (a fine-tuned target).
+    """
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        return Fit(False, f"draft {draft_name} does not fit target {target.name}: {mismatch}")
+    if not target.fingerprint:
+        return Fit(True, f"fits the shape of {target.name}; its weights were not compared")
+    if config.target_fingerprint is None:
+        return Fit(True, f"fits the shape of {target.name}; it does not say which weights it was trained for")
+    if allow_other_target and config.target_fingerprint != target.fingerprint:
+        return Fit(True, f"fits the shape of {target.name}; trained for other weights, which is allowed")
+    try:
+        check_pairing(config, draft_name, target)
+    except UserError as error:
+        return Fit(False, str(error))
+    return Fit(True, f"fits {target.name}: same shape, same weights")

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from domino_spec.config import Settings, UserError, distinct, found, parse_settings, require, shortened
+from domino_spec.settings import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
 

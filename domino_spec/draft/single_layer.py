@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domino_spec.config import SingleLayerConfig, UserError, feature_levels
 from domino_spec.draft.backbone import (
     MLP,
     Attend,
@@ -30,10 +29,11 @@ from domino_spec.draft.backbone import (
     rotary_config,
     rotate,
 )
-from domino_spec.draft.model import TargetEnds
-from domino_spec.kernels import cpu
-from domino_spec.target.fusing import FusedProjection, NotFusible, fuse
-from domino_spec.target.packing import PackedLinear, pack_linears
+from domino_spec.draft.config import SingleLayerConfig, feature_levels
+from domino_spec.draft.domino import TargetEnds
+from domino_spec.ops.native import steps as cpu
+from domino_spec.settings import UserError
+from domino_spec.target.native import FusedProjection, NotFusible, PackedLinear, fuse, pack_linears
 
 if TYPE_CHECKING:
     from domino_spec.target.model import Target

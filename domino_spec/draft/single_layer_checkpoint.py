@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.config import FEATURE_LEVELS, SingleLayerConfig, UserError, found, require
 from domino_spec.draft.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -29,6 +28,7 @@ from domino_spec.draft.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from domino_spec.draft.config import FEATURE_LEVELS, SingleLayerConfig
 from domino_spec.draft.schema import (
     NESTED_LAYER,
     OWN_SETTINGS,
@@ -42,6 +42,7 @@ from domino_spec.draft.schema import (
     refuse_unsupported,
 )
 from domino_spec.draft.single_layer import SingleLayerDraft, TensorLayout
+from domino_spec.settings import UserError, found, require
 
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
 PUBLISHED_STEPS = 7

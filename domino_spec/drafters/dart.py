@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.drafters.ngram_model import NgramModel
+from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
+from domino_spec.settings import UserError
 
 TOTAL, TOP, BEAM = 60, 25, 20
 """Drafts of a tree, tokens of a slot and prefixes that are extended: the published defaults."""

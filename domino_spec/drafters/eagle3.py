@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.decoding.state import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
-from domino_spec.kernels.trees import Tree
+from domino_spec.ops.trees import Tree
+from domino_spec.settings import UserError
 
 TOTAL = 60
 """Rows of a verify pass, the anchor's included: the published default."""

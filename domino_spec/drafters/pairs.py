@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.decoding.state import Verdict
+from domino_spec.decoding.cycle import Verdict
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from domino_spec.config import UserError
-from domino_spec.target.attention import ATTENTION_NAME
+from domino_spec.settings import UserError
+from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
-from domino_spec.target.packing import can_pack
+from domino_spec.target.native import can_pack
 
 _log = logging.getLogger(__name__)
 

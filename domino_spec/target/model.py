@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from domino_spec.config import UserError
-from domino_spec.kernels import cpu
-from domino_spec.kernels.layers_cpu import DecoderLayers
-from domino_spec.target.attention import pass_mask
-from domino_spec.target.cache import TargetCache
-from domino_spec.target.fusing import FusedAttention, attention_calls, fuse, fused_layers, near
-from domino_spec.target.packing import pack_linears
+from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native.layers import DecoderLayers
+from domino_spec.settings import UserError
+from domino_spec.target.cache import TargetCache, pass_mask
+from domino_spec.target.native import FusedAttention, attention_calls, fuse, fused_layers, near, pack_linears
 
 _log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from domino_spec.target.load import (
     load_config,
     load_generation_config,
     outlined_model,
+    stored_tensors,
     target_source,
 )
 from domino_spec.target.model import Target, weights_fingerprint
-from domino_spec.target.weights import stored_tensors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.load import reason
 
 Message = dict[str, str]

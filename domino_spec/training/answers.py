@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from domino_spec.config import UserError
 from domino_spec.files import read_jsonl, write_json
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.text import Message, encode_prompt
 from domino_spec.training.conversations import Conversation, knows_thinking
 from domino_spec.training.datasets import DUPLICATE, IN_EVALUATION, load_prompts

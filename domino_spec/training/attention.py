@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
 from domino_spec.draft.backbone import Attend, fold_mask, folded_attention
+from domino_spec.settings import UserError
 from domino_spec.training.anchors import Blocks
 
 CHUNK_SLOTS = 256

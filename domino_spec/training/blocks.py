@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.kernels.reference import head_rollout
+from domino_spec.ops.reference import head_rollout
 from domino_spec.training.anchors import Blocks, gather_blocks
 from domino_spec.training.attention import block_attention
 from domino_spec.training.chains import forward_chains

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from domino_spec.draft.model import Draft
+from domino_spec.draft.domino import Draft
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import accepted_drafts, block_logits, expected_acceptance, text_probabilities

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.text import ChatTemplateError, Message, encode_prompt, render_chat
 from domino_spec.training.data import Sequence, Turn, join_turns
 

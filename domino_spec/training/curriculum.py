@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from domino_spec.config import require
 from domino_spec.recipe import OptimizationRecipe
+from domino_spec.settings import require
 
 
 def lambda_base(step: int, recipe: OptimizationRecipe) -> float:

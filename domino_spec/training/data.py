@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError
-from domino_spec.drafters.vocabulary import count_tokens, fill_up, rank_tokens
+from domino_spec.draft.vocabulary import count_tokens, fill_up, rank_tokens
 from domino_spec.files import read_jsonl
+from domino_spec.settings import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
 from domino_spec.public_data import (
     BENCHMARKS,
@@ -25,6 +24,7 @@ from domino_spec.public_data import (
     public_rows,
 )
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.training.conversations import (
     ChatFormat,

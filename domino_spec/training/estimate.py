@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from domino_spec.config import DraftConfig, SingleLayerConfig, UserError, require
 from domino_spec.draft.checkpoint import read_config
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
-from domino_spec.draft.load import AnyDraft, draft_directory
-from domino_spec.draft.model import Draft
-from domino_spec.draft.pairing import shape_mismatch
+from domino_spec.draft.load import AnyDraft, draft_directory, shape_mismatch
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
+from domino_spec.settings import UserError, require
 from domino_spec.target.load import outlined_model, target_config
 from domino_spec.target.shapes import KNOWN_TARGETS, known_config
 from domino_spec.training.anchors import sample_anchors

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.config import DEFAULT_CANDIDATES, UserError
+from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.training.blocks import DraftedTokens, forward_blocks
 from domino_spec.training.data import Sequence

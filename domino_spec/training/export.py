@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from domino_spec.config import DraftConfig, UserError, shortened
 from domino_spec.draft.checkpoint import ARCHITECTURES, CONFIG_FILE, check_readers, read_published
+from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer
+from domino_spec.settings import UserError, shortened
 from domino_spec.training.state import STATE_FILE, read_state
 
 

@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from domino_spec.config import UserError
 from domino_spec.files import read_json, save_tensors, write_json
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence
 from domino_spec.training.integrity import only_writer, remove_scratch

@@ -26,7 +26,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
-from domino_spec.config import FEATURE_LEVELS, DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import FEATURE_LEVELS, DraftConfig, SingleLayerConfig
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.data import Sequence
 from domino_spec.training.losses import OBJECTIVES

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.kernels.blended import Terms, blended_rows_
+from domino_spec.ops.blended import Terms, blended_rows_
 from domino_spec.training.losses import OBJECTIVES, BlendedLoss
 
 CHUNK_LOGITS = 2_000_000

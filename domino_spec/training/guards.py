@@ -10,7 +10,7 @@ import statistics
 import threading
 from collections.abc import Iterator
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 
 class LossError(UserError):

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 _log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from domino_spec.config import UserError
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe, Recipe
+from domino_spec.settings import UserError
 from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.curriculum import block_size, check_block_schedule, lambda_base, learning_rate
 from domino_spec.training.data import Sequence

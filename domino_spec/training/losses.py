@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.kernels.blended import Terms
+from domino_spec.ops.blended import Terms
 
 OBJECTIVES: dict[str, Terms] = {
     "cross_entropy": Terms(cross_entropy=1.0),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from domino_spec.config import DraftConfig, SingleLayerConfig
-from domino_spec.draft.model import Draft
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.fused_loss import CHUNK_LOGITS_CUDA
 from domino_spec.training.losses import OBJECTIVES

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from domino_spec.drafters.ngram_model import ORDER, NgramModel
-from domino_spec.drafters.vocabulary import tokenizer_fingerprint
+from domino_spec.draft.vocabulary import tokenizer_fingerprint
+from domino_spec.drafters.ngram_counts import ORDER, NgramModel
 from domino_spec.recipe import Recipe
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from domino_spec.config import UserError
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
+from domino_spec.settings import UserError
 
 PATIENCE = datetime.timedelta(days=1)
 """How long a process waits for another: the first one may capture features for hours."""

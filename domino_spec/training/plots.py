@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path, read_jsonl
+from domino_spec.settings import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from domino_spec.config import UserError
-from domino_spec.decoding.generate import decode
-from domino_spec.decoding.generation import Generation, Limits
+from domino_spec.decoding.engine import decode
+from domino_spec.decoding.request import Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.load import AnyDraft
-from domino_spec.methods import default_method, make_drafter
+from domino_spec.drafters.methods import default_method, make_drafter
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.training.answers import (
     TOO_LONG,

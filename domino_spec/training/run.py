@@ -28,13 +28,12 @@ import torch
 import transformers
 import yaml
 
-from domino_spec.config import UserError
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
-from domino_spec.draft.model import Draft
-from domino_spec.extras import require
 from domino_spec.files import atomic_path
 from domino_spec.recipe import Recipe
+from domino_spec.settings import UserError, require_extra
 from domino_spec.target.load import load_target, target_config
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
@@ -85,7 +84,7 @@ def run_training(
     for option, directory in (("--out", out), ("--features", features)):
         if directory is not None and os.path.isfile(directory):
             raise UserError(f"{option} {directory} is a file: give a directory")
-    require("train", "training")
+    require_extra("train", "training")
     tracker_modules(recipe.training.trackers)
     with contextlib.ExitStack() as stack:
         processes, own_device = stack.enter_context(joined_processes(device))

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from domino_spec.config import UserError
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.load import TargetText
 from domino_spec.target.text import Message
 from domino_spec.training.answers import (

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from domino_spec.config import UserError, shortened
 from domino_spec.draft.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from domino_spec.settings import UserError, shortened
 from domino_spec.training.integrity import file_checksum, tensors_checksum
 from domino_spec.training.parallel import ALONE, Processes, like, whole
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.model import Draft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.anchors import acceptance_weights, position_weights
 from domino_spec.training.blocks import DraftedTokens, forward_blocks

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from domino_spec.config import UserError
-from domino_spec.drafters.vocabulary import FrequentTokens, count_for
+from domino_spec.draft.vocabulary import FrequentTokens, count_for
 from domino_spec.files import read_jsonl
 from domino_spec.recipe import Recipe
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from domino_spec.training.data import answer_texts, split_held_out

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from domino_spec.config import DraftConfig, SingleLayerConfig, UserError
 from domino_spec.draft.checkpoint import last_layer_tap
+from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import atomic_path, read_json, write_json
 from domino_spec.recipe import Recipe
+from domino_spec.settings import UserError
 from domino_spec.training.data import Sequence
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.flops import matrix_rate

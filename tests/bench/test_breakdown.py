@@ -6,7 +6,7 @@ import pytest
 
 from domino_spec.bench.breakdown import measure_breakdown, render_breakdown
 from domino_spec.bench.profile_watch import STAGES
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from domino_spec.bench.compare import compare_runs, render_comparison, write_comparison
 from domino_spec.bench.rows import Row
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests.bench.synthetic import make_row, make_rows, write_bench
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from domino_spec.bench.html import page, write_html
 from domino_spec.bench.plots import write_plots
 from domino_spec.bench.report import build_report, write_report
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests.bench.synthetic import make_row, make_rows, write_bench
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
 from domino_spec.bench.run import run_bench
 from domino_spec.bench.turns import Request
-from domino_spec.config import UserError
-from domino_spec.decoding.generation import Generation
+from domino_spec.decoding.request import Generation
+from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw, without_times
 
 CONFIGURATION = {"target": "t", "seed": 5}

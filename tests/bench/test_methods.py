@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from domino_spec.bench.methods import Contender, Drafting, Wanted, contenders, parse_method, runner
-from domino_spec.config import UserError
-from domino_spec.drafters.vocabulary import count_for
+from domino_spec.draft.vocabulary import count_for
+from domino_spec.settings import UserError
 from tests import tiny
 
 

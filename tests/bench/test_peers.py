@@ -26,9 +26,9 @@ from domino_spec.bench.peers import (
     load_peers,
     peer_drafts,
 )
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.settings import UserError
 from tests.decoding.test_lossless import FALSE_ALARM, p_value
 from tests.tiny import (
     ARCHITECTURES,

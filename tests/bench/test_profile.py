@@ -9,8 +9,8 @@ from domino_spec.bench.profile import copy_bandwidth, default_methods, profile_c
 from domino_spec.bench.profile_cycle import Cycle
 from domino_spec.bench.profile_point import fill_state, filled_caches, new_state, read_state, synthetic_text
 from domino_spec.bench.profile_watch import STAGES, Watch, watched
-from domino_spec.config import UserError
-from domino_spec.methods import METHODS, make_drafter
+from domino_spec.drafters.methods import METHODS, make_drafter
+from domino_spec.settings import UserError
 from tests import tiny
 
 TARGET_STAGES = {"verify", "verify_lm_head", "accept_commit"}

@@ -18,8 +18,8 @@ from domino_spec.bench.profile_report import (
     write_profile,
 )
 from domino_spec.bench.profile_watch import STAGES
-from domino_spec.config import UserError
-from domino_spec.methods import METHODS
+from domino_spec.drafters.methods import METHODS
+from domino_spec.settings import UserError
 from tests import tiny
 
 

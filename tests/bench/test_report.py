@@ -16,7 +16,7 @@ from domino_spec.bench.intervals import RESAMPLES, tail_share
 from domino_spec.bench.report import build_report, write_report
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.ties import Tie, find_partings, load_ties, save_ties
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw
 
 CONTENDER = ("method", "budget", "temperature")

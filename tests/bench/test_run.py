@@ -13,10 +13,10 @@ from domino_spec.bench.baseline import load_baseline, transformers_generate
 from domino_spec.bench.methods import Contender, Drafting, contenders, runner
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.run import run_bench
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.load import load_draft
-from domino_spec.methods import TREE_BUDGET
+from domino_spec.drafters.methods import TREE_BUDGET
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from tests import tiny
 from tests.bench.conftest import MAX_NEW_TOKENS, METHODS, PROMPTS, TURNS, read_raw

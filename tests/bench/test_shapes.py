@@ -9,11 +9,10 @@ import torch
 
 from domino_spec.bench import shapes
 from domino_spec.bench.shapes import SHAPES, check_memory, find_shape, free_memory, make_pair, plan_pair
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft
-from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory
-from domino_spec.draft.pairing import shape_mismatch
-from domino_spec.methods import make_drafter
+from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory, shape_mismatch
+from domino_spec.drafters.methods import make_drafter
+from domino_spec.settings import UserError
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -19,16 +19,13 @@ from domino_spec.bench.simulate import (
     simulate,
     summarize,
 )
-from domino_spec.config import UserError
+from domino_spec.decoding.cycle import Proposal
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal
+from domino_spec.drafters.block import BlockDrafter, TreeDrafter
 from domino_spec.drafters.dart import DartDrafter
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
 from domino_spec.drafters.eagle3 import Eagle3Drafter
-from domino_spec.drafters.lookup_first import LookupFirst
-from domino_spec.drafters.ngram import PromptLookup
-from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.drafters.lookup import LookupFirst, PlainDecoding, PromptLookup
+from domino_spec.settings import UserError
 from tests.tiny import (
     MemoryCache,
     TreeOracle,

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from domino_spec.bench.suites import BENCHMARKS, Prompt, load_suite, prompts_digest
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 GOOD = '{"id": "a", "turns": ["first", "second"]}'
 PUBLIC_ROWS = {

@@ -9,7 +9,7 @@ import pytest
 from domino_spec.bench.run import run_bench
 from domino_spec.bench.suites import Prompt
 from domino_spec.bench.turns import ANSWERS_FILE, check_prompts, make_requests
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests import tiny
 from tests.bench.conftest import read_raw, without_times
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from domino_spec.decoding.cycle import Proposal, accept_chain
 from domino_spec.decoding.sampling import RandomStreams, SamplingSettings, draw, target_probs
-from domino_spec.decoding.state import Proposal
-from domino_spec.decoding.verify import accept_chain
-from domino_spec.kernels.acceptance import match_chain
+from domino_spec.ops.acceptance import match_chain
 
 GRID = 100
 

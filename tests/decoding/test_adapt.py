@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.decoding.adapt import LOOKING, SEEN_ENOUGH, AdaptivePolicy, keep_drafts
 from domino_spec.decoding.clock import Clock
 from domino_spec.decoding.costs import CostModel, measure_costs, rows_up_to, sizes_up_to
+from domino_spec.decoding.cycle import Proposal, Verdict
 from domino_spec.decoding.engine import Engine
-from domino_spec.decoding.generation import Limits, Request
-from domino_spec.decoding.state import Proposal, Verdict
-from domino_spec.methods import METHODS, make_drafter
+from domino_spec.decoding.request import Limits, Request
+from domino_spec.drafters.methods import METHODS, make_drafter
+from domino_spec.settings import UserError
 from tests.tiny import KeepsNothing, Oracle, as_target, draft_for, plain_greedy, random_prompts, tiny_model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from domino_spec import SamplingSettings, UserError, generate, stream
-from domino_spec.decoding.generation import Generation, Limits
+from domino_spec.decoding.request import Generation, Limits
 from tests.tiny import EOS, Oracle, plain_greedy, random_prompts, run, tiny_draft
 
 COUNT = 20

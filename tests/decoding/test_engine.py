@@ -8,13 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.decoding.engine import Engine
-from domino_spec.decoding.generate import decode
-from domino_spec.decoding.generation import Limits, Request
+from domino_spec.decoding.engine import Engine, decode
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
+from domino_spec.decoding.request import Limits, Request
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.methods import METHODS, make_drafter
+from domino_spec.drafters.methods import METHODS, make_drafter
+from domino_spec.settings import UserError
 from tests.tiny import (
     VOCAB,
     Oracle,

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from domino_spec import generate
-from domino_spec.decoding.generation import Limits
+from domino_spec.bench.ties import top_two
+from domino_spec.decoding.request import Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.ngram import PromptLookup
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.methods import METHODS, make_drafter
-from domino_spec.target.margin import top_two
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.drafters.lookup import PlainDecoding, PromptLookup
+from domino_spec.drafters.methods import METHODS, make_drafter
 from tests.tiny import (
     ARCHITECTURES,
     VOCAB,

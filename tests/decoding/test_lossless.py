@@ -20,14 +20,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from domino_spec.decoding import verify as verify_module
+from domino_spec.decoding import cycle as verify_module
+from domino_spec.decoding.cycle import Proposal, accept_chain, walk_tree
 from domino_spec.decoding.sampling import SamplingSettings, draw
-from domino_spec.decoding.state import Proposal
-from domino_spec.decoding.tree import walk_tree
-from domino_spec.decoding.verify import accept_chain
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.kernels.acceptance import match_chain
-from domino_spec.methods import TREE_BUDGET, make_drafter
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.drafters.methods import TREE_BUDGET, make_drafter
+from domino_spec.ops.acceptance import match_chain
 from tests.tiny import as_sequences, as_target, fit, random_prompts, run, tiny_draft, tiny_model
 
 VOCAB, TOKENS, REQUESTS = 12, 3, 4000

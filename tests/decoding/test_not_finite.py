@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.decoding.generate import decode
-from domino_spec.decoding.generation import Limits, Request
+from domino_spec.decoding.engine import decode
+from domino_spec.decoding.request import Limits, Request
 from domino_spec.decoding.sampling import SamplingSettings
-from tests.decoding.static_engines import EACH, decoded, drafter_of, engine_of, requests_of
+from domino_spec.settings import UserError
+from tests.decoding.graphs.static_engines import EACH, decoded, drafter_of, engine_of, requests_of
 from tests.tiny import VOCAB, as_target, plain_greedy, random_prompts, tiny_model
 
 ENDLESS: frozenset[int] = frozenset()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
-from domino_spec.decoding.generation import Limits
+from domino_spec.decoding.cycle import Proposal, State, Verdict, commit, start, tree_ancestors, verify, walk_tree
+from domino_spec.decoding.engine import prefill
+from domino_spec.decoding.request import Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal, State, Verdict
-from domino_spec.decoding.tree import tree_ancestors, walk_tree
-from domino_spec.decoding.verify import commit, verify
-from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.drafters.lookup import PlainDecoding
 from tests.tiny import (
     ARCHITECTURES,
     TreeOracle,

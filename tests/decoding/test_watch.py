@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from domino_spec.api import generate
-from domino_spec.decoding.state import Proposal
+from domino_spec.decoding.cycle import Proposal
 from domino_spec.decoding.watch import FIRST_LOOK, USELESS, DraftWatch, upper_bound
-from tests.decoding.static_engines import Knows, decoded, engine_of, requests_of
+from tests.decoding.graphs.static_engines import Knows, decoded, engine_of, requests_of
 from tests.tiny import VOCAB, as_target, plain_greedy, random_prompts, tiny_draft, tiny_model
 
 PROMPTS = random_prompts([5, 3])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_config, read_draft, save_draft
 from domino_spec.draft.load import draft_directory, load_draft
 from domino_spec.files import load_tensors
+from domino_spec.settings import UserError
 from tests.tiny import VOCAB, random_prompts, tiny_draft
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, GRU, RANK, TAPS = 2, 32, 4, 2, 8, 40, 12, 6, 2
@@ -203,7 +203,7 @@ def test_the_head_is_in_the_saved_checkpoint(tmp_path, target):
 
 @torch.inference_mode()
 def test_a_loaded_draft_computes_what_the_saved_one_did(tmp_path, target):
-    from domino_spec.drafters.domino import BlockDrafter
+    from domino_spec.drafters.block import BlockDrafter
     from tests.tiny import run
 
     draft = tiny_draft(target)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.draft.domino import Draft
+from domino_spec.drafters.block import BlockDrafter
 from tests.tiny import as_target, assert_close, plain_greedy, random_prompts, run, tiny_draft, tiny_model
 
 assistant_module = pytest.importorskip("transformers.models.muse_glimmer_assistant.modeling_muse_glimmer_assistant")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from domino_spec.config import HeadConfig
-from domino_spec.draft.head import DominoHead
+from domino_spec.draft.config import HeadConfig
+from domino_spec.draft.domino import DominoHead
 from tests.tiny import assert_close
 
 HIDDEN, GRU, RANK, LOGITS = 10, 7, 4, 23

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from domino_spec.config import HeadConfig, UserError
 from domino_spec.draft.checkpoint import draft_tensors, read_draft, save_draft
+from domino_spec.draft.config import HeadConfig
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import draft_config, new_draft
 from domino_spec.draft.load import load_draft
-from domino_spec.draft.model import Draft
-from domino_spec.kernels.reference import head_rollout
+from domino_spec.ops.reference import head_rollout
 from domino_spec.recipe import DraftRecipe, HeadRecipe
+from domino_spec.settings import UserError
 from tests.tiny import ARCHITECTURES, MASK, VOCAB, assert_close, tiny_draft, tiny_target, word_tokenizer
 
 HEAD = HeadRecipe(gru_hidden_dim=8, low_rank=4)

@@ -16,11 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from domino_spec.config import UserError
 from domino_spec.draft import schema
-from domino_spec.draft.describe import describe_draft
-from domino_spec.draft.load import load_draft, save_any_draft
-from domino_spec.methods import kind_of, make_drafter
+from domino_spec.draft.load import describe_draft, load_draft, save_any_draft
+from domino_spec.drafters.methods import kind_of, make_drafter
+from domino_spec.settings import UserError
 from tests.tiny import plain_greedy, random_prompts, run, tiny_draft, tiny_model, tiny_single_layer, tiny_target
 
 VALUES = (

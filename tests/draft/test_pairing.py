@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
 from domino_spec.draft.load import load_draft
+from domino_spec.settings import UserError
 from tests.tiny import tiny_draft, tiny_target
 
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from domino_spec.config import UserError
-from domino_spec.demo.record import draft_lines, draft_record
+from domino_spec.cli.record import draft_lines, draft_record
 from domino_spec.draft.checkpoint import check_readers, parse_config, read_draft, save_draft
-from domino_spec.draft.describe import describe_draft
-from domino_spec.draft.load import load_draft, save_any_draft
+from domino_spec.draft.load import describe_draft, load_draft, save_any_draft
 from domino_spec.draft.schema import unknown_keys
 from domino_spec.draft.single_layer_checkpoint import parse_single_layer, save_single_layer
+from domino_spec.settings import UserError
 from tests.draft import test_checkpoint as block
 from tests.draft import test_single_layer_checkpoint as pair
 from tests.tiny import random_prompts, run, tiny_draft, tiny_single_layer, tiny_target
@@ -457,7 +456,7 @@ def test_an_older_draft_made_here_says_it_once_it_is_saved_again(tmp_path, targe
 @pytest.mark.parametrize("packed", [False, True], ids=["as loaded", "packed"])
 def test_decoding_norms_the_last_layer_of_drafts_that_read_it_so(packed):
     """Handed the normed features, a draft without the setting drafts the same."""
-    from domino_spec.drafters.domino import BlockDrafter
+    from domino_spec.drafters.block import BlockDrafter
 
     target = tiny_target()
     normed, plain = tiny_draft(target, last_tap_normed=True), tiny_draft(target)
@@ -485,8 +484,8 @@ def test_an_eagle_draft_that_names_the_last_layer_must_say_which_side(tmp_path):
 
 
 def test_engines_refuse_a_last_layer_that_they_cannot_hand_over():
-    from domino_spec.serving.sglang.settings import check_settings
-    from domino_spec.serving.vllm.settings import read_settings
+    from domino_spec.engines.sglang.settings import check_settings
+    from domino_spec.engines.vllm.settings import read_settings
 
     published = nested()
     asked = SimpleNamespace()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
-from domino_spec.kernels import cpu
+from domino_spec.ops.native import steps as cpu
 from tests.plain_eagle3 import PlainEagle3
 from tests.tiny import VOCAB, tiny_single_layer, tiny_target
 
@@ -171,7 +171,7 @@ def test_layers_follow_the_published_rule_where_the_checkpoint_does_not_name_the
 def test_a_narrower_draft_needs_an_embedding_of_its_own(target):
     from dataclasses import replace
 
-    from domino_spec.config import UserError
+    from domino_spec.settings import UserError
 
     config = replace(tiny_single_layer(target).config, hidden_size=24, target_hidden_size=32)
     draft = SingleLayerDraft(config)

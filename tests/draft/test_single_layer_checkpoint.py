@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from domino_spec.config import UserError
-from domino_spec.demo.record import draft_lines, draft_record
-from domino_spec.draft.describe import check_fit, describe_draft
-from domino_spec.draft.load import load_draft, read_any_draft
-from domino_spec.draft.model import Draft
+from domino_spec.cli.record import draft_lines, draft_record
+from domino_spec.draft.domino import Draft
+from domino_spec.draft.load import check_fit, describe_draft, load_draft, read_any_draft
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import parse_single_layer, read_single_layer, save_single_layer
+from domino_spec.settings import UserError
 from tests.tiny import VOCAB, tiny_model, tiny_single_layer, tiny_target, word_tokenizer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 2, 16, 40

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
-from domino_spec.decoding.generation import Limits
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.decoding.cycle import start
+from domino_spec.decoding.engine import prefill
+from domino_spec.decoding.request import Limits
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.settings import UserError
 from tests.tiny import VOCAB, Beside, Oracle, assert_close, plain_greedy, random_prompts, run, tiny_draft, whose
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
+from domino_spec.decoding.cycle import Proposal, start
+from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal
 from domino_spec.drafters.dart import DartDrafter, search_tree
-from domino_spec.drafters.ngram_model import NgramModel
-from domino_spec.kernels import cpu
+from domino_spec.drafters.ngram_counts import NgramModel
+from domino_spec.ops.native import steps as cpu
+from domino_spec.settings import UserError
 from tests.decoding.test_lossless import FALSE_ALARM, NUCLEUS, PENALISED, PLAIN, PROMPT, exact_joint, p_value
 from tests.decoding.test_lossless import TOKENS as SAMPLED_TOKENS
 from tests.decoding.test_lossless import VOCAB as SMALL_VOCAB

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
+from domino_spec.decoding.cycle import Proposal, start
+from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import BUILDERS, TreeDrafter, default_width
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.methods import TREE_BUDGET, make_drafter
+from domino_spec.drafters.block import BUILDERS, BlockDrafter, TreeDrafter, default_width
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.drafters.methods import TREE_BUDGET, make_drafter
 from tests.decoding.test_lossless import (  # noqa: F401
     FALSE_ALARM,
     NUCLEUS,

@@ -9,13 +9,11 @@ import random
 import pytest
 import torch
 
-from domino_spec.config import UserError
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
+from domino_spec.decoding.cycle import Proposal, start, tree_ancestors
+from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.state import Proposal
-from domino_spec.decoding.tree import tree_ancestors
 from domino_spec.drafters.eagle3 import Eagle3Drafter, grow_tree
+from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from tests.decoding.test_lossless import exact_joint, p_value
 from tests.plain_eagle3 import PlainEagle3, plain_tree

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.drafter import start
-from domino_spec.decoding.generate import prefill
-from domino_spec.decoding.state import Proposal
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
-from domino_spec.drafters.lookup_first import LookupFirst
+from domino_spec.decoding.cycle import Proposal, start
+from domino_spec.decoding.engine import prefill
+from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.lookup import LookupFirst
 from tests.tiny import plain_greedy, random_prompts, run, tiny_draft
 
 

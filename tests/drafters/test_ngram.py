@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.drafters.ngram import NgramIndex, PromptLookup
+from domino_spec.drafters.lookup import NgramIndex, PromptLookup
 from tests.tiny import as_target, plain_greedy, run, tiny_model
 
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.generation import Limits
-from domino_spec.decoding.state import Proposal, State
+from domino_spec.decoding.cycle import Proposal, State
+from domino_spec.decoding.request import Limits
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.draft.domino import Draft
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.target.model import Target
 from tests import tiny
 

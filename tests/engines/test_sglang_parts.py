@@ -22,14 +22,14 @@ from sglang.srt.speculative.dflash_utils import parse_dflash_draft_config
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import draft_tensors, save_draft
-from domino_spec.kernels.rollout import head_rollout
-from domino_spec.serving.sglang import cpu, settings, start, table
-from domino_spec.serving.sglang.model import check_names
-from domino_spec.serving.sglang.proposer import Proposer
-from domino_spec.serving.sglang.taps import tap_last_layer
-from domino_spec.serving.sglang.worker import DominoWorker, GraphSampler, draft_temperatures
+from domino_spec.engines.sglang import cpu, settings, start, table
+from domino_spec.engines.sglang.model import check_names
+from domino_spec.engines.sglang.proposer import Proposer
+from domino_spec.engines.sglang.taps import tap_last_layer
+from domino_spec.engines.sglang.worker import DominoWorker, GraphSampler, draft_temperatures
+from domino_spec.ops.rollout import head_rollout
+from domino_spec.settings import UserError
 from tests import tiny
 from tests.engines.sglang_engine import save_tiny_pair
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
-from domino_spec.config import DEFAULT_CANDIDATES, UserError
 from domino_spec.decoding.sampling import SamplingSettings, target_probs
+from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory, load_draft
-from domino_spec.serving.hooks import Hook
-from domino_spec.serving.vllm import install, table
-from domino_spec.serving.vllm.settings import ALLOW_OTHER_TARGET
+from domino_spec.engines.hooks import Hook
+from domino_spec.engines.vllm import install, table
+from domino_spec.engines.vllm.settings import ALLOW_OTHER_TARGET
+from domino_spec.settings import UserError
 from domino_spec.target.load import embedded_target_directory, load_target
 from tests import tiny
 from tests.engines.vllm_engine import by_text, engine, our_drafts, recorded, save_pair, tiny_llama

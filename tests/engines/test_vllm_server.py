@@ -13,8 +13,8 @@ from urllib.error import URLError
 
 import pytest
 
-from domino_spec.config import UserError
 from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory
+from domino_spec.settings import UserError
 from domino_spec.target.load import embedded_target_directory
 
 pytest.importorskip("vllm")

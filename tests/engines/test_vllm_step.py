@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.generation import Limits
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.serving.vllm.step import DraftParts, Drafts, cache_as_logits, draft_tokens, over_vocabulary
+from domino_spec.decoding.request import Limits
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.engines.vllm.step import DraftParts, Drafts, cache_as_logits, draft_tokens, over_vocabulary
 from tests import tiny
 
 EVERY_SECOND = torch.arange(0, tiny.VOCAB, 2)

@@ -11,13 +11,13 @@ pytest.importorskip("vllm")
 
 import vllm
 
-from domino_spec.config import UserError
 from domino_spec.decoding.sampling import RandomStreams
-from domino_spec.serving.hooks import check_hooks
-from domino_spec.serving.vllm import model, table
-from domino_spec.serving.vllm.settings import ServedDraft
-from domino_spec.serving.vllm.step import draft_tokens, over_vocabulary
-from domino_spec.serving.vllm.v2 import DominoSpeculator
+from domino_spec.engines.hooks import check_hooks
+from domino_spec.engines.vllm import model, table
+from domino_spec.engines.vllm.settings import ServedDraft
+from domino_spec.engines.vllm.step import draft_tokens, over_vocabulary
+from domino_spec.engines.vllm.v2 import DominoSpeculator
+from domino_spec.settings import UserError
 from tests import tiny
 from tests.engines.test_vllm_step import EVERY_SECOND, parts_of
 

@@ -21,12 +21,12 @@ os.environ.update(
 import torch
 from torch import Tensor
 
-from domino_spec.config import DEFAULT_CANDIDATES, DraftConfig, HeadConfig
-from domino_spec.decoding.generation import Limits
-from domino_spec.decoding.state import Proposal, State
+from domino_spec.decoding.cycle import Proposal, State
+from domino_spec.decoding.request import Limits
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.draft.config import DEFAULT_CANDIDATES, DraftConfig, HeadConfig
+from domino_spec.draft.domino import Draft
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.target.model import Target
 from tests import tiny
 
@@ -143,7 +143,7 @@ def engine(
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, int, int, list[int]]]]:
     """What vLLM's drafter proposes meanwhile: request, position of the anchor, anchor, drafts."""
-    from domino_spec.serving.vllm.v1 import DominoProposer
+    from domino_spec.engines.vllm.v1 import DominoProposer
 
     records: list[tuple[str, int, int, list[int]]] = []
     original = DominoProposer.propose

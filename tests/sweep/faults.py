@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from domino_spec.target import attention, model
+from domino_spec.target import cache as attention
+from domino_spec.target import model
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from tests.sweep.judge import Outcome, judge

@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from domino_spec.config import UserError
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.domino_tree import TreeDrafter
-from domino_spec.drafters.ngram import PromptLookup
-from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.lookup import PlainDecoding, PromptLookup
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from tests import tiny

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from domino_spec.config import UserError
-from domino_spec.target.attention import folded_attention, watch_attention
+from domino_spec.settings import UserError
+from domino_spec.target.cache import folded_attention, watch_attention
 from tests.tiny import assert_close
 
 HEADS, KV_HEADS, TOKENS, EXTENT, WIDTH = 4, 2, 3, 7, 8

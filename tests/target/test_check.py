@@ -21,17 +21,16 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from domino_spec.config import UserError
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.kernels import cpu
-from domino_spec.target import fusing
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.ops.native import steps as cpu
+from domino_spec.settings import UserError
 from domino_spec.target import model as target_model
-from domino_spec.target.attention import ATTENTION_NAME, folded_attention, pass_mask
+from domino_spec.target import native as fusing
+from domino_spec.target.cache import ATTENTION_NAME, folded_attention, pass_mask
 from domino_spec.target.check import Misfit, check_target, checked_target, read_reference
-from domino_spec.target.fusing import FusedAttention, FusedMLP
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
-from domino_spec.target.packing import PackedLinear
+from domino_spec.target.native import FusedAttention, FusedMLP, PackedLinear
 from tests.tiny import (
     ARCHITECTURES,
     as_target,

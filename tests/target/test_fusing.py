@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.kernels import cpu
-from domino_spec.target.fusing import FusedAttention, FusedMLP, FusedNorm, fuse
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.ops.native import steps as cpu
+from domino_spec.target.native import FusedAttention, FusedMLP, FusedNorm, fuse
 from tests.tiny import ARCHITECTURES, VOCAB, as_target, plain_greedy, random_prompts, run, tiny_model
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")

@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 
-from domino_spec.config import UserError, cache_directory
-from domino_spec.demo.shell import prepare
+from domino_spec.cli.shell import prepare
+from domino_spec.settings import UserError, cache_directory
 from domino_spec.target import load
 from domino_spec.target.load import load_target, load_target_text, target_config
 from domino_spec.target.outline import outline_target

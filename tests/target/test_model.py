@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target import model as target_model
 from domino_spec.target.model import Target, weights_fingerprint
 from tests.tiny import (

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from domino_spec.api import generate
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.outline import outline_target
 from tests.cli_fixtures import make_target_dir  # noqa: F401

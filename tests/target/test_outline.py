@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.outline import outline_target
 from tests import tiny

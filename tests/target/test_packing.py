@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from domino_spec import load_draft, load_target
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.drafters.domino import BlockDrafter
-from domino_spec.drafters.plain import PlainDecoding
-from domino_spec.target.packing import PackedLinear, can_pack, pack_linears
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.settings import UserError
+from domino_spec.target.native import PackedLinear, can_pack, pack_linears
 from tests.tiny import ARCHITECTURES, as_target, assert_close, plain_greedy, random_prompts, run, tiny_draft, tiny_model
 
 pytestmark = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from domino_spec.config import UserError
-from domino_spec.drafters.plain import PlainDecoding
+from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.settings import UserError
 from domino_spec.target.check import check_target, read_reference
 from tests.tiny import Oracle, TreeOracle, as_target, plain_greedy, random_prompts, run
 

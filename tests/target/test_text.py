@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.text import ChatTemplateError, StopStrings, TextStream, encode_prompt, render_chat
 from tests.cli_fixtures import fail, make_target_dir  # noqa: F401
 from tests.tiny import byte_tokenizer, word_tokenizer

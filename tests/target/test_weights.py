@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
 from domino_spec.files import WEIGHTS_FILE
-from domino_spec.target.load import load_target
+from domino_spec.settings import UserError
+from domino_spec.target.load import check_loaded, check_stored, load_target
 from domino_spec.target.outline import outline_target
-from domino_spec.target.weights import check_loaded, check_stored
 from tests import tiny
 from tests.cli_fixtures import fail, new_draft, save_target
 

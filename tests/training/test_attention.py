@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.training import attention
 from domino_spec.training.anchors import Blocks, gather_blocks, sample_anchors
 from domino_spec.training.attention import FlexibleAttention, SlicedAttention, block_attention

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from domino_spec.draft.model import Draft
+from domino_spec.draft.domino import Draft
 from domino_spec.training import blocks as blocks_module
 from domino_spec.training.blocks import DraftedTokens, forward_blocks
 from domino_spec.training.features import Batch

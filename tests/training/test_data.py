@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.files import read_jsonl
+from domino_spec.settings import UserError
 from domino_spec.training.data import frequent_tokens, load_sequences, split_held_out
 from tests.tiny import as_sequences, conversation
 

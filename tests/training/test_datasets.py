@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from domino_spec.config import UserError
 from domino_spec.public_data import BENCHMARKS, CONVERSATIONS
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.training.data import Turn, join_turns, load_sequences, split_held_out
 from domino_spec.training.datasets import (
     SMALL_BENCHMARKS,

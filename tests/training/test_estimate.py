@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_config
 from domino_spec.draft.initialize import new_draft
 from domino_spec.recipe import DataRecipe, DraftRecipe, HeadRecipe, OptimizationRecipe, Recipe, load_recipe
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target, target_config
 from domino_spec.target.shapes import known_config
 from domino_spec.training import blocks

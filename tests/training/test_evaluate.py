@@ -12,11 +12,11 @@ import dataclasses
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import save_draft
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import load_draft
-from domino_spec.draft.model import Draft
-from domino_spec.drafters.domino import BlockDrafter
+from domino_spec.drafters.block import BlockDrafter
+from domino_spec.settings import UserError
 from domino_spec.training import evaluate
 from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.evaluate import expected_acceptance, simulated_tau, text_probabilities

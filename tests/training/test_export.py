@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from domino_spec import load_draft, load_target
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft, save_draft
-from domino_spec.draft.describe import check_fit, describe_draft
+from domino_spec.draft.load import check_fit, describe_draft
 from domino_spec.files import load_tensors, save_tensors
+from domino_spec.settings import UserError
 from domino_spec.training.export import export_draft
 from domino_spec.training.integrity import tensors_checksum
 from domino_spec.training.plots import last_metrics, plot_training

@@ -12,8 +12,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from domino_spec.config import UserError
 from domino_spec.files import load_tensors, save_tensors
+from domino_spec.settings import UserError
 from domino_spec.training import features as features_module
 from domino_spec.training import integrity
 from domino_spec.training.features import FeatureCache, capture_features, compute_features, feature_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.training import features as features_module
 from domino_spec.training.features import (
     FeatureCache,

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.training.guards import Divergence, LossError, interruption
 from domino_spec.training.loop import Trainer
 from domino_spec.training.run import _plain, run_training

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft, save_draft
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import new_draft
-from domino_spec.draft.model import Draft
 from domino_spec.recipe import DraftRecipe, HeadRecipe, Recipe
+from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.training.evaluate import simulated_tau
 from domino_spec.training.run import run_training

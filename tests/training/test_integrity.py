@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.recipe import HeadRecipe
+from domino_spec.settings import UserError
 from domino_spec.training import run as run_module
 from domino_spec.training.integrity import only_writer, tensors_checksum
 from domino_spec.training.report import write_report

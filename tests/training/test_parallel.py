@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft
+from domino_spec.settings import UserError
 from domino_spec.training.parallel import Processes, micro_batches
 from domino_spec.training.run import run_training
 

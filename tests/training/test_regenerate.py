@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from domino_spec import generate
-from domino_spec.config import UserError
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.training.data import load_sequences
 from domino_spec.training.regenerate import regenerate
 from tests.tiny import VOCAB, as_target, tiny_draft, word_tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domino_spec.config import UserError
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
+from domino_spec.settings import UserError
 from domino_spec.training import report
 from domino_spec.training.plots import last_metrics
 from domino_spec.training.report import read_notes, write_report

@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from domino_spec import files, load_draft, load_target
-from domino_spec.config import UserError
 from domino_spec.draft.checkpoint import read_draft
 from domino_spec.files import load_tensors
 from domino_spec.recipe import Recipe, load_recipe
+from domino_spec.settings import UserError
 from domino_spec.training.loop import recipe_digest
 from domino_spec.training.run import run_training
 from tests.tiny import assert_close

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from domino_spec.config import UserError, parse_settings
 from domino_spec.recipe import OptimizationRecipe
+from domino_spec.settings import UserError, parse_settings
 from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from domino_spec.config import UserError
 from domino_spec.recipe import DataRecipe
+from domino_spec.settings import UserError
 from domino_spec.target.load import TargetText
 from domino_spec.training import servers as servers_module
 from domino_spec.training.data import load_sequences

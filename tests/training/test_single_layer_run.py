@@ -10,9 +10,9 @@ import torch
 
 from domino_spec import load_draft, load_target
 from domino_spec.api import generate
-from domino_spec.config import UserError
 from domino_spec.files import load_tensors
 from domino_spec.recipe import DraftRecipe, Recipe
+from domino_spec.settings import UserError
 from domino_spec.training.estimate import estimate_training
 from domino_spec.training.export import export_draft
 from domino_spec.training.run import run_training

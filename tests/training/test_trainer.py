@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from domino_spec.config import UserError
 from domino_spec.draft.backbone import Layer
 from domino_spec.recipe import OptimizationRecipe
+from domino_spec.settings import UserError
 from domino_spec.training.anchors import position_weights
 from domino_spec.training.blocks import forward_blocks
 from domino_spec.training.features import OnlineFeatures

@@ -14,7 +14,7 @@ bfloat16 master weights
     tests/training/test_trainer.py::test_master_weights_are_float32_and_keep_tiny_updates
 Uncorrected slots left at token id 0 when decoding
     tests/drafters/test_block_drafter.py::test_drafts_of_every_cycle_equal_a_fresh_computation
-    tests/kernels/test_rollout.py::test_greedy_rollout_equals_step_by_step_recomputation
+    tests/ops/test_rollout.py::test_greedy_rollout_equals_step_by_step_recomputation
 Configuration fields not forwarded to the exported file
     tests/training/test_traps.py::test_every_field_of_the_configuration_reaches_the_file
     tests/training/test_traps.py::test_every_setting_of_a_recipe_reaches_the_exported_draft
@@ -44,10 +44,11 @@ import torch
 
 from domino_spec import generate, load_target
 from domino_spec.bench.run import run_bench
-from domino_spec.config import DraftConfig, UserError
 from domino_spec.draft.checkpoint import read_config, save_draft
+from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.initialize import new_draft
 from domino_spec.recipe import DraftRecipe, HeadRecipe
+from domino_spec.settings import UserError
 from domino_spec.training.export import export_draft
 from domino_spec.training.run import run_training
 from tests.tiny import MASK, random_prompts, tiny_draft, tiny_model, tiny_target, word_tokenizer

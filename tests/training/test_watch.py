@@ -14,8 +14,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from domino_spec.config import UserError
 from domino_spec.recipe import Recipe, load_recipe
+from domino_spec.settings import UserError
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
 from domino_spec.training.loop import StepResult
 from domino_spec.training.run import run_training

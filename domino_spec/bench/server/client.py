@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 _ONCE = 65536
 """Bytes read at a time at most."""

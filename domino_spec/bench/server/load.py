@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from domino_spec.bench.server.client import Answer, Connection, Fault
 from domino_spec.bench.server.probe import Endpoint, explain
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 
 FAILURES_TO_GIVE_UP = 10

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from domino_spec.bench.server.client import Connection, Fault, base_url
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 
 BASELINE = "none"

@@ -14,7 +14,7 @@ from domino_spec.bench.server.load import Job, Outcome, Sampling, Turn, run_load
 from domino_spec.bench.server.probe import Endpoint
 from domino_spec.bench.suites import Prompt
 from domino_spec.bench.turns import ANSWERS_FILE, read_answers
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 
 

@@ -20,8 +20,8 @@ from domino_spec.bench.server.figures import figures_of, means_of, places, sampl
 from domino_spec.bench.server.rows import Measured, read_measured
 from domino_spec.bench.server.tables import render
 from domino_spec.bench.server.texts import compare_texts
-from domino_spec.config import UserError
 from domino_spec.files import atomic_path, read_json, write_json
+from domino_spec.settings import UserError
 
 
 def write_report(out: Path, report: dict[str, Any], plots: Sequence[str] = ()) -> None:

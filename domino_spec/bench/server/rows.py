@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from domino_spec.bench.rows import RAW_FILE, append_line, turn_suffix
-from domino_spec.config import Settings, UserError, parse_settings
 from domino_spec.files import read_jsonl
+from domino_spec.settings import Settings, UserError, parse_settings
 
 REQUEST, WINDOW = "request", "window"
 """Values of `kind` in raw.jsonl."""

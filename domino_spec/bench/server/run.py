@@ -26,7 +26,7 @@ from domino_spec.bench.server.report import build_report, write_report
 from domino_spec.bench.server.rows import read_measured
 from domino_spec.bench.suites import load_suites, prompts_digest
 from domino_spec.bench.turns import check_ids
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 REQUEST_TIMEOUT = 600.0

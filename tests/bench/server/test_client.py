@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn")
 from starlette.responses import JSONResponse, StreamingResponse
 
 from domino_spec.bench.server.client import Connection, Fault, base_url
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests.bench.server.fake import PATIENCE, Fake, error, event, faking, free_address, streamed
 
 BODY = {"messages": [{"role": "user", "content": "a b c"}], "stream": True}

@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn")
 from domino_spec.bench.server.rows import read_measured
 from domino_spec.bench.server.run import run_server_bench
 from domino_spec.bench.suites import load_suite
-from domino_spec.config import UserError
+from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw
 from tests.bench.server.fake import Fake, error, faking, free_address, prompt_of
 from tests.cli_fixtures import fail, run, write_jsonl
@@ -418,7 +418,7 @@ def test_our_own_server_with_and_without_a_draft(suite, tmp_path, no_plots):
     pytest.importorskip("prometheus_client")
     pytest.importorskip("openai")
     from tests import tiny
-    from tests.serving.running import serving, word_target
+    from tests.serve.running import serving, word_target
 
     target = word_target()
     draft = tiny.tiny_draft(target)

@@ -11,7 +11,7 @@ def register():
     if "DOMINO_SPEC_TEST_CAPTURE" in os.environ:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        HookRegistry.register("domino_spec.serving.sglang.proposer.Proposer.forward", note, HookType.AFTER)
+        HookRegistry.register("domino_spec.engines.sglang.proposer.Proposer.forward", note, HookType.AFTER)
 
 
 def note(drafts, proposer, hidden, anchors, temperatures=None):

@@ -1,0 +1,1 @@
+"""Static cycles, which never look at the device; CUDA captures them as graphs. The default path imports none of this."""

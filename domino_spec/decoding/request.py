@@ -1,0 +1,275 @@
+"""One request: what is asked for, what it has produced so far, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from domino_spec.decoding.cycle import Verdict
+from domino_spec.decoding.prefixes import Prefix
+from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.settings import UserError
+from domino_spec.target.model import Target
+from domino_spec.target.text import StopStrings, TextStream, check_characters
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a request ends."""
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are cut off."""
+    stop_token_ids: frozenset[int] | None = None
+    """Tokens that end an answer; None uses the target's own."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if any(not s for s in self.stop):
+            raise UserError("a stop string must not be empty")
+        for text in self.stop:
+            check_characters(text, "a stop string")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    prompt_ids: Sequence[int]
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    limits: Limits = field(default_factory=Limits)
+    top_logprobs: int | None = None
+    """Report the log-probability of every token, and of so many of the most probable ones; None reports nothing."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a token was to the target itself, before temperature and warpers."""
+
+    logprob: float
+    """Natural logarithm."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens in its place with their log-probabilities, best first."""
+
+
+@dataclass
+class Generation:
+    """What one request has produced so far; complete once `finish_reason` is set."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    """Generated tokens, cut at `max_new_tokens` and at the first stop token (which is kept) or stop string."""
+    text: str = ""
+    """Their text, without special tokens and without the stop string."""
+    text_ends: list[int] = field(default_factory=list)
+    """Per generated token: characters of the text once it was there, before a stop string was cut off."""
+    finish_reason: str | None = None
+    """"stop", "length", "cancelled", "error" (the target's output was not finite), or None while running."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of every token, where they were asked for."""
+    acceptance_lengths: list[int] = field(default_factory=list)
+    """`num_accepted + 1` of every verify pass, before stop or length cut it."""
+    num_drafts: list[int] = field(default_factory=list)
+    """Drafts proposed in every verify pass."""
+    accepted: list[bool] = field(default_factory=list)
+    """Per generated token: True where it was drafted, False where the target supplied it."""
+    seconds_prefill: float = 0.0
+    """Wall-clock seconds from being taken up to the first cycle."""
+    seconds_decode: float = 0.0
+    """Wall-clock seconds from the first cycle to this request's end."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be read, since an earlier request had left them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_verify_passes(self) -> int:
+        """Target passes since prefill."""
+        return len(self.acceptance_lengths)
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau: mean of `num_accepted + 1` over this request's verify passes; 0 before the first."""
+        return sum(self.acceptance_lengths) / len(self.acceptance_lengths) if self.acceptance_lengths else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of decoding, prefill left out."""
+        return self.num_tokens / self.seconds_decode if self.seconds_decode else 0.0
+
+
+def showable(generation: Generation, stop: StopStrings) -> int:
+    """Characters of a growing text that can be shown: no character is half there, no stop string can take one back."""
+    return len(generation.text) if generation.finish_reason is not None else stop.safe_length(generation.text)
+
+
+def check_prompt(target: Target, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Refuse a prompt that cannot be decoded.
+
+    Raises:
+        UserError: it is empty, holds token ids that the target does not know, or leaves no room in its context.
+    """
+    if not prompt:
+        raise UserError("the prompt is empty")
+    if min(prompt) < 0 or max(prompt) >= target.vocab_size:
+        raise UserError(f"a prompt holds token ids outside the vocabulary of {target.vocab_size} of {target.name}")
+    if len(prompt) + max_new_tokens > target.max_length:
+        reason = "" if target.rope_limit is None else ": its RoPE changes all angles in longer texts"
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed the context of "
+            f"{target.max_length} tokens of {target.name}{reason}"
+        )
+
+
+class Ending:
+    """Grows one generation by what a cycle committed, and ends it where stop tokens, stop strings or length say.
+
+    Args:
+        target: for its tokenizer; without one there is no text and no stop string.
+        limits: when to end.
+    """
+
+    def __init__(self, target: Target, limits: Limits) -> None:
+        if limits.stop and target.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this target has none")
+        self._max_new_tokens = limits.max_new_tokens
+        self.stop_token_ids = target.stop_token_ids if limits.stop_token_ids is None else limits.stop_token_ids
+        self._stream = TextStream(target.tokenizer) if target.tokenizer is not None else None
+        self._stop = StopStrings(limits.stop)
+
+    def append(
+        self, generation: Generation, tokens: list[int], num_drafts: int, logprobs: Sequence[TokenLogprob] = ()
+    ) -> None:
+        """Add the accepted drafts and the bonus token of one cycle, and their log-probabilities if there are any."""
+        generation.acceptance_lengths.append(len(tokens))
+        generation.num_drafts.append(num_drafts)
+        for i, token in enumerate(tokens):
+            generation.token_ids.append(token)
+            generation.accepted.append(i < len(tokens) - 1)
+            generation.logprobs.extend(logprobs[i : i + 1])
+            stopped = token in self.stop_token_ids
+            full = len(generation.token_ids) >= self._max_new_tokens
+            if self._stream is not None:
+                generation.text += self._stream.push([] if stopped else [token], final=stopped or full)
+                generation.text_ends.append(len(generation.text))
+                cut = self._stop.find(generation.text)
+                if cut is not None:
+                    generation.text = generation.text[:cut]
+                    stopped = True
+            if stopped or full:
+                generation.finish_reason = "stop" if stopped else "length"
+                return
+
+
+# ----------------------------------------------------------------------
+# What the engine knows of a request that it has taken up, and what it has done so far.
+
+
+@dataclass
+class Stats:
+    """What an engine has done since it was made."""
+
+    cycles: int = 0
+    drafted_cycles: int = 0
+    """Cycles in which some request had drafts."""
+    verify_passes: int = 0
+    """Passes of single requests: R of them in a cycle of R requests."""
+    drafts: int = 0
+    committed_tokens: int = 0
+    """Accepted drafts and bonus tokens, before stop or length cut them."""
+    prompt_tokens: int = 0
+    """Read, not taken over from an earlier text."""
+    read_seconds: float = 0.0
+    """Wall-clock seconds of reading prompts."""
+
+    def count(self, requests: int, drafts: int, accepted: int) -> None:
+        """One cycle of so many requests."""
+        self.cycles += 1
+        self.drafted_cycles += drafts > 0
+        self.verify_passes += requests
+        self.drafts += drafts
+        self.committed_tokens += accepted + requests
+
+
+@dataclass(eq=False)
+class Slot:
+    """A request that has been taken up."""
+
+    request: Request
+    generation: Generation
+    ending: Ending
+    taken_up: float
+    first_cycle: float = 0.0
+    prefix: tuple[Prefix, int] | None = None
+    """A text that begins alike, and how many of its rows can be used."""
+    unread: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """What the drafter has not taken in, from cycles without drafts: tokens [1, 1] and features [1, 1, F]."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of its prompt and of its text so far."""
+        return len(self.generation.prompt_ids) + self.generation.num_tokens
+
+    def grow(
+        self, tokens: list[int], num_drafts: int, sound: bool, now: float, verdict: Verdict | None, row: int
+    ) -> None:
+        """Add what a cycle committed, unless the request has ended or the values mean nothing.
+
+        Args:
+            tokens: accepted drafts and the bonus token.
+            num_drafts: proposed in this cycle.
+            sound: see `Verdict`.
+            now: when the cycle was done, by `time.perf_counter`.
+            verdict: for log-probabilities; None where nobody asked for them.
+            row: the request's in the verdict.
+        """
+        generation = self.generation
+        if generation.finish_reason is None and not sound:
+            generation.finish_reason = "error"
+        if generation.finish_reason is not None:
+            return
+        top = self.request.top_logprobs
+        logprobs = [] if top is None or verdict is None else _logprobs(verdict, row, tokens, top)
+        self.ending.append(generation, tokens, num_drafts, logprobs)
+        generation.seconds_decode = now - self.first_cycle
+
+
+def take_unread(slots: Sequence[Slot], most: int, width: int, target: Target) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What drafters have not taken in of several requests, `most` tokens of each at a time; it then counts as taken in.
+
+    Returns:
+        Arguments of `Drafter.read`: tokens [R, n], features [R, n, width] (None for a width of 0), and counts [R].
+    """
+    taken = [slot.unread[:most] for slot in slots]
+    counts = [len(part) for part in taken]
+    shape, device = (len(slots), max(counts)), target.device
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    features = torch.zeros(*shape, width, dtype=target.dtype, device=device) if width else None
+    for place, (slot, part) in enumerate(zip(slots, taken, strict=True)):
+        if part:
+            tokens[place, : len(part)] = torch.cat([t for t, _ in part], dim=1)[0]
+            if features is not None:
+                known = [f for _, f in part if f is not None]
+                features[place, : len(known)] = torch.cat(known, dim=1)[0]
+            del slot.unread[:most]
+    return tokens, features, torch.tensor(counts, device=device)
+
+
+def _logprobs(verdict: Verdict, request: int, tokens: list[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of a request's committed tokens."""
+    assert verdict.logits is not None
+    rows = torch.arange(len(tokens)) if verdict.path is None else verdict.path[request, : len(tokens)]
+    logprobs = verdict.logits[request, rows].float().log_softmax(-1)  # [n, V]
+    chosen: Tensor = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
+    best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+    return [
+        TokenLogprob(own, tuple(zip(ids, values, strict=True)))
+        for own, ids, values in zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

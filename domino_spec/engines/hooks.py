@@ -1,0 +1,85 @@
+"""What a plug-in relies on inside another engine, by name and signature, checked before it is relied on.
+
+An engine's internals move between releases. A plug-in that finds them moved must stop the engine with a sentence: one
+that goes on would serve a draft that nobody accepts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from domino_spec.settings import UserError
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function, method, class or constant of an engine that a plug-in calls, overrides or replaces."""
+
+    path: str
+    """`module:name` or `module:Class.name`."""
+    parameters: tuple[str, ...] | None = None
+    """Names of its parameters in order, as `inspect.signature` gives them; None where only its existence matters."""
+
+
+def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]]) -> None:
+    """Refuse an engine whose internals are not those that the plug-in was written against.
+
+    Args:
+        engine: its name, for the messages.
+        version: of the engine that is installed.
+        tables: release, such as ``0.32`` or ``0.5.23``, to the hooks that hold in it and in its patch releases.
+
+    Raises:
+        UserError: an unknown release, or the first hook that is missing or has other parameters.
+    """
+    release = known_release(version, tables)
+    if release is None:
+        raise UserError(
+            f"{engine} {version} is not supported: domino-spec was written against {engine} {', '.join(tables)}"
+        )
+    for hook in tables[release]:
+        mismatch = check_hook(hook)
+        if mismatch:
+            raise UserError(
+                f"{engine} {version} is not as domino-spec expects: {mismatch}; use another {engine} of "
+                f"release {release}, or a newer domino-spec"
+            )
+
+
+def known_release(version: str, releases: Iterable[str]) -> str | None:
+    """The one of `releases` that a version is of: ``0.32.1.post1`` is of ``0.32``. None where it is of none."""
+    return next((name for name in releases if version == name or version.startswith((name + ".", name + "+"))), None)
+
+
+def check_hook(hook: Hook) -> str | None:
+    """How a hook differs from what is installed, as a phrase, or None."""
+    try:
+        found = resolve(hook.path)
+    except (ImportError, AttributeError):
+        return f"{hook.path.replace(':', '.')} is missing"
+    if hook.parameters is None:
+        return None
+    try:
+        parameters = tuple(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return f"{hook.path.replace(':', '.')} can no longer be called"
+    if parameters != hook.parameters:
+        return f"{hook.path.replace(':', '.')} takes ({', '.join(parameters)}), not ({', '.join(hook.parameters)})"
+    return None
+
+
+def resolve(path: str) -> Any:
+    """What `module:name` or `module:Class.name` stands for.
+
+    Raises:
+        ImportError, AttributeError: it is not there.
+    """
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,1 @@
+"""Domino drafts inside other libraries."""

@@ -1,0 +1,224 @@
+"""The engine's thread: the only one that touches the engine, between the server's event loop and the decoding loop.
+
+Requests wait here, in a queue of bounded length, and go to the engine when it has a free slot. After every step the
+event loop is told how far each request has come; a `Generation` only grows, so what it was told stays true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from domino_spec.decoding.engine import Engine
+from domino_spec.decoding.request import Generation, Request, showable
+from domino_spec.target.text import StopStrings
+
+_log = logging.getLogger(__name__)
+
+CRASHED, STOPPED = "crashed", "stopped"
+"""How requests end beside `Generation.finish_reason`: the engine failed; the server stops and cannot wait."""
+
+
+class Refused(Exception):
+    """A request was not taken."""
+
+
+class QueueFull(Refused):
+    """All slots are taken and so are all places in the queue."""
+
+
+class Closed(Refused):
+    """The engine takes no requests any more: it drains, or it has failed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request has come."""
+
+    tokens: int = 0
+    shown: int = 0
+    """Characters of its text that can be shown."""
+    finish_reason: str | None = None
+    """That of `Generation`, or `CRASHED` or `STOPPED`."""
+    at: float = 0.0
+    """When, by `time.perf_counter`."""
+
+
+class Job:
+    """A request on its way; of its attributes the event loop reads `progress` and what `progress` speaks of.
+
+    Args:
+        request: what is asked for.
+        changed: set whenever `progress` has.
+    """
+
+    def __init__(self, request: Request, changed: asyncio.Event) -> None:
+        self.request, self.changed = request, changed
+        self.generation = Generation(list(request.prompt_ids))
+        self.stop = StopStrings(request.limits.stop)
+        self.submitted = time.perf_counter()
+        self.taken_up: float | None = None
+        """When the engine got it."""
+        self.progress = Progress(at=self.submitted)
+
+
+class Runner:
+    """Runs an engine in a thread of its own.
+
+    Args:
+        engine: whose `step` nobody else calls.
+        max_queue: requests that may wait for a slot.
+        observe: called in the event loop with a job, its progress before and its progress now.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_queue: int,
+        observe: Callable[[Job, Progress, Progress], None] = lambda job, before, now: None,
+    ) -> None:
+        self.engine, self.max_queue, self._observe = engine, max_queue, observe
+        self.draining = False
+        self.error: BaseException | None = None
+        """What the engine's thread died of."""
+        self._condition = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._running: dict[int, Job] = {}
+        """By the identity of their generations."""
+        self._cancelled: list[Generation] = []
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._threads = torch.get_num_threads()
+
+    # The event loop's side
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to work; what happens is told to `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in, and with it whoever is still decoded."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._running)
+
+    def submit(self, requests: Sequence[Request], changed: asyncio.Event) -> list[Job]:
+        """Queue requests, all or none.
+
+        Raises:
+            UserError: see `Engine.check`.
+            Refused: see its kinds.
+        """
+        for request in requests:
+            self.engine.check(request)
+        with self._condition:
+            if self.error is not None or self.draining or self._stopping:
+                raise Closed
+            places = self.engine.slots + self.max_queue - len(self._queue) - len(self._running)
+            if len(requests) > places:
+                raise QueueFull
+            jobs = [Job(request, changed) for request in requests]
+            self._queue.extend(jobs)
+            self._condition.notify()
+        return jobs
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """Forget jobs that have not ended; their slots are free at the next step."""
+        with self._condition:
+            for job in jobs:
+                if self._running.pop(id(job.generation), None) is not None:
+                    self._cancelled.append(job.generation)
+                elif job in self._queue:
+                    self._queue.remove(job)
+            self._condition.notify()
+
+    def fail_all(self, reason: str) -> None:
+        """End all jobs where they are."""
+        with self._condition:
+            jobs = [*self._running.values(), *self._queue]
+        self.cancel(jobs)
+        self._apply([(job, _ended(job, reason)) for job in jobs])
+
+    def _apply(self, updates: list[tuple[Job, Progress]]) -> None:
+        for job, progress in updates:
+            if job.progress.finish_reason is not None:  # ended here while the engine was at work on it
+                continue
+            before, job.progress = job.progress, progress
+            self._observe(job, before, progress)
+            job.changed.set()
+
+    # The engine's side
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP counts them per thread
+        if self.engine.target.device.type == "cuda":
+            torch.cuda.set_device(self.engine.target.device)  # so does CUDA remember the device
+        try:
+            while self._exchange():
+                self._report(self.engine.step())
+        except BaseException as error:  # whatever it was, nobody may wait for it
+            _log.exception("the engine has failed; all requests end")
+            with self._condition:
+                self.error = error
+                jobs = [*self._running.values(), *self._queue]
+                self._running.clear()
+                self._queue.clear()
+            self._tell([(job, _ended(job, CRASHED)) for job in jobs])
+
+    def _exchange(self) -> bool:
+        """Wait for work, pass on who was cancelled and who comes next; False when the thread shall end."""
+        with self._condition:
+            while not (self._stopping or self._queue or self._cancelled or self.engine.busy):
+                self._condition.wait()
+            for generation in self._cancelled:
+                self.engine.cancel(generation)
+            self._cancelled.clear()
+            while self._queue and self.engine.num_running + self.engine.num_waiting < self.engine.slots:
+                job = self._queue.popleft()
+                job.taken_up = time.perf_counter()
+                self._running[id(job.generation)] = job
+                self.engine.submit(job.request, job.generation)
+            return not self._stopping
+
+    def _report(self, grown: list[Generation]) -> None:
+        updates, now = [], time.perf_counter()
+        with self._condition:
+            for generation in grown:
+                job = self._running.get(id(generation))
+                if job is None:  # cancelled while the step ran
+                    continue
+                shown = showable(generation, job.stop)
+                updates.append((job, Progress(generation.num_tokens, shown, generation.finish_reason, now)))
+                if generation.finish_reason is not None:
+                    del self._running[id(generation)]
+        if updates:
+            self._tell(updates)
+
+    def _tell(self, updates: list[tuple[Job, Progress]]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._apply, updates)
+
+
+def _ended(job: Job, reason: str) -> Progress:
+    now = job.progress
+    return Progress(now.tokens, now.shown, reason, time.perf_counter())

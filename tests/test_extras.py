@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from domino_spec.settings import EXTRAS, UserError, require_extra
-from domino_spec.target.load import EMBEDDED_TARGET, WEIGHTS, check_installed, converted_directory
+from domino_spec.target.embedded import EMBEDDED_TARGET, WEIGHTS, check_installed, converted_directory
 from tests.cli_fixtures import make_draft_dir, make_target_dir, write_recipe  # noqa: F401 - fixtures
 
 if sys.version_info >= (3, 11):

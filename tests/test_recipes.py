@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from domino_spec.recipe import HeadRecipe, Recipe, load_recipe
-from domino_spec.target.load import EMBEDDED_TARGET
+from domino_spec.target.embedded import EMBEDDED_TARGET
 from domino_spec.training.estimate import ASSUMED_CONVERSATIONS, estimate_training
 from tests.published import save_dflash, save_qwen3
 

@@ -33,7 +33,8 @@ from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import draft_directory
 from domino_spec.settings import UserError
-from domino_spec.target.load import EMBEDDED_TARGET, load_config, load_model, load_tokenizer, target_source
+from domino_spec.target.embedded import EMBEDDED_TARGET
+from domino_spec.target.load import load_config, load_model, load_tokenizer, target_source
 from domino_spec.target.model import Target
 
 ASSISTED, LOOKUP, DFLASH = "transformers-assisted", "transformers-lookup", "transformers-dflash"

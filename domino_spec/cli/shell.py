@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from domino_spec.settings import UserError
-from domino_spec.target.load import check_installed
+from domino_spec.target.embedded import check_installed
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,7 +19,7 @@ from domino_spec.draft.checkpoint import read_draft
 from domino_spec.draft.load import EMBEDDED_DRAFT
 from domino_spec.drafters.methods import METHODS
 from domino_spec.files import load_tensors, read_jsonl
-from domino_spec.target.load import EMBEDDED_TARGET
+from domino_spec.target.embedded import EMBEDDED_TARGET
 from tests.cli_fixtures import (  # noqa: F401
     PROMPT,
     fail,

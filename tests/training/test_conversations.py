@@ -14,7 +14,8 @@ from tokenizers import AddedToken, models
 from transformers import PreTrainedTokenizerFast
 
 from domino_spec.settings import UserError
-from domino_spec.target.load import EMBEDDED_TARGET, load_target_text
+from domino_spec.target.embedded import EMBEDDED_TARGET
+from domino_spec.target.load import load_target_text
 from domino_spec.target.text import encode_prompt
 from domino_spec.training.conversations import (
     ChatFormat,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from domino_spec.api import default_min_confidence
-from domino_spec.cli import threads
+from domino_spec.cli import group as threads
 from domino_spec.decoding import adapt, engine, watch
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.drafters import dart, eagle3, methods

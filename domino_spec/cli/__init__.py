@@ -3,9 +3,8 @@
 What a user can get wrong ends in one line on standard error and exit status 2; Ctrl-C ends in status 130.
 """
 
-from domino_spec.cli import bench, count, decode, profile, serve, train  # noqa: F401 - importing adds their commands
-from domino_spec.cli.group import cli
-from domino_spec.cli.threads import settle_threads
+from domino_spec.cli import bench, decode, profile, serve, train  # noqa: F401 - importing adds their commands
+from domino_spec.cli.group import cli, settle_threads
 
 __all__ = ["cli", "main"]
 

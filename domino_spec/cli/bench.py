@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from domino_spec.cli.group import cli
+from domino_spec.cli.group import cli, comma_separated, print_json
 from domino_spec.cli.options import (
     FINITE,
     Counts,
@@ -22,7 +22,6 @@ from domino_spec.cli.options import (
     max_new_tokens_option,
     rivals_options,
 )
-from domino_spec.cli.shell import comma_separated, print_json
 from domino_spec.settings import UserError, require_extra
 
 OF_METHODS = frozenset(

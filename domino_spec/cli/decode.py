@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from domino_spec.cli.group import cli
+from domino_spec.cli.group import cli, console, print_json, read_prompt, say_nothing_is_drafted, status
 from domino_spec.cli.options import (
     FINITE,
     SETTINGS,
@@ -23,7 +23,6 @@ from domino_spec.cli.options import (
     num_drafts_option,
     pair_options,
 )
-from domino_spec.cli.shell import console, print_json, read_prompt, say_nothing_is_drafted, status
 from domino_spec.drafters.methods import METHODS, check_settings, default_method, why_nothing_is_drafted
 from domino_spec.settings import UserError
 
@@ -80,8 +79,7 @@ def generate(
     prompt = read_prompt(prompt)
     machine.prepare(pair.target)
     from domino_spec.api import stream
-    from domino_spec.cli.record import generation_record
-    from domino_spec.cli.terminal import AnswerWriter, MarkedText
+    from domino_spec.cli.show import AnswerWriter, MarkedText, generation_record
     from domino_spec.decoding.request import Generation, Limits
     from domino_spec.decoding.sampling import SamplingSettings
     from domino_spec.draft.vocabulary import restricted
@@ -161,8 +159,7 @@ def demo(
     """
     machine.prepare(pair.target)
     from domino_spec.cli.race import PROMPTS, race, warm_up
-    from domino_spec.cli.record import races_record
-    from domino_spec.cli.terminal import RaceView, summary
+    from domino_spec.cli.show import RaceView, races_record, summary
     from domino_spec.decoding.request import Limits
     from domino_spec.target.text import check_characters
 

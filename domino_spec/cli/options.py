@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from domino_spec.cli.shell import prepare, status
+from domino_spec.cli.group import prepare, status
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.drafters.methods import METHODS, known_method
 from domino_spec.settings import UserError

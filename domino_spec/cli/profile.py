@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from domino_spec.cli.group import cli
+from domino_spec.cli.group import cli, comma_separated, print_json, status
 from domino_spec.cli.options import (
     DEFAULT_TARGET,
     Machine,
@@ -18,7 +18,6 @@ from domino_spec.cli.options import (
     machine_options,
     pair_options,
 )
-from domino_spec.cli.shell import comma_separated, print_json, status
 from domino_spec.drafters.methods import check_settings
 from domino_spec.settings import UserError, require_extra
 
@@ -78,7 +77,7 @@ def profile(
 
     from domino_spec.bench.profile import check_numbers, default_methods, profile_cycles, profile_record
     from domino_spec.bench.profile_report import check_writable, write_profile
-    from domino_spec.cli.progress import ProgressView
+    from domino_spec.cli.show import ProgressView
 
     check_numbers(batch=[batch], repeats=[repeats], rows=sizes, num_drafts=counts)
     check_writable(out)

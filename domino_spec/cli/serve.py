@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from domino_spec.cli.group import cli
+from domino_spec.cli.group import cli, print_json
 from domino_spec.cli.options import (
     FINITE,
     SETTINGS,
@@ -21,7 +21,6 @@ from domino_spec.cli.options import (
     method_option,
     pair_options,
 )
-from domino_spec.cli.shell import print_json
 from domino_spec.drafters.methods import check_settings, default_method, why_nothing_is_drafted
 from domino_spec.settings import UserError, require_extra
 

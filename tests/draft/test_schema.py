@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from domino_spec.cli.record import draft_lines, draft_record
+from domino_spec.cli.show import draft_lines, draft_record
 from domino_spec.draft.checkpoint import check_readers, parse_config, read_draft, save_draft
 from domino_spec.draft.load import describe_draft, load_draft, save_any_draft
 from domino_spec.draft.schema import unknown_keys

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from domino_spec.cli.record import draft_lines, draft_record
+from domino_spec.cli.show import draft_lines, draft_record
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import check_fit, describe_draft, load_draft, read_any_draft
 from domino_spec.draft.single_layer import SingleLayerDraft

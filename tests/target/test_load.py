@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from domino_spec.cli.shell import prepare
+from domino_spec.cli.group import prepare
 from domino_spec.settings import UserError, cache_directory
 from domino_spec.target import load
 from domino_spec.target.load import load_target, load_target_text, target_config

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from domino_spec.bench import environment
-from domino_spec.cli.threads import SPIN_COUNT, available_cores, settle_threads
+from domino_spec.cli.group import SPIN_COUNT, available_cores, settle_threads
 
 ROOT = Path(__file__).parent.parent
 OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from domino_spec.cli.progress import TrainingView
+from domino_spec.cli.show import TrainingView
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.loop import StepResult
 from domino_spec.training.watch import RunFacts

@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from domino_spec.bench.ties import TopTwo
-from domino_spec.cli.progress import Pace, ProgressView, duration
 from domino_spec.cli.race import RaceResult, race
-from domino_spec.cli.terminal import MarkedText, comparison
+from domino_spec.cli.show import MarkedText, Pace, ProgressView, comparison, duration
 from domino_spec.decoding.request import Ending, Generation, Limits
 from tests import tiny
 

@@ -16,6 +16,7 @@ ROOMS = [
     {"drafters"},
     {"integrations"},
     {"api"},
+    {"clients"},
     {"training"},
     {"bench"},
     {"engines"},

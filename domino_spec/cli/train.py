@@ -34,6 +34,8 @@ def regenerate(
     domino-spec regenerate my-draft.yaml --server http://localhost:8000
     """
     settings = load_recipe(recipe)
+    if server or settings.data.server:
+        require_extra("train", "regenerate with a server")
     machine.prepare(settings.target)
     from domino_spec.cli.answering import answer_recipe, result_lines
 

@@ -19,8 +19,8 @@ import time
 import torch
 
 from domino_spec.ops import blended
-from domino_spec.training import fused_loss
-from domino_spec.training.losses import OBJECTIVES, blended_loss_reference
+from domino_spec.training import loss as fused_loss
+from domino_spec.training.loss import OBJECTIVES, blended_loss_reference
 
 FORMS = {
     "all logits at once": "reference",

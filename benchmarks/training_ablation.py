@@ -24,8 +24,8 @@ from domino_spec.draft.load import load_draft
 from domino_spec.files import write_json
 from domino_spec.recipe import Recipe, load_recipe
 from domino_spec.target.load import load_target
-from domino_spec.training.compare import Accepted, accepted_by_answer, tau_interval, tau_ratio
 from domino_spec.training.data import load_sequences
+from domino_spec.training.evaluate import Accepted, accepted_by_answer, tau_interval, tau_ratio
 from domino_spec.training.features import capture_features
 from domino_spec.training.run import run_training
 

@@ -43,7 +43,7 @@ def answer_recipe(
     with only_run(out):
         pass  # refused before a target is loaded; `regenerate` takes the lock itself
     if data.server is None:
-        from domino_spec.training.regenerate import regenerate
+        from domino_spec.training.answers import regenerate
 
         target, loaded_draft = machine.load(recipe.target, draft)
         with RegenerateView(console(), shown) as view:

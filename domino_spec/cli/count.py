@@ -30,7 +30,7 @@ def vocabulary(recipe: Path, out: Path, size: int | None, verbose: bool, as_json
     """
     settings = load_recipe(recipe)
     prepare(verbose, target=settings.target)
-    from domino_spec.training.vocabulary import write_vocabulary
+    from domino_spec.training.counts import write_vocabulary
 
     with status("Counting tokens"):
         ranking = write_vocabulary(settings, out, size)
@@ -60,7 +60,7 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     settings = load_recipe(recipe)
     prepare(verbose, target=settings.target)
     from domino_spec.drafters.ngram_counts import LARGEST_ORDER
-    from domino_spec.training.ngrams import write_ngrams
+    from domino_spec.training.counts import write_ngrams
 
     if order > LARGEST_ORDER:
         raise UserError(f"--order must be at most {LARGEST_ORDER}, got {order}: longer n-grams hardly occur twice")

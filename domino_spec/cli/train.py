@@ -89,9 +89,9 @@ def train(
         raise UserError("no directory given for the run: domino-spec train RECIPE --out RUN")
     from domino_spec.cli.progress import TrainingView
     from domino_spec.training.parallel import is_first_process
-    from domino_spec.training.plots import last_metrics
     from domino_spec.training.report import write_report
     from domino_spec.training.run import run_training
+    from domino_spec.training.watch import last_metrics
 
     with TrainingView(console(), shown=is_first_process() and not as_json) as view:
         run_training(settings, out, device=device, features=features, check=not no_check, **view.callbacks)

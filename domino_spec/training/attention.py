@@ -1,9 +1,9 @@
 """Attention of many blocks side by side: each sees its own sequence strictly before its anchor, and itself.
 
 The features of the anchor itself do not exist while decoding, so they are hidden here; other blocks and other sequences
-of the same pack are hidden too (DESIGN sections 4 and 6). Two forms compute the same: `SlicedAttention` hands chunks of
-neighbouring blocks, with just the context that they can see, to PyTorch's attention; `FlexibleAttention` hands the
-whole pack to FlexAttention on CUDA, which skips hidden tiles. Neither ever holds all pairs of slots and context.
+of the same pack are hidden too (docs/design.md, sections 4 and 6). Two forms compute the same: `SlicedAttention` hands
+chunks of neighbouring blocks, with just the context that they can see, to PyTorch's attention; `FlexibleAttention`
+hands the whole pack to FlexAttention on CUDA, which skips hidden tiles. Neither holds all pairs of slots and context.
 
 Shapes: A blocks, B slots, T context rows, D head_dim.
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from domino_spec.draft.backbone import Attend, fold_mask, folded_attention
 from domino_spec.settings import UserError
-from domino_spec.training.anchors import Blocks
+
+if TYPE_CHECKING:
+    from domino_spec.training.blocks import Blocks
 
 CHUNK_SLOTS = 256
 """Slots that share one attention call of `SlicedAttention`: more of them read the context less often, but each is

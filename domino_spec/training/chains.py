@@ -13,46 +13,61 @@ Shapes: A blocks, N drafted tokens, T tokens of all sequences packed together, H
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceType
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from domino_spec.draft.backbone import Attend, grouped_attention
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
-from domino_spec.training.anchors import Blocks, gather_blocks
 from domino_spec.training.attention import CHUNK_SLOTS
-from domino_spec.training.features import Batch
+from domino_spec.training.data import Batch
+
+if TYPE_CHECKING:
+    from domino_spec.training.blocks import Blocks
 
 
-def forward_chains(
-    draft: SingleLayerDraft, batch: Batch, anchors: SequenceType[Tensor], block_size: int | None = None
-) -> tuple[Tensor, Blocks]:
-    """What the LM head reads for every drafted token.
+def forward_chains(draft: SingleLayerDraft, batch: Batch, blocks: Blocks) -> Tensor:
+    """What the LM head reads for every drafted token: hidden states [A, N, H], after the final norm.
 
     Args:
         draft: bound to its target.
         batch: packed sequences with features, on the draft's device.
-        anchors: positions of each sequence's blocks. One at position 0 has no feature before it, and so no valid label.
-        block_size: drafts in a row, where training runs fewer than the draft's.
-
-    Returns:
-        Hidden states [A, N, H], after the final norm, and the blocks.
+        blocks: of the batch. A block at position 0 has no feature before it: its labels must not count.
     """
-    config = draft.config if block_size is None else replace(draft.config, block_size=block_size)
-    blocks = gather_blocks(batch, anchors, config.max_drafts)
-    blocks = replace(blocks, valid=blocks.valid & (blocks.positions > 0)[:, None])
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
     positions = rows - batch.starts[torch.searchsorted(batch.starts, rows, right=True) - 1]
-    fused = draft.fuse(batch.features[None, :, : config.feature_size])
-    pairs = draft.pair(batch.tokens.roll(-1)[None], fused)  # the last pair of a sequence is nobody's
+    fused = draft.fuse(batch.features[None, :, : draft.config.feature_size])
+    pairs = draft.pair(batch.tokens.roll(-1)[None], fused)  # the last pair of a sequence is not used
     context = draft.keys_values(pairs, positions[None])
     first = torch.maximum(blocks.anchors - 1, blocks.starts)  # the pair whose token is the anchor
     visible = _Visible(blocks, first, len(rows))
-    run = _eagle3 if config.method == "eagle3" else _dart
-    out = run(draft, blocks, fused[:, first], pairs[:, first], positions[first], context, visible, config.max_drafts)
-    return draft.final_hidden(out), blocks
+    out = run_chains(draft, blocks, fused[:, first], pairs[:, first], positions[first], context, visible)
+    return draft.final_hidden(out)
+
+
+def run_chains(
+    draft: SingleLayerDraft,
+    blocks: Blocks,
+    residual: Tensor,
+    pairs: Tensor,
+    positions: Tensor,
+    cached: PairKV,
+    visible: _Visible,
+) -> Tensor:
+    """The layer's outputs [A, N, H] for every drafted token.
+
+    Args:
+        draft: EAGLE-3 or DART.
+        blocks: of the batch.
+        residual: [1, A, H], fused features of each chain's first pair.
+        pairs: [1, A, 2H], those pairs.
+        positions: [A], their positions.
+        cached: keys and values of the text's pairs.
+        visible: attention of the chains.
+    """
+    run = _eagle3 if draft.config.method == "eagle3" else _dart
+    return run(draft, blocks, residual, pairs, positions, cached, visible, blocks.tokens.shape[1])
 
 
 def _eagle3(

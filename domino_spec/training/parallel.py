@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from domino_spec.devices import choose_device
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.settings import UserError
@@ -68,10 +69,8 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
     if count == 1:
         yield ALONE, device
         return
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "gloo"
-    if device.startswith("cuda"):
+    if choose_device(device).type == "cuda":
         backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group(backend, timeout=PATIENCE)

@@ -28,6 +28,7 @@ import torch
 import transformers
 import yaml
 
+from domino_spec.devices import choose_device, free_memory
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
@@ -38,15 +39,14 @@ from domino_spec.target.load import load_target, target_config
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
 from domino_spec.training.datasets import load_training_data
-from domino_spec.training.estimate import planned_draft
+from domino_spec.training.estimate import planned_draft, state_memory
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.features import FeatureSource, OnlineFeatures, capture_features, feature_scale
 from domino_spec.training.integrity import only_writer, remove_scratch
-from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
-from domino_spec.training.memory import free_memory, state_memory
+from domino_spec.training.loop import recipe_digest, train
 from domino_spec.training.parallel import Processes, joined_processes, whole_draft
 from domino_spec.training.state import draft_is_of_state, record_draft, refuse_other_run
-from domino_spec.training.step import tapped_layers
+from domino_spec.training.step import StepResult, Trainer, tapped_layers
 from domino_spec.training.watch import Metrics, RunFacts, run_facts, tracker_modules
 
 _log = logging.getLogger(__name__)
@@ -180,8 +180,8 @@ def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
     total = sum(p.numel() for p in draft.parameters())
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     needed = sum(state_memory(total, trained, recipe.training, processes.count).values())
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    free = None if where.type == "cuda" and not torch.cuda.is_available() else free_memory(where)
+    where = choose_device(device)
+    free = free_memory(where)
     if free is not None and needed > free:
         raise UserError(
             f"the draft has {total:,} parameters: weights, gradients and optimizer take {needed / 1e9:.1f} GB, and "

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from domino_spec.cli.progress import TrainingView
 from domino_spec.training.evaluate import SimulatedTau
-from domino_spec.training.loop import StepResult
+from domino_spec.training.step import StepResult
 from domino_spec.training.watch import RunFacts
 
 LINE = "step 5: simulated tau 2.500, head off 2.000"
-FACTS = RunFacts("5 layers", 10, 64, 6400, 3200, 8, 1000, "cpu", 1, matrix_rate=4e9)
+FACTS = RunFacts("5 layers", 10, 64, 6400, 3200, 8, 1000, "cpu", 1, matrix_rate=4e9, step_operations=2e9)
 
 
 def evaluation(recall: float | None) -> SimulatedTau:
@@ -26,7 +26,7 @@ def evaluation(recall: float | None) -> SimulatedTau:
 
 
 def step(number: int, **values) -> StepResult:
-    result = StepResult(number, 3.25, 2.5, 0.75, 1e-3, 0.5, tokens=1000, seconds=2.0, sequences=16, flops=2e9)
+    result = StepResult(number, 3.25, 2.5, 0.75, 1e-3, 0.5, tokens=1000, seconds=2.0, sequences=16)
     return dataclasses.replace(result, **values)
 
 

@@ -16,7 +16,7 @@ from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
-from domino_spec.training.vocabulary import rank_answers, write_vocabulary
+from domino_spec.training.counts import rank_answers, write_vocabulary
 from tests.decoding.test_lossless import FALSE_ALARM, PROMPT, TOKENS, exact_joint, p_value
 from tests.decoding.test_lossless import VOCAB as FEW
 from tests.tiny import (

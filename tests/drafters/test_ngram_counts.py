@@ -15,10 +15,10 @@ from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
-from domino_spec.training import ngrams
+from domino_spec.training import counts as ngrams
+from domino_spec.training.counts import build_ngrams, write_ngrams
 from domino_spec.training.data import split_held_out
 from domino_spec.training.datasets import load_training_data
-from domino_spec.training.ngrams import build_ngrams, write_ngrams
 from tests.tiny import VOCAB, tiny_target, word_tokenizer
 
 A, B, C, D, R, X, END = range(7)

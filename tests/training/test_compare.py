@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.training.compare import tau_interval, tau_ratio
+from domino_spec.training.evaluate import tau_interval, tau_ratio
 
 
 def answers(count: int, generator: torch.Generator, gain: float = 0.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from domino_spec.clients.openai import Answer, Client, Fault
 from domino_spec.bench.server.probe import Endpoint, explain
+from domino_spec.clients.openai import Answer, Client, Fault
 from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 

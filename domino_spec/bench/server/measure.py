@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 from domino_spec.bench.measure import WARM_UP_TOKENS, Say
-from domino_spec.clients.openai import Client
 from domino_spec.bench.server.figures import figures_of
 from domino_spec.bench.server.load import Job, Outcome, Sampling, Turn, run_load
 from domino_spec.bench.server.metrics import read_metrics, readings, settled_metrics
@@ -29,6 +28,7 @@ from domino_spec.bench.server.rows import (
     append_request,
     append_window,
 )
+from domino_spec.clients.openai import Client
 
 LEAST_ROUNDS = 2
 """A window asks at least so many requests per request in flight: small suites are gone through several times."""

@@ -17,8 +17,8 @@ from domino_spec.bench.server.run import run_server_bench
 from domino_spec.bench.suites import load_suite
 from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw
-from tests.clients.fake import Fake, error, faking, free_address, prompt_of
 from tests.cli_fixtures import fail, run, write_jsonl
+from tests.clients.fake import Fake, error, faking, free_address, prompt_of
 
 CONVERSATIONS = {"a": ["w3 w4 w5", "w6 w7"], "b": ["w8 w9"], "c": ["w10 w11 w12 w13"]}
 

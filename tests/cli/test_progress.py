@@ -20,9 +20,7 @@ FACTS = RunFacts("5 layers", 10, 64, 6400, 3200, 8, 1000, "cpu", 1, matrix_rate=
 
 def evaluation(recall: float | None) -> SimulatedTau:
     accepted = torch.tensor([1, 2])
-    return SimulatedTau(
-        2.5, 2.0, accepted, accepted - 1, [1.0, 0.5], [0.5, 0.5], candidates=512, candidate_recall=recall
-    )
+    return SimulatedTau(2.5, 2.0, accepted, accepted - 1, [1.0, 0.5], [0.5, 0.5], 512, recall, sequences=torch.zeros(2))
 
 
 def step(number: int, **values) -> StepResult:

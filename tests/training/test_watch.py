@@ -31,6 +31,7 @@ TAU = SimulatedTau(
     acceptance_head_off=[0.5, 0.0],
     candidates=128,
     candidate_recall=0.99,
+    sequences=torch.tensor([0, 0]),
 )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from domino_spec.draft.backbone import Attend, grouped_attention
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
-from domino_spec.training.attention import CHUNK_SLOTS
+from domino_spec.training.attention import neighbouring
 from domino_spec.training.data import Batch
 
 if TYPE_CHECKING:
@@ -125,25 +125,25 @@ class _Visible:
         """For queries [A] of the last of `count` steps; keys hold T pairs and then every step's [A]."""
         blocks = len(self._first)
 
-        def own(keys: Tensor, part: slice) -> Tensor:
+        def chain(keys: Tensor, part: slice) -> Tensor:
             return keys[:, :, self._rows :].unflatten(2, (count, blocks))[:, :, :, part].flatten(2, 3)
 
         def mask(size: int) -> Tensor:
             return torch.eye(size, dtype=torch.bool, device=self._first.device).repeat(1, count)
 
-        return lambda query, key, value: self._attend(query, key, value, 1, own, mask)
+        return lambda query, key, value: self._attend(query, key, value, 1, chain, mask)
 
     def slots(self, count: int) -> Attend:
         """For queries of A blocks of `count` causal slots; keys hold T pairs and then those slots."""
 
-        def own(keys: Tensor, part: slice) -> Tensor:
+        def chain(keys: Tensor, part: slice) -> Tensor:
             return keys[:, :, self._rows + part.start * count : self._rows + part.stop * count]
 
         def mask(size: int) -> Tensor:
             causal = torch.ones(count, count, dtype=torch.bool, device=self._first.device).tril()
             return torch.block_diag(*[causal] * size).bool()
 
-        return lambda query, key, value: self._attend(query, key, value, count, own, mask)
+        return lambda query, key, value: self._attend(query, key, value, count, chain, mask)
 
     def _attend(
         self,
@@ -151,25 +151,14 @@ class _Visible:
         key: Tensor,
         value: Tensor,
         slots: int,
-        own: Callable[[Tensor, slice], Tensor],
-        own_mask: Callable[[int], Tensor],
+        chain: Callable[[Tensor, slice], Tensor],
+        chain_mask: Callable[[int], Tensor],
     ) -> Tensor:
         outputs = []
-        for part, context in self._chunks(slots):
+        for part, context in neighbouring(self._first, self._starts, slots):
             before = torch.arange(context.start, context.stop, device=query.device) < self._first[part, None]
-            mask = torch.cat((before.repeat_interleave(slots, dim=0), own_mask(part.stop - part.start)), dim=1)
-            keys, values = (torch.cat((x[:, :, context], own(x, part)), dim=2) for x in (key, value))
+            mask = torch.cat((before.repeat_interleave(slots, dim=0), chain_mask(part.stop - part.start)), dim=1)
+            keys, values = (torch.cat((x[:, :, context], chain(x, part)), dim=2) for x in (key, value))
             queries = query[:, :, part.start * slots : part.stop * slots]
             outputs.append(grouped_attention(queries, keys, values, mask[None, None]))
         return torch.cat(outputs, dim=2)
-
-    def _chunks(self, slots: int) -> list[tuple[slice, slice]]:
-        """Neighbouring blocks of one sequence, and the context that they can see."""
-        first, starts = self._first.tolist(), self._starts.tolist()
-        size, begin, found = max(1, CHUNK_SLOTS // slots), 0, []
-        for end in range(1, len(first) + 1):
-            if end < len(first) and end - begin < size and starts[end] == starts[begin]:
-                continue
-            found.append((slice(begin, end), slice(starts[begin], max(first[begin:end]))))
-            begin = end
-        return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.model import Target
-from domino_spec.training import chains
+from domino_spec.training import attention
 from domino_spec.training.blocks import forward_blocks, gather_blocks
 from domino_spec.training.chains import forward_chains
 from domino_spec.training.data import Sequence
@@ -112,7 +112,7 @@ def sequences() -> list[Sequence]:
 @pytest.mark.parametrize("chunk", [2, 256], ids=["many chunks", "one chunk"])
 @torch.no_grad()
 def test_every_chain_is_what_the_method_says(monkeypatch, target, sequences, method, chunk):
-    monkeypatch.setattr(chains, "CHUNK_SLOTS", chunk)
+    monkeypatch.setattr(attention, "CHUNK_SLOTS", chunk)
     draft = tiny.tiny_single_layer(target, method)
     source = tiny.MemoryCache(target, sequences, draft.layers)
     anchors = [torch.tensor([2, 3, 7]), torch.tensor([1, 4]), torch.tensor([5])]

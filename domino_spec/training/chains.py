@@ -1,11 +1,11 @@
 """Training passes of EAGLE-3 and DART over the same anchors as the block drafts: equal text, equal labels, equal loss.
 
-The pair whose token is an anchor starts a chain: it sees the pairs before it, and nobody else's chain.
+The pair whose token is an anchor starts a chain, which sees the pairs before it and no other chain.
 
 EAGLE-3's training-time test (arXiv 2503.01840) runs the chain on its own outputs: step i takes the output of step i - 1
 for its feature and the text's next token, and attends to the text's pairs before the chain and to the chain itself.
 That is what its published form computes at every position of a text; here it is computed at the anchors alone, which
-spares seven passes over text that has no label. DART's masked positions follow the pair and see it causally.
+saves seven passes over text that has no label. DART's masked positions follow the pair and see it causally.
 
 Shapes: A blocks, N drafted tokens, T tokens of all sequences packed together, H hidden.
 """

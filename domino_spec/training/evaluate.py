@@ -232,14 +232,14 @@ def expected_acceptance(draft_probs: Tensor, target_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a drafter's proposals are worth along some answers: [A] per answer, empty where it has no anchor."""
+    """How a drafter's proposals did along some answers: [A] per answer, empty if it has no anchor."""
 
     anchors: list[Tensor]
     """Positions of the last committed token."""
     accepted: list[Tensor]
     """Drafts that follow the text."""
     proposed: list[Tensor]
-    """Drafts proposed, of a tree those of all its branches."""
+    """Drafts proposed; for a tree, those of all branches."""
 
 
 class _Span(NamedTuple):
@@ -270,10 +270,10 @@ def simulate(
         answers: the target's own text, greedy or sampled.
         source: of its features, at the drafter's layers and perhaps more.
         num_drafts: drafts per proposal at most; None for the drafter's most.
-        every: an anchor at each so many tokens, from the last token of the prompt on, whoever drafts. None puts the
-            next anchor behind what was accepted, as decoding does.
-        horizon: only anchors that so many tokens of their answer follow are counted. A draft past the end of the answer
-            counts as rejected, so it should be no less than a proposal is deep.
+        every: distance of anchors in tokens, from the last token of the prompt on, the same for every drafter. None
+            puts the next anchor behind what was accepted, as decoding does.
+        horizon: only anchors that are followed by so many tokens of their answer are counted. A draft past the end of
+            the answer counts as rejected, so it should be no less than a proposal is deep.
         batch: R, answers that are drafted for together.
         device: of the draft.
         on_progress: called with the number of anchors just done.
@@ -302,7 +302,7 @@ def simulate(
 
 
 def _places(source: FeatureSource, wanted: SequenceType[int]) -> list[int]:
-    """Where the wanted layers lie in a source's features."""
+    """Index of each wanted layer in a source's features."""
     if missing := [layer for layer in wanted if layer not in source.layers]:
         raise UserError(
             f"the features hold layers {', '.join(map(str, source.layers))}, and the drafter also reads "
@@ -313,7 +313,7 @@ def _places(source: FeatureSource, wanted: SequenceType[int]) -> list[int]:
 
 @dataclass
 class _Text:
-    """R answers with what stands before them: it takes the target's place."""
+    """R answers with their prompts: the text that takes the target's place."""
 
     tokens: Tensor
     """[R, L], -1 past the end of each."""
@@ -351,7 +351,7 @@ class _Text:
         return self.tokens.gather(1, index.clamp(max=self.tokens.shape[1] - 1))
 
     def state(self, room: int) -> State:
-        """The prompts, as `decoding.generate.prefill` leaves them; the target's cache has no layers."""
+        """The prompts, as the engine's prefill leaves them; the target's cache has no layers."""
         requests, longest = len(self.starts), int(self.starts.max())
         capacity = self.tokens.shape[1] + room
         device = self.tokens.device
@@ -393,24 +393,24 @@ class _Text:
 def _follow(
     drafter: Drafter, text: _Text, num_drafts: int, every: int | None, horizon: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields, anchor by anchor, who is active, the anchors, and accepted and proposed drafts, each [R]."""
-    longest_commit = drafter.max_drafts + 1  # of decoding: a drafter need not take more at once
+    """Yields for each anchor: which requests are active, positions, accepted and proposed drafts, each [R]."""
+    longest_commit = drafter.max_drafts + 1  # no more than decoding commits at once
     state = text.state(room=2 * longest_commit)
-    own = start(drafter, state)
+    cache = start(drafter, state)
     while True:
-        proposal = drafter.propose(state, own, num_drafts)
+        proposal = drafter.propose(state, cache, num_drafts)
         accepted = follow(proposal, text.after(state.lengths, proposal.tokens.shape[1] + 1))
         yield state.active.clone(), state.lengths - 1, accepted, proposal.num_drafts
         steps = accepted + 1 if every is None else torch.full_like(accepted, every)
         state.active &= state.lengths + steps + horizon <= text.ends
         if not state.active.any():
             return
-        # Those that have ended stay where they are, as in decoding.
+        # Requests that have ended keep their place, as in decoding.
         while (steps > 0).any():
             counts = steps.clamp(max=longest_commit)
             verdict = text.verdict(state.lengths, counts)
             commit(state, verdict)
-            drafter.advance(own, verdict)
+            drafter.advance(cache, verdict)
             steps = steps - counts
 
 

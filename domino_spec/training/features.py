@@ -140,7 +140,7 @@ class FeatureCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in the shards that were written since.
+        """Read the index of shards that were written since the last call.
 
         Raises:
             UserError: one of them is damaged.
@@ -178,7 +178,7 @@ class FeatureCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The only process that may add shards; waits, with a word, until no other is.
+        """Become the only process that may add shards; waits, with a warning, while another process is.
 
         Raises:
             UserError: the directory cannot be written to.
@@ -258,7 +258,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def feature_scale(cache: FeatureSource, sequences: SequenceType[Sequence], sample: int = 64) -> Tensor:
     """One over the root mean square of every feature dimension, [F] float32, over the first `sample` sequences.
 
-    The first token of each is left out: many models park huge activations there.
+    The first token of each is left out: in many models it has huge activations.
     """
     squares = [cache.read(s)[1:].float().square() for s in sequences[:sample]]
     return torch.cat(squares).mean(0).clamp(min=1e-8).rsqrt()

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 def recipe_digest(recipe: Recipe, sequences: SequenceType[Sequence], target_fingerprint: str) -> str:
     """Identifies a run: recipe, target and the sequences trained on.
 
-    What changes no number but in rounding is left out: cadences, and how the work is cut and shared.
+    Settings that change results only by rounding are left out: cadences, and how the work is divided.
     """
     training = dataclasses.replace(recipe.training, checkpoint_minutes=0.0, eval_every=1, log_every=1, trackers=())
     training = dataclasses.replace(
@@ -59,9 +59,9 @@ def train(
 ) -> AnyDraft:
     """Run from the trainer's step to the recipe's last.
 
-    Saves every `checkpoint_minutes`, at the end, and when interrupted: SIGINT and SIGTERM (`torchrun` passes on the
-    latter) end the run after the step in progress, in all processes at the same one. A second one does not wait; a step
-    that it cuts in the middle is not saved.
+    Saves every `checkpoint_minutes`, at the end, and when interrupted: SIGINT and SIGTERM (which `torchrun` passes on)
+    end the run after the step in progress, the same step in all processes. A second signal does not wait; the step that
+    it interrupts is not saved.
 
     Raises:
         UserError: the state cannot be read or written, belongs to another run, or the loss is not finite or diverges;
@@ -91,8 +91,8 @@ def train(
                     trainer.can_save = True
                 # Clocks differ between processes: they stop and save together, when any of them wants to.
                 due = time.monotonic() - saved_at >= recipe.checkpoint_minutes * 60
-                wishes = torch.tensor([float(interrupted.is_set()), float(due)], device=trainer.draft.device)
-                stop, due = (processes.sum(wishes) > 0).tolist()
+                wanted = torch.tensor([float(interrupted.is_set()), float(due)], device=trainer.draft.device)
+                stop, due = (processes.sum(wanted) > 0).tolist()
                 if stop:
                     raise KeyboardInterrupt
                 if due:
@@ -117,7 +117,7 @@ def _kept(step: int, directory: Path) -> str:
 
 
 class Divergence:
-    """Notices a loss that runs away: its median over `WINDOW` steps far above the lowest such median."""
+    """Detects a loss that diverges: its median over `WINDOW` steps is far above the lowest such median."""
 
     WINDOW = 50
     FACTOR = 3.0
@@ -128,10 +128,10 @@ class Divergence:
         self._lowest = math.inf
 
     def check(self, step: int, loss: float) -> None:
-        """Look at the loss of one more step.
+        """Check the loss of one more step.
 
         Raises:
-            LossError: the loss has run away.
+            LossError: the loss diverges.
         """
         self._recent.append(loss)
         if len(self._recent) < self.WINDOW:
@@ -144,7 +144,7 @@ class Divergence:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that no step is cut in its middle; a second signal ends the process."""
+    """An event that SIGINT and SIGTERM set, so that no step is interrupted; a second signal ends the process."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals belong to the main thread

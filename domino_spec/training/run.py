@@ -70,7 +70,7 @@ def run_training(
         recipe: what to train.
         out: directory of the run.
         device: "auto", "cpu" or "cuda".
-        features: directory of the feature cache, `out/features` where not given.
+        features: directory of the feature cache; `out/features` if not given.
         check: as `load_target` takes it.
         on_start: called once data and device are known.
         on_features: called with captured and total tokens.
@@ -131,9 +131,9 @@ def _train(
         on_start(facts)
     source = _feature_source(recipe, target, sequences, draft, features or out / "features", processes, on_features)
     scale = feature_scale(source, training)[: draft.config.feature_size]
-    # A random `fc` may be taken for one of scaled features; one that means something must go on meaning it.
-    meant = recipe.draft.init_from is not None or recipe.draft.model != "block"
-    draft.scale_features(scale.to(target.device), trained=meant)
+    # A random `fc` is simply trained on scaled features. One from a checkpoint must keep computing what it did.
+    pretrained = recipe.draft.init_from is not None or recipe.draft.model != "block"
+    draft.scale_features(scale.to(target.device), trained=pretrained)
     trainer = Trainer(draft, settings, training, source, processes)
     trainer.resume(out, digest)
     if trainer.step:
@@ -171,7 +171,7 @@ def _train(
 
 
 def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
-    """Look at what is known before a weight is loaded or made.
+    """Check what can be checked before weights are loaded or made.
 
     Raises:
         UserError: the recipe does not fit its target or itself, or the state of its draft does not fit into memory.
@@ -233,7 +233,7 @@ def _save_recipe(recipe: Recipe, out: Path, fingerprint: str, facts: RunFacts) -
 
 
 def _commit() -> str:
-    """Of the source that this package runs from, where that is a git repository."""
+    """Commit of this package's source, if it is in a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -121,7 +121,7 @@ class Server:
         return self._retried(lambda client: _parse_reply(client.complete(body, self._timeout)))
 
     def stop(self) -> None:
-        """Let no further try begin."""
+        """Start no further try."""
         self._stopped.set()
 
     def _retried(self, ask: Callable[[Client], R]) -> R:

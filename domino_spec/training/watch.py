@@ -1,7 +1,7 @@
 """What a run records while it trains: metrics.jsonl, TensorBoard, and the trackers that its recipe asks for.
 
 `metrics.jsonl` is the record that reports are made from (`training.report`). The others show the same figures, and none
-of them can stop a run: a tracker that fails is left out from there on.
+of them can stop a run: a tracker that fails is switched off.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run is besides its recipe, known once data and device are."""
+    """Facts about a run that its recipe does not hold, known once data and device are known."""
 
     draft: str
-    """Its shape in words."""
+    """Shape of the draft in words."""
     steps: int
     """Optimizer steps of the whole run."""
     training_sequences: int
@@ -79,7 +79,7 @@ class RunFacts:
     device: str
     processes: int
     matrix_rate: float
-    """What the devices of all processes reach on large products, in floating-point operations per second."""
+    """Rate that the devices of all processes reach on large products, in floating-point operations per second."""
     step_operations: float
     """Floating-point operations of a step of all processes, on average (`training.estimate`)."""
 

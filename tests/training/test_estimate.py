@@ -58,7 +58,7 @@ def recipe_8b(target: Path, draft: DraftRecipe | None = None, **training) -> Rec
 
 
 def test_a_draft_for_qwen3_8b_has_the_published_size(tmp_path):
-    """DESIGN section 4: backbone 1.049 B, head 55.9 M (GRU 15.7, W1 1.3, W2 38.9); and the target 8.19 B."""
+    """docs/design.md, section 4: backbone 1.049 B, head 55.9 M (GRU 15.7, W1 1.3, W2 38.9); and the target 8.19 B."""
     estimate = estimate_training(recipe_8b(save_qwen3(tmp_path)), processes=8)
     counted = {name: round(count / 1e6, 1) for name, count in estimate.parameters.items()}
     assert counted == dict(backbone=1048.6, gru=15.7, w1=1.3, w2=38.9, head=55.9, total=1104.6, trained=1104.6)

@@ -1,4 +1,4 @@
-"""The traps that cost others their results (DESIGN section 6), each with the tests that fail when it is set again.
+"""The traps that cost others their results (docs/design.md, section 6), each with its tests.
 
 Head weights missing from the saved checkpoint
     tests/draft/test_checkpoint.py::test_the_head_is_in_the_saved_checkpoint

@@ -204,7 +204,7 @@ class Regeneration:
         return cls(out, waiting, already, reading.left_out, answered_ids, on_progress)
 
     def fit(self, max_length: int, max_new_tokens: int) -> None:
-        """Sort conversations by the length of their first prompt; warn of those that exceed the context, and leave them out.
+        """Sort conversations by the length of their first prompt; leave out, with a warning, those that are too long.
 
         Args:
             max_length: tokens that the target's context holds.

@@ -19,7 +19,7 @@ import time
 import torch
 
 from domino_spec.ops import blended
-from domino_spec.training import loss as fused_loss
+from domino_spec.training import loss
 from domino_spec.training.loss import OBJECTIVES, blended_loss_reference
 
 FORMS = {
@@ -46,8 +46,8 @@ def measure(form: str, arguments: argparse.Namespace) -> dict[str, float]:
     weights = torch.rand(rows, generator=generator, device=device)
     trained = [x.requires_grad_() for x in (hidden, low_rank, correction)]
     if form == "torch":
-        fused_loss.blended_rows_ = blended.blended_rows_torch_
-    function = blended_loss_reference if form == "reference" else fused_loss.blended_loss
+        loss.blended_rows_ = blended.blended_rows_torch_
+    function = blended_loss_reference if form == "reference" else loss.blended_loss
 
     def step() -> None:
         for x in trained:

@@ -132,6 +132,27 @@ def test_an_answer_that_does_not_end_in_time_is_given_up_and_what_came_is_kept(f
     assert caught.value.received.text == "x"
 
 
+def test_the_time_limit_is_for_the_whole_answer_not_for_each_chunk(fake, client):
+    async def trickle():
+        for _ in range(1000):
+            yield event(delta(content="x"))
+            await asyncio.sleep(0.05)
+
+    fake.refuse = lambda body: StreamingResponse(trickle(), media_type="text/event-stream")
+    before = time.perf_counter()
+    with pytest.raises(Fault, match=r"no whole answer within 0\.5 s") as caught:
+        client.stream(BODY, 0.5)
+    assert 0.4 < time.perf_counter() - before < 25
+    assert set(caught.value.received.text) == {"x"}
+    fake.refuse = lambda body: None
+    assert client.stream(BODY, PATIENCE).text == "a b c ", "the next one is not affected"
+
+
+def test_a_key_that_no_header_can_carry_is_refused():
+    with pytest.raises(UserError, match="no header can carry"):
+        Client("http://h/v1", "ö")
+
+
 def test_another_thread_can_end_the_waiting(fake, client):
     async def stall():
         yield event(delta(content="x"))

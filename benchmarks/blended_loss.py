@@ -19,8 +19,8 @@ import time
 import torch
 
 from domino_spec.ops import blended
-from domino_spec.training import fused_loss
-from domino_spec.training.losses import OBJECTIVES, blended_loss_reference
+from domino_spec.training import loss
+from domino_spec.training.loss import OBJECTIVES, blended_loss_reference
 
 FORMS = {
     "all logits at once": "reference",
@@ -46,8 +46,8 @@ def measure(form: str, arguments: argparse.Namespace) -> dict[str, float]:
     weights = torch.rand(rows, generator=generator, device=device)
     trained = [x.requires_grad_() for x in (hidden, low_rank, correction)]
     if form == "torch":
-        fused_loss.blended_rows_ = blended.blended_rows_torch_
-    function = blended_loss_reference if form == "reference" else fused_loss.blended_loss
+        loss.blended_rows_ = blended.blended_rows_torch_
+    function = blended_loss_reference if form == "reference" else loss.blended_loss
 
     def step() -> None:
         for x in trained:

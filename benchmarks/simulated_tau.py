@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from domino_spec.api import load_draft
-from domino_spec.bench.simulate import Simulated, load_simulated, render, save_simulated, simulate, summarize
+from domino_spec.bench.simulate import load_simulated, render, save_simulated, summarize
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.draft.load import draft_directory
 from domino_spec.drafters.methods import METHODS, choose_draft, make_drafter
@@ -35,6 +35,7 @@ from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, load_sequences
+from domino_spec.training.evaluate import Simulated, simulate
 from domino_spec.training.features import FeatureCache, FeatureSource, capture_features
 
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from domino_spec.bench.simulate import render, summarize
 from domino_spec.draft.load import load_draft
 from domino_spec.files import write_json
 from domino_spec.recipe import Recipe, load_recipe
 from domino_spec.target.load import load_target
-from domino_spec.training.compare import Accepted, accepted_by_answer, tau_interval, tau_ratio
 from domino_spec.training.data import load_sequences
+from domino_spec.training.evaluate import Simulated, SimulatedTau, simulated_tau
 from domino_spec.training.features import capture_features
 from domino_spec.training.run import run_training
 
@@ -55,15 +55,10 @@ def variant_recipe(recipe: Recipe, variant: str, steps: int | None, seed: int) -
     return dataclasses.replace(recipe, draft=draft, training=dataclasses.replace(recipe.training, seed=seed, **changes))
 
 
-def by_suite(accepted: Accepted, ids: list[str]) -> dict[str, Accepted]:
-    """The same apart by suite, and all together."""
-    parts: dict[str, Accepted] = defaultdict(lambda: Accepted([], [], []))
-    for on, off, answer in zip(*accepted, strict=True):
-        for name in (ids[answer].split("/")[0], "all"):
-            parts[name].head_on.append(on)
-            parts[name].head_off.append(off)
-            parts[name].answers.append(answer)
-    return parts
+def by_answer(accepted: Tensor, tau: SimulatedTau, answers: int, drafts: int) -> Simulated:
+    """Accepted drafts of every block, as the tables of `bench.simulate` take them."""
+    parts = [accepted[tau.sequences == i] for i in range(answers)]
+    return Simulated([torch.arange(len(p)) for p in parts], parts, [torch.full_like(p, drafts) for p in parts])
 
 
 def main() -> None:
@@ -82,43 +77,35 @@ def main() -> None:
     target = load_target(recipe.target, dtype=getattr(torch, recipe.data.feature_dtype), pack=False)
     texts = {"T=0": arguments.greedy} | ({"T=1": arguments.sampled} if arguments.sampled else {})
 
-    measured: dict[tuple[str, int], dict[str, Accepted]] = {}
+    measured: dict[str, dict[str, Simulated]] = {name: {} for name in texts}
     ids: dict[str, list[str]] = {}
-    for seed in map(int, arguments.seeds.split(",")):
+    seeds = list(map(int, arguments.seeds.split(",")))
+    for seed in seeds:
         for variant in arguments.variants.split(","):
             out = arguments.out / f"{variant}-{seed}"
             settings = variant_recipe(recipe, variant, arguments.steps, seed)
             run_training(settings, out, features=arguments.out / "features")
             draft = load_draft(out / "draft", target, dtype=torch.float32)
             layers = tuple(dict.fromkeys((*draft.config.target_layer_ids, target.num_layers - 1)))
-            results = measured.setdefault((variant, seed), {})
             for name, path in texts.items():
                 answers = load_sequences(path, recipe.data.max_length, target.vocab_size)
                 ids[name] = [a.id for a in answers]
                 source = capture_features(target, answers, layers, arguments.out / f"features-{name[2:]}")
-                results[name] = accepted_by_answer(draft, answers, source, target if name == "T=1" else None)
-            print(f"{variant}, seed {seed}: {tau_interval(results['T=0'].head_on)}", flush=True)
+                sampled_by = target if name == "T=1" else None
+                tau = simulated_tau(draft, answers, source, 10**6, batch_size=1, sampled_by=sampled_by)
+                for head, accepted in (("on", tau.accepted), ("off", tau.accepted_head_off)):
+                    label = f"{variant} seed {seed}, head {head}"
+                    measured[name][label] = by_answer(accepted, tau, len(answers), draft.config.max_drafts)
+                print(f"{variant}, seed {seed}, {name}: {tau.tau:.3f} / {tau.tau_head_off:.3f}", flush=True)
 
-    for name in texts:
-        print(f"\n{name}: tau with the head on / off, and its ratio to {arguments.against} (95%)\n")
-        rows = []
-        for (variant, seed), results in measured.items():
-            reference = measured.get((arguments.against, seed), results)[name]
-            parts, other = by_suite(results[name], ids[name]), by_suite(reference, ids[name])
-            for suite, part in sorted(parts.items()):
-                row: dict[str, Any] = {
-                    "variant": variant,
-                    "seed": seed,
-                    "suite": suite,
-                    "blocks": sum(map(len, part.head_on)),
-                }
-                row |= {"on": tau_interval(part.head_on), "off": tau_interval(part.head_off)}
-                row["ratio"] = tau_ratio(part.head_on, other[suite].head_on)
-                rows.append(row)
-                if suite == "all":
-                    on, off = row["on"].value, row["off"].value
-                    print(f"{variant:<16} seed {seed}  {on:.3f} / {off:.3f}  {row['ratio']}  {row['blocks']} blocks")
-        write_json(json.loads(json.dumps(rows)), arguments.out / f"ablation-{name[2:]}.json")
+    for name, results in measured.items():
+        for seed in seeds:
+            of_seed = {label: found for label, found in results.items() if f" seed {seed}," in label}
+            reference = f"{arguments.against} seed {seed}, head on"
+            reference = reference if reference in of_seed else next(iter(of_seed))
+            entries = summarize(of_seed, ids[name], reference)
+            print(f"\n{name}, seed {seed}\n\n{render(entries, reference)}")
+            write_json(entries, arguments.out / f"ablation-{name[2:]}-{seed}.json")
 
 
 if __name__ == "__main__":

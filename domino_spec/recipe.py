@@ -246,7 +246,7 @@ class OptimizationRecipe(Settings):
     """Share of the run over which a linear curriculum moves; it stays at its end afterwards."""
     objective: Literal["cross_entropy", "kl", "tv", "ce_tv", "lk_alpha", "lk_hybrid"] = "cross_entropy"
     """What a token's loss is: cross_entropy on the target's text; or a distance to the target's own distribution: kl,
-    tv (total variation), ce_tv, lk_alpha or lk_hybrid (see `training.losses`)."""
+    tv (total variation), ce_tv, lk_alpha or lk_hybrid (see `training.loss`)."""
     position_weights: Literal["exponential", "acceptance"] = "exponential"
     """Weight of the k-th drafted token: exponential, exp(-k / position_decay); or acceptance, from the draft's own
     confidence (D-PACE)."""

@@ -185,8 +185,8 @@ def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 
 EXTRAS = {
     "demo": ("accelerate", "gguf"),
-    "train": ("tensorboard", "matplotlib"),
-    "bench": ("matplotlib", "markdown-it-py"),
+    "train": ("tensorboard", "matplotlib", "httpx"),
+    "bench": ("matplotlib", "markdown-it-py", "httpx"),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
 }
 """Packages by extra, under the names that pip knows."""

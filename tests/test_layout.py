@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "domino_spec"
 ROOMS = [
-    {"settings", "files", "public_data"},
+    {"settings", "files", "public_data", "devices"},
     {"ops"},
     {"target"},
     {"draft", "recipe"},
@@ -16,6 +16,7 @@ ROOMS = [
     {"drafters"},
     {"integrations"},
     {"api"},
+    {"clients"},
     {"training"},
     {"bench"},
     {"engines"},

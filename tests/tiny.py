@@ -33,10 +33,9 @@ from domino_spec.drafters.methods import METHODS
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
-from domino_spec.training.data import Sequence
-from domino_spec.training.features import Batch, compute_features, pack_batch
-from domino_spec.training.loop import StepResult, Trainer
-from domino_spec.training.step import tapped_layers
+from domino_spec.training.data import Batch, Sequence, pack_batch
+from domino_spec.training.features import compute_features
+from domino_spec.training.step import StepResult, Trainer, tapped_layers
 
 VOCAB = 60
 MASK, EOS = 59, 58

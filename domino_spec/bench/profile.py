@@ -20,8 +20,9 @@ from domino_spec.bench.profile_bytes import cache_bytes, draft_bytes, target_byt
 from domino_spec.bench.profile_cycle import Cycle, Sample, verify_passes
 from domino_spec.bench.profile_point import fill_state, filled_caches, new_state, read_state, synthetic_text
 from domino_spec.bench.profile_watch import STAGES, synchronise
-from domino_spec.bench.shapes import check_memory, free_memory
+from domino_spec.bench.shapes import check_memory
 from domino_spec.decoding.cycle import Drafter
+from domino_spec.devices import free_memory
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.methods import METHODS, check_draft, kind_of, make_drafter

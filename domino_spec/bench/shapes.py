@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from domino_spec.devices import choose_device, free_memory
 from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import fresh_config
@@ -25,7 +26,6 @@ from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.native import can_pack
 from domino_spec.target.shapes import KNOWN_TARGETS
-from domino_spec.training.memory import free_memory as free_memory
 
 STD = 0.02
 """Of random weights."""
@@ -140,11 +140,7 @@ def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.dev
     Raises:
         UserError: the shape is no model that this package can decode with, or there is no such device.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    device = choose_device(device)
     if isinstance(dtype, str):
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:

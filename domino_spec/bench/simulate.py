@@ -1,247 +1,25 @@
-"""Simulated tau of any drafter: its proposals followed along cached answers of the target, without a target pass.
+"""Tables of simulated tau: what was measured, kept on disk, with paired intervals and ratios to one method.
 
-Verification walks along the target's own choices, so on text that the target wrote a *chosen* draft is accepted exactly
-while it follows the text: the most probable tokens at temperature 0, and at temperature 1 a draw from the same law that
-decoding draws from. The loop here is the decoding loop with the text in the target's place: propose, compare, commit
-what the text says, advance the drafter's caches with cached features. So chains, trees and look-up are all measured by
-their own code, and thousands of anchors cost what their drafts cost.
-
-With `every`, anchors stand evenly over the text, the same ones for every drafter, and differences are paired. Without,
-each drafter stands where decoding would make it stand, and its tau is the one that decoding would report.
-
-*Sampled* drafts are random themselves: `training.compare.accepted_by_answer` gives what they can expect.
+`training.evaluate.simulate` measures; `benchmarks/simulated_tau.py` is the command.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from domino_spec.bench.cells import Record, number, table, with_interval
 from domino_spec.bench.intervals import Cluster, Draws, Samples, mean_of
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, start, tree_ancestors, walk_tree
-from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.files import atomic_path, read_jsonl
 from domino_spec.settings import UserError
-from domino_spec.target.cache import TargetCache
-from domino_spec.training.data import Sequence, conversation_id
-from domino_spec.training.features import FeatureSource
-
-HORIZON = 16
-"""Tokens of its answer that follow every anchor."""
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """What a drafter's proposals are worth along some answers: [A] per answer, empty where it has no anchor."""
-
-    anchors: list[Tensor]
-    """Positions of the last committed token."""
-    accepted: list[Tensor]
-    """Drafts that follow the text."""
-    proposed: list[Tensor]
-    """Drafts proposed, of a tree those of all its branches."""
-
-
-class _Span(NamedTuple):
-    """One answer of a sequence: a request."""
-
-    sequence: int
-    start: int
-    end: int
-
-
-@torch.inference_mode()
-def simulate(
-    drafter: Drafter,
-    answers: SequenceType[Sequence],
-    source: FeatureSource,
-    *,
-    num_drafts: int | None = None,
-    every: int | None = 4,
-    horizon: int = HORIZON,
-    batch: int = 8,
-    device: torch.device | str = "cpu",
-    on_progress: Callable[[int], None] = lambda anchors: None,
-) -> Simulated:
-    """Accepted drafts of each proposal, had the target written these answers while the drafter drafted.
-
-    Args:
-        drafter: of *chosen* drafts; requests of unequal length are drafted together.
-        answers: the target's own text, greedy or sampled.
-        source: of its features, at the drafter's layers and perhaps more.
-        num_drafts: drafts per proposal at most; None for the drafter's most.
-        every: an anchor at each so many tokens, from the last token of the prompt on, whoever drafts. None puts the
-            next anchor behind what was accepted, as decoding does.
-        horizon: only anchors that so many tokens of their answer follow are counted. A draft past the end of the answer
-            counts as rejected, so it should be no less than a proposal is deep.
-        batch: R, answers that are drafted for together.
-        device: of the draft.
-        on_progress: called with the number of anchors just done.
-
-    Raises:
-        UserError: the features lack a layer that the drafter reads.
-        ValueError: the drafter samples, or `every`, `horizon` or `batch` is less than 1.
-    """
-    if min(horizon, batch, 1 if every is None else every) < 1:
-        raise ValueError(f"every, horizon and batch must be at least 1, got {every}, {horizon} and {batch}")
-    layers = _places(source, drafter.feature_layers)
-    num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
-    spans = [_Span(i, *s) for i, a in enumerate(answers) for s in a.answers if s[0] + horizon <= s[1]]
-    spans.sort(key=lambda s: s.end - s.start)  # those that end together run together
-    found: list[list[tuple[int, int, int]]] = [[] for _ in answers]
-    for first in range(0, len(spans), batch):
-        chunk = spans[first : first + batch]
-        text = _Text.read(chunk, answers, source, layers, device)
-        for row in _follow(drafter, text, num_drafts, every, horizon):
-            for span, active, *values in zip(chunk, *(part.tolist() for part in row), strict=True):
-                if active:
-                    found[span.sequence].append(tuple(values))
-            on_progress(int(row[0].sum()))
-    columns = [torch.tensor(sorted(rows), dtype=torch.long).view(-1, 3).unbind(1) for rows in found]
-    return Simulated(*([c[i] for c in columns] for i in range(3)))
-
-
-def _places(source: FeatureSource, wanted: SequenceType[int]) -> list[int]:
-    """Where the wanted layers lie in a source's features."""
-    if missing := [layer for layer in wanted if layer not in source.layers]:
-        raise UserError(
-            f"the features hold layers {', '.join(map(str, source.layers))}, and the drafter also reads "
-            f"{', '.join(map(str, missing))}: capture features that hold them too"
-        )
-    return [source.layers.index(layer) for layer in wanted]
-
-
-@dataclass
-class _Text:
-    """R answers with what stands before them: it takes the target's place."""
-
-    tokens: Tensor
-    """[R, L], -1 past the end of each."""
-    starts: Tensor
-    """[R], first token of the answer."""
-    ends: Tensor
-    """[R]."""
-    features: Tensor | None
-    """[R, L, F]."""
-
-    @staticmethod
-    def read(
-        spans: SequenceType[_Span],
-        answers: SequenceType[Sequence],
-        source: FeatureSource,
-        layers: list[int],
-        device: torch.device | str,
-    ) -> _Text:
-        tokens = [torch.cat((answers[s.sequence].tokens[: s.end], torch.tensor([-1]))) for s in spans]
-        features = None
-        if layers:
-            rows = [source.read(answers[s.sequence])[: s.end] for s in spans]
-            rows = [r.view(len(r), len(source.layers), -1)[:, layers].flatten(1) for r in rows]
-            features = pad_sequence(rows, batch_first=True).to(device)
-        return _Text(
-            pad_sequence(tokens, batch_first=True, padding_value=-1).to(device),
-            torch.tensor([s.start for s in spans], device=device),
-            torch.tensor([s.end for s in spans], device=device),
-            features,
-        )
-
-    def after(self, lengths: Tensor, count: int) -> Tensor:
-        """The next `count` tokens after `lengths` [R] tokens, -1 past the end: [R, count]."""
-        index = lengths[:, None] + torch.arange(count, device=lengths.device)
-        return self.tokens.gather(1, index.clamp(max=self.tokens.shape[1] - 1))
-
-    def state(self, room: int) -> State:
-        """The prompts, as `decoding.generate.prefill` leaves them; the target's cache has no layers."""
-        requests, longest = len(self.starts), int(self.starts.max())
-        capacity = self.tokens.shape[1] + room
-        device = self.tokens.device
-        cache = TargetCache(
-            num_layers=0,
-            requests=requests,
-            kv_heads=1,
-            capacity=capacity,
-            head_dim=1,
-            dtype=torch.float32,
-            device=device,
-        )
-        cache.lengths = self.starts - 1
-        index = torch.arange(capacity, device=device).expand(requests, -1)
-        known = index < self.starts[:, None]
-        tokens = self.tokens.gather(1, index.clamp(max=self.tokens.shape[1] - 1)).where(known, 0)
-        features = self.features
-        if features is not None:
-            features = features[:, : longest - 1] * known[:, 1:longest, None]  # a row less than there are tokens
-        lengths = self.starts.clone()
-        active = torch.ones_like(lengths, dtype=torch.bool)
-        sampling = Sampling.alike(SamplingSettings(), requests, device)
-        return State(tokens, lengths, lengths.clone(), active, cache, sampling, features)
-
-    def verdict(self, lengths: Tensor, counts: Tensor) -> Verdict:
-        """The next `counts` [R] tokens, committed as a chain: all but the last as accepted drafts."""
-        width = int(counts.max())
-        offsets = torch.arange(width, device=lengths.device)
-        kept = offsets < counts[:, None]
-        features = self.features
-        if features is not None:
-            index = (lengths[:, None] - 1 + offsets).clamp(max=features.shape[1] - 1)
-            requests = torch.arange(len(lengths), device=lengths.device)[:, None]
-            features = features[requests, index] * kept[..., None]
-        tokens = self.after(lengths, width).where(kept, 0).clamp(min=0)
-        return Verdict(tokens, counts - 1, features, lengths - 1, torch.ones_like(counts, dtype=torch.bool))
-
-
-def _follow(
-    drafter: Drafter, text: _Text, num_drafts: int, every: int | None, horizon: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields, anchor by anchor, who is active, the anchors, and accepted and proposed drafts, each [R]."""
-    longest_commit = drafter.max_drafts + 1  # of decoding: a drafter need not take more at once
-    state = text.state(room=2 * longest_commit)
-    own = start(drafter, state)
-    while True:
-        proposal = drafter.propose(state, own, num_drafts)
-        accepted = follow(proposal, text.after(state.lengths, proposal.tokens.shape[1] + 1))
-        yield state.active.clone(), state.lengths - 1, accepted, proposal.num_drafts
-        steps = accepted + 1 if every is None else torch.full_like(accepted, every)
-        state.active &= state.lengths + steps + horizon <= text.ends
-        if not state.active.any():
-            return
-        # Those that have ended stay where they are, as in decoding.
-        while (steps > 0).any():
-            counts = steps.clamp(max=longest_commit)
-            verdict = text.verdict(state.lengths, counts)
-            commit(state, verdict)
-            drafter.advance(own, verdict)
-            steps = steps - counts
-
-
-def follow(proposal: Proposal, text: Tensor) -> Tensor:
-    """How many drafts of a proposal follow a text.
-
-    Args:
-        proposal: a chain or a tree of N *chosen* tokens.
-        text: [R, N + 1], what comes after the anchor; -1 matches nothing.
-
-    Returns:
-        [R], 0 .. N.
-    """
-    num_drafts = proposal.tokens.shape[1]
-    if num_drafts and proposal.parents is not None:
-        ancestors = tree_ancestors(proposal.parents)
-        # On the path that is walked, the choice after a draft at depth d is token d of the text.
-        choices = text.gather(1, ancestors.sum(-1) - 1)
-        return walk_tree(choices, proposal, ancestors)[1]
-    proposed = torch.arange(num_drafts, device=text.device) < proposal.num_drafts[:, None]
-    return ((proposal.tokens == text[:, :-1]) & proposed).long().cumprod(1).sum(1)
+from domino_spec.training.data import conversation_id
+from domino_spec.training.evaluate import Simulated
 
 
 def save_simulated(simulated: Simulated, ids: SequenceType[str], settings: Mapping[str, Any], path: Path) -> None:

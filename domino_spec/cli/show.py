@@ -29,9 +29,9 @@ from domino_spec.target.text import StopStrings
 
 if TYPE_CHECKING:
     from domino_spec.cli.race import Racer, RaceResult
+    from domino_spec.training.answers import RegenerateProgress
     from domino_spec.training.evaluate import SimulatedTau
-    from domino_spec.training.loop import StepResult
-    from domino_spec.training.regenerate import RegenerateProgress
+    from domino_spec.training.step import StepResult
     from domino_spec.training.watch import RunFacts
 
 PLAIN_LINE_SECONDS = 30.0
@@ -125,7 +125,7 @@ class TrainingView(ProgressView):
     def __init__(self, console: Console, shown: bool = True) -> None:
         super().__init__(console, shown)
         self._steps = 0
-        self._matrix_rate = 0.0
+        self._matrix_rate = self._step_operations = 0.0
         self._tokens, self._samples, self._operations = Pace(), Pace(), Pace()
         self._feature_pace = Pace()
         self._tau: tuple[str, ...] = ()
@@ -138,6 +138,7 @@ class TrainingView(ProgressView):
     def start(self, facts: RunFacts) -> None:
         """What the run is; comes before any step."""
         self._steps, self._matrix_rate = facts.steps, facts.matrix_rate
+        self._step_operations = facts.step_operations
 
     def features(self, done: int, total: int) -> None:
         """Tokens captured so far."""
@@ -152,7 +153,7 @@ class TrainingView(ProgressView):
             f"{self._tokens.advance(result.tokens, result.seconds):.0f} tokens/s, "
             f"{self._samples.advance(result.sequences, result.seconds):.3g} samples/s"
         )
-        operations = self._operations.advance(result.flops, result.seconds)
+        operations = self._operations.advance(self._step_operations, result.seconds)
         if self._matrix_rate:
             pace += f", {operations / self._matrix_rate:.1%} of the matrix rate"
         self.show("steps", result.step, self._steps, losses, *self._tau, pace)

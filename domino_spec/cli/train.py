@@ -38,6 +38,8 @@ def regenerate(
     domino-spec regenerate my-draft.yaml --server http://localhost:8000
     """
     settings = load_recipe(recipe)
+    if server or settings.data.server:
+        require_extra("train", "regenerate with a server")
     machine.prepare(settings.target)
     out = out or Path(settings.data.responses)
     result = answer_recipe(settings, out, draft, server, machine, shown=not as_json)
@@ -89,9 +91,9 @@ def train(
         raise UserError("no directory given for the run: domino-spec train RECIPE --out RUN")
     from domino_spec.cli.show import TrainingView
     from domino_spec.training.parallel import is_first_process
-    from domino_spec.training.plots import last_metrics
     from domino_spec.training.report import write_report
     from domino_spec.training.run import run_training
+    from domino_spec.training.watch import last_metrics
 
     with TrainingView(console(), shown=is_first_process() and not as_json) as view:
         run_training(settings, out, device=device, features=features, check=not no_check, **view.callbacks)
@@ -187,7 +189,7 @@ def answer_recipe(
     with only_run(out):
         pass  # refused before a target is loaded; `regenerate` takes the lock itself
     if data.server is None:
-        from domino_spec.training.regenerate import regenerate
+        from domino_spec.training.answers import regenerate
 
         target, loaded_draft = machine.load(recipe.target, draft)
         with RegenerateView(console(), shown) as view:
@@ -231,7 +233,7 @@ def vocabulary(recipe: Path, out: Path, size: int | None, verbose: bool, as_json
     """
     settings = load_recipe(recipe)
     prepare(verbose, target=settings.target)
-    from domino_spec.training.vocabulary import write_vocabulary
+    from domino_spec.training.counts import write_vocabulary
 
     with status("Counting tokens"):
         ranking = write_vocabulary(settings, out, size)
@@ -261,7 +263,7 @@ def ngrams(recipe: Path, out: Path, order: int, verbose: bool, as_json: bool) ->
     settings = load_recipe(recipe)
     prepare(verbose, target=settings.target)
     from domino_spec.drafters.ngram_counts import LARGEST_ORDER
-    from domino_spec.training.ngrams import write_ngrams
+    from domino_spec.training.counts import write_ngrams
 
     if order > LARGEST_ORDER:
         raise UserError(f"--order must be at most {LARGEST_ORDER}, got {order}: longer n-grams hardly occur twice")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.bench.shapes import free_memory
 from domino_spec.decoding.cycle import Drafter, cycle_room
+from domino_spec.devices import free_memory
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 

@@ -38,6 +38,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from domino_spec.devices import choose_device
 from domino_spec.files import gather_tensors, outline_tensors, read_object, weight_files
 from domino_spec.settings import (
     EXTRAS,
@@ -82,9 +83,7 @@ def load_target(
     if check:
         load = partial(load_target, name_or_path, dtype=dtype, device=device, pack=False, check=False)
         return checked_target(load, pack)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
+    device = choose_device(device)
     name = str(name_or_path)
     source = target_source(name)
     if dtype == "auto":

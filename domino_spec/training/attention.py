@@ -1,9 +1,9 @@
 """Attention of many blocks side by side: each sees its own sequence strictly before its anchor, and itself.
 
 The features of the anchor itself do not exist while decoding, so they are hidden here; other blocks and other sequences
-of the same pack are hidden too (DESIGN sections 4 and 6). Two forms compute the same: `SlicedAttention` hands chunks of
-neighbouring blocks, with just the context that they can see, to PyTorch's attention; `FlexibleAttention` hands the
-whole pack to FlexAttention on CUDA, which skips hidden tiles. Neither ever holds all pairs of slots and context.
+of the same pack are hidden too (docs/design.md, sections 4 and 6). Two forms compute the same: `SlicedAttention` hands
+chunks of neighbouring blocks, with just the context that they can see, to PyTorch's attention; `FlexibleAttention`
+hands the whole pack to FlexAttention on CUDA, which skips hidden tiles. Neither holds all pairs of slots and context.
 
 Shapes: A blocks, B slots, T context rows, D head_dim.
 """
@@ -12,18 +12,38 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from domino_spec.draft.backbone import Attend, fold_mask, folded_attention
 from domino_spec.settings import UserError
-from domino_spec.training.anchors import Blocks
+
+if TYPE_CHECKING:
+    from domino_spec.training.blocks import Blocks
 
 CHUNK_SLOTS = 256
 """Slots that share one attention call of `SlicedAttention`: more of them read the context less often, but each is
 also compared with the slots of the chunk's other blocks, only to be masked."""
+
+
+def neighbouring(ends: Tensor, starts: Tensor, block_size: int) -> list[tuple[slice, slice]]:
+    """Chunks of neighbouring blocks of one sequence, and the context rows that a chunk can see.
+
+    Args:
+        ends: [A], each block sees the rows before this one; ascending.
+        starts: [A], first row of each block's sequence.
+        block_size: B; a chunk has at most `CHUNK_SLOTS` slots, or one block.
+    """
+    last, begins = ends.tolist(), starts.tolist()
+    size, first, chunks = max(1, CHUNK_SLOTS // block_size), 0, []
+    for end in range(1, len(last) + 1):
+        if end < len(last) and end - first < size and begins[end] == begins[first]:
+            continue
+        chunks.append((slice(first, end), slice(begins[first], max(last[first:end]))))
+        first = end
+    return chunks
 
 
 class _Chunk(NamedTuple):
@@ -46,18 +66,14 @@ class SlicedAttention:
         self._rows = context_rows
         self._folded = False
         self._chunks: list[_Chunk] = []
-        starts, anchors = blocks.starts.tolist(), blocks.anchors.tolist()
-        size, first, device = max(1, CHUNK_SLOTS // block_size), 0, blocks.anchors.device
-        for end in range(1, len(anchors) + 1):
-            if end < len(anchors) and end - first < size and starts[end] == starts[first]:
-                continue
-            slots, context = slice(first * block_size, end * block_size), slice(starts[first], max(anchors[first:end]))
-            before = torch.arange(context.start, context.stop, device=device) < blocks.anchors[first:end, None]
-            block = torch.arange(end - first, device=device).repeat_interleave(block_size)
-            own = block[:, None] == block
-            hidden = ~torch.cat((before[block], own), dim=1)[None, None]
+        device = blocks.anchors.device
+        for part, context in neighbouring(blocks.anchors, blocks.starts, block_size):
+            before = torch.arange(context.start, context.stop, device=device) < blocks.anchors[part, None]
+            block = torch.arange(part.stop - part.start, device=device).repeat_interleave(block_size)
+            same = block[:, None] == block
+            hidden = ~torch.cat((before[block], same), dim=1)[None, None]
+            slots = slice(part.start * block_size, part.stop * block_size)
             self._chunks.append(_Chunk(slots, context, hidden.float().masked_fill_(hidden, -torch.inf)))
-            first = end
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `Attend`, with one request: n is A * B."""
@@ -67,8 +83,8 @@ class SlicedAttention:
             self._chunks = [chunk._replace(mask=mask) for chunk, mask in zip(self._chunks, masks, strict=True)]
         outputs = [query[:, :, :0]]
         for slots, context, mask in self._chunks:
-            own = slice(self._rows + slots.start, self._rows + slots.stop)
-            keys, values = (torch.cat((x[:, :, context], x[:, :, own]), dim=2) for x in (key, value))
+            block = slice(self._rows + slots.start, self._rows + slots.stop)
+            keys, values = (torch.cat((x[:, :, context], x[:, :, block]), dim=2) for x in (key, value))
             outputs.append(folded_attention(query[:, :, slots], keys, values, mask))
         return torch.cat(outputs, dim=2)
 
@@ -90,8 +106,8 @@ class FlexibleAttention:
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             block = query // block_size
             before = (key >= starts[block]) & (key < anchors[block])
-            own = (key - context_rows) // block_size == block
-            return torch.where(key < context_rows, before, own)
+            same = (key - context_rows) // block_size == block
+            return torch.where(key < context_rows, before, same)
 
         slots, device = len(anchors) * block_size, anchors.device.type
         compiled = device == "cuda"  # elsewhere the mask is dense on the way, and the attention slow: for tests

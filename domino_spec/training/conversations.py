@@ -1,4 +1,4 @@
-"""Conversations as text, and how they become sequences whose loss lies on the assistant's turns alone.
+"""Conversations as text, and how they become sequences whose loss is on the assistant's turns alone.
 
 What is learned is found turn by turn with the target's own chat template, not by searching its text for markers: the
 prompt of a turn is what serving would render before it, and its answer is the assistant's text with the token that
@@ -36,7 +36,7 @@ _PROBE = "probe0answer"
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a system prompt (or none), a user and perhaps an assistant say, in turns."""
+    """A conversation in turns: a system prompt or none, a user, and perhaps an assistant."""
 
     id: str
     messages: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Conversation:
 
     @property
     def user_turns(self) -> list[str]:
-        """What the user says."""
+        """Texts of the user's turns."""
         return [m["content"] for m in self.messages if m["role"] == "user"]
 
     @property
@@ -85,7 +85,7 @@ def row_fault(row: Mapping[str, Any]) -> str | None:
 
 
 def parse_conversation(row: Mapping[str, Any], default_id: str) -> Conversation:
-    """A row of the form that `row_fault` finds nothing wrong with.
+    """The conversation of a row that `row_fault` accepts.
 
     Answers before the user's first turn are dropped: parts of longer conversations begin with them.
 
@@ -148,7 +148,7 @@ class ChatFormat:
         self._tail = self._render(probe, False).rpartition(_PROBE)[2]
         ends = [token for token in self._encode(self._tail) if token in stop_token_ids]
         self.end_of_turn: list[int] = ends[:1]
-        """The token with which the target ends an answer; empty where the template writes none that stops it."""
+        """The token with which the target ends an answer; empty if the template writes no stop token."""
         if not ends:
             _log.warning("the chat template ends answers with no stop token: where answers end is not learned")
 
@@ -201,7 +201,7 @@ class ChatFormat:
 
 
 def knows_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template looks at `enable_thinking`."""
+    """Whether the chat template reads `enable_thinking`."""
     return "enable_thinking" in str(tokenizer.chat_template or "")
 
 
@@ -217,7 +217,7 @@ def conversation_sequences(chat: ChatFormat, conversation: Conversation, max_len
         max_length: tokens; longer sequences are cut at the end.
 
     Returns:
-        None at all where no answer has two tokens or more within `max_length`.
+        No sequence if no answer has two tokens or more within `max_length`.
 
     Raises:
         Unusable: there is no answer, or the chat template refuses the conversation.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass, fields
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,35 @@ class Sequence:
     def anchors(self) -> Tensor:
         """Every position that can be an anchor, ascending: known, and followed by a token of an answer."""
         return torch.cat([torch.arange(start - 1, end - 1) for start, end in self.answers])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences packed one behind the other, without padding."""
+
+    tokens: Tensor
+    """[T] int64."""
+    starts: Tensor
+    """[S + 1], first row of every sequence, then T."""
+    is_answer: Tensor
+    """[T] bool, True for tokens of answers."""
+    features: Tensor
+    """[T, layers * H]."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+def pack_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
+    """Lay sequences and their features [T, layers * H] one behind the other."""
+    is_answer = [torch.zeros(len(s.tokens), dtype=torch.bool) for s in sequences]
+    for mask, sequence in zip(is_answer, sequences, strict=True):
+        for start, end in sequence.answers:
+            mask[start:end] = True
+    lengths = torch.tensor([0, *(len(s.tokens) for s in sequences)])
+    tokens = torch.cat([s.tokens for s in sequences])
+    return Batch(tokens, lengths.cumsum(0), torch.cat(is_answer), torch.cat(list(features)))
 
 
 class Turn(NamedTuple):

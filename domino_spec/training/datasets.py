@@ -1,4 +1,4 @@
-"""Where conversations come from: a public data set by its name or a JSONL file, without what evaluation will ask.
+"""The source of conversations: a public data set or a JSONL file, without the prompts of evaluation suites.
 
 First stage of a recipe: prompts for `regenerate`, or conversations that are trained on as they are.
 """
@@ -46,7 +46,7 @@ DUPLICATE = "duplicate prompt"
 
 @dataclass
 class Reading:
-    """What was used of a data set, and what was left out and why."""
+    """How much of a data set was used, and what was left out and why."""
 
     used: int = 0
     """Conversations that were used."""
@@ -55,7 +55,7 @@ class Reading:
 
     @property
     def sentence(self) -> str:
-        """The same for people."""
+        """The same in words."""
         reasons = [f"{count} {reason}" for reason, count in self.left_out.most_common()]
         return f"{self.used} conversations are used" + (f", left out: {', '.join(reasons)}" if reasons else "")
 
@@ -79,7 +79,7 @@ def _conversations(source: str | Path, reading: Reading) -> Iterator[Conversatio
     name = str(source)
     for index, row in enumerate(_rows(name)):
         try:
-            if row_fault(row) is not None:  # of a public data set: a file's row has been looked at
+            if row_fault(row) is not None:  # a row of a public data set; `_rows` has checked those of a file
                 raise Unusable("without text in a chat format")
             yield parse_conversation(row, f"{Path(name).stem}/{index}")
         except Unusable as reason:
@@ -114,7 +114,7 @@ def _rows(name: str) -> Iterable[Any]:
 
 
 def prompt_key(text: str) -> str:
-    """What two prompts share that ask the same: no case, no spacing, none of the benchmarks' own wording around it."""
+    """Equal for prompts that differ only in case, in spacing, or in a benchmark's wording around the question."""
     text = text.strip()
     before, after = COMPLETE_FUNCTION
     if text.endswith(STEP_BY_STEP.strip()):
@@ -217,7 +217,7 @@ def _check_any(found: list[Any], source: str | Path, reading: Reading) -> None:
 
 
 def _holds_token_ids(source: str) -> bool:
-    """Whether a file is answers in token ids, by its first row; what cannot be read is left to their reader."""
+    """Whether a file's first row is an answer in token ids. If it cannot be read, its reader will say so."""
     path = Path(source)
     if not path.exists():
         return path.suffix != "" or path.name != source

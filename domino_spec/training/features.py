@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from domino_spec.files import read_json, save_tensors, write_json
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
-from domino_spec.training.data import Sequence
+from domino_spec.training.data import Batch, Sequence, pack_batch
 from domino_spec.training.integrity import only_writer, remove_scratch
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "capture.lock"
@@ -41,24 +40,6 @@ _TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 """Types of features, by their names in headers of safetensors files."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences packed one behind the other, without padding."""
-
-    tokens: Tensor
-    """[T] int64."""
-    starts: Tensor
-    """[S + 1], first row of every sequence, then T."""
-    is_answer: Tensor
-    """[T] bool, True for tokens of answers."""
-    features: Tensor
-    """[T, layers * H]."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
 
 
 class FeatureSource(Protocol):
@@ -148,7 +129,8 @@ class FeatureCache:
         self._dtype, self._width = settings["dtype"], len(self.layers) * settings["hidden_size"]
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, safe_open] = {}
-        self._verified: set[str] = set()
+        self._verified: dict[str, Sequence] = {}
+        """Sequences whose tokens and features were compared with what the shards say of them, by id."""
         if not os.path.exists(directory / SETTINGS_FILE):
             with only_writer(directory, directory / LOCK_FILE):  # two processes with other settings must not both begin
                 if not os.path.exists(directory / SETTINGS_FILE):
@@ -158,7 +140,7 @@ class FeatureCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in the shards that were written since.
+        """Read the index of shards that were written since the last call.
 
         Raises:
             UserError: one of them is damaged.
@@ -191,11 +173,12 @@ class FeatureCache:
             raise _damaged(shard, error) from None
         self._open[shard] = file
         self._places |= places
-        self._verified -= places.keys()
+        for id_ in places:
+            self._verified.pop(id_, None)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The only process that may add shards; waits, with a word, until no other is.
+        """Become the only process that may add shards; waits, with a warning, while another process is.
 
         Raises:
             UserError: the directory cannot be written to.
@@ -229,7 +212,8 @@ class FeatureCache:
         Raises:
             UserError: the shard is damaged.
         """
-        if sequence not in self:
+        verified = self._verified.get(sequence.id) is sequence
+        if not verified and sequence not in self:
             self.refresh()  # another process may have captured it
             assert sequence in self, f"{sequence.id} was not captured"
         place = self._places[sequence.id]
@@ -237,10 +221,10 @@ class FeatureCache:
             rows = self._open[place.shard].get_slice("features")[place.start : place.end]
         except (SafetensorError, OSError) as error:
             raise _damaged(place.shard, error) from None
-        if sequence.id not in self._verified:
+        if not verified:
             if place.checksum is not None and place.checksum != _checksum(rows):
                 raise _damaged(place.shard, f"the features of {sequence.id} do not match their checksum")
-            self._verified.add(sequence.id)
+            self._verified[sequence.id] = sequence
         return rows
 
     def batch(self, sequences: SequenceType[Sequence]) -> Batch:
@@ -271,21 +255,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def pack_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
-    """Lay sequences and their features [T, layers * H] one behind the other."""
-    is_answer = [torch.zeros(len(s.tokens), dtype=torch.bool) for s in sequences]
-    for mask, sequence in zip(is_answer, sequences, strict=True):
-        for start, end in sequence.answers:
-            mask[start:end] = True
-    lengths = torch.tensor([0, *(len(s.tokens) for s in sequences)])
-    tokens = torch.cat([s.tokens for s in sequences])
-    return Batch(tokens, lengths.cumsum(0), torch.cat(is_answer), torch.cat(list(features)))
-
-
 def feature_scale(cache: FeatureSource, sequences: SequenceType[Sequence], sample: int = 64) -> Tensor:
     """One over the root mean square of every feature dimension, [F] float32, over the first `sample` sequences.
 
-    The first token of each is left out: many models park huge activations there.
+    The first token of each is left out: in many models it has huge activations.
     """
     squares = [cache.read(s)[1:].float().square() for s in sequences[:sample]]
     return torch.cat(squares).mean(0).clamp(min=1e-8).rsqrt()

@@ -1,4 +1,4 @@
-"""What a killed, doubled or damaged run is noticed by: locks, checksums, and lines that were cut in their middle."""
+"""Protection against killed, doubled and damaged runs: locks, checksums, and repair of lines that were cut short."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def only_writer(path: Path, lock: Path, instead: str | None = None) -> Iterator[
 
 
 def remove_scratch(directory: Path) -> None:
-    """Delete what killed processes were writing (`files.atomic_path`); only for the only writer of a directory.
+    """Delete scratch files of killed processes (`files.atomic_path`). Call it only while no other process writes there.
 
     Raises:
         UserError: a file cannot be deleted.
@@ -88,7 +88,7 @@ def mend_last_line(path: Path, kept: str) -> None:
     """Cut off a last line without its line break, which a killed writer leaves; says so in a warning.
 
     Args:
-        path: a file of lines; nothing happens where there is none.
+        path: a file of lines; if there is none, nothing happens.
         kept: what becomes of the content of that line, for the warning.
 
     Raises:

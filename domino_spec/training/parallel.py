@@ -1,4 +1,4 @@
-"""Several processes training one draft: who does what, and what they exchange (DESIGN section 6).
+"""Several processes train one draft: how they share the work, and what they exchange (docs/design.md, section 6).
 
 Started by `torchrun`, every process takes its share of a step's micro-batches. Gradients are *summed* over processes
 and divided by the sum of weights of the whole step, so the number of processes changes rounding and nothing else.
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from domino_spec.devices import choose_device
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.settings import UserError
@@ -53,13 +54,13 @@ ALONE = Processes()
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks to the user, before any group is joined."""
+    """Whether this process prints and writes; known before any group is joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
-    """The processes that `torchrun` started, and this one's device; a single process where it did not.
+    """The processes that `torchrun` started, and this one's device; a single process without `torchrun`.
 
     Args:
         device: "auto", "cpu" or "cuda"; each process takes a GPU of its own.
@@ -68,10 +69,8 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
     if count == 1:
         yield ALONE, device
         return
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "gloo"
-    if device.startswith("cuda"):
+    if choose_device(device).type == "cuda":
         backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group(backend, timeout=PATIENCE)
@@ -82,7 +81,7 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
 
 
 class Shared:
-    """The module whose gradients the processes add up.
+    """The module whose gradients several processes add up.
 
     Args:
         module: computes a scalar loss that is a sum over its inputs.
@@ -92,11 +91,11 @@ class Shared:
     """
 
     def __init__(self, module: nn.Module, processes: Processes, kind: str, low_precision: bool) -> None:
-        self._processes, self._kind = processes, kind if processes.count > 1 else "single"
+        self._processes, self._kind = processes, kind
         self._module = module
-        if self._kind == "ddp":
+        if kind == "ddp":
             self._module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-        elif self._kind == "fsdp":
+        else:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -155,12 +154,12 @@ def micro_batches(batch_size: int, micro_batch_size: int, processes: Processes) 
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, whole; every process must ask for it."""
+    """The whole tensor, gathered if it is sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(values: Tensor, tensor: Tensor) -> Tensor:
-    """Whole `values`, on the device of `tensor` and sharded as it is."""
+    """`values` on the device of `tensor`, sharded in the same way."""
     values = values.to(tensor.device)
     if isinstance(tensor, DTensor):
         return distribute_tensor(values, tensor.device_mesh, tensor.placements)
@@ -168,7 +167,7 @@ def like(values: Tensor, tensor: Tensor) -> Tensor:
 
 
 def whole_draft(draft: AnyDraft) -> AnyDraft:
-    """The draft with whole weights, for saving; itself where nothing is sharded. Every process must ask for it."""
+    """The draft with whole weights, for saving; the same draft if nothing is sharded. Every process must call this."""
     if not any(isinstance(p, DTensor) for p in draft.parameters()):
         return draft
     copy = type(draft)(draft.config, draft.draft_vocab_ids)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ import torch
 import transformers
 import yaml
 
+from domino_spec.devices import choose_device, free_memory
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
@@ -38,15 +39,14 @@ from domino_spec.target.load import load_target, target_config
 from domino_spec.target.model import Target
 from domino_spec.training.data import Sequence, frequent_tokens, split_held_out
 from domino_spec.training.datasets import load_training_data
-from domino_spec.training.estimate import planned_draft
+from domino_spec.training.estimate import planned_draft, state_memory
 from domino_spec.training.evaluate import SimulatedTau
 from domino_spec.training.features import FeatureSource, OnlineFeatures, capture_features, feature_scale
 from domino_spec.training.integrity import only_writer, remove_scratch
-from domino_spec.training.loop import StepResult, Trainer, recipe_digest, train
-from domino_spec.training.memory import free_memory, state_memory
+from domino_spec.training.loop import recipe_digest, train
 from domino_spec.training.parallel import Processes, joined_processes, whole_draft
 from domino_spec.training.state import draft_is_of_state, record_draft, refuse_other_run
-from domino_spec.training.step import tapped_layers
+from domino_spec.training.step import StepResult, Trainer, tapped_layers
 from domino_spec.training.watch import Metrics, RunFacts, run_facts, tracker_modules
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def run_training(
         recipe: what to train.
         out: directory of the run.
         device: "auto", "cpu" or "cuda".
-        features: directory of the feature cache, `out/features` where not given.
+        features: directory of the feature cache; `out/features` if not given.
         check: as `load_target` takes it.
         on_start: called once data and device are known.
         on_features: called with captured and total tokens.
@@ -131,9 +131,9 @@ def _train(
         on_start(facts)
     source = _feature_source(recipe, target, sequences, draft, features or out / "features", processes, on_features)
     scale = feature_scale(source, training)[: draft.config.feature_size]
-    # A random `fc` may be taken for one of scaled features; one that means something must go on meaning it.
-    meant = recipe.draft.init_from is not None or recipe.draft.model != "block"
-    draft.scale_features(scale.to(target.device), trained=meant)
+    # A random `fc` is simply trained on scaled features. One from a checkpoint must keep computing what it did.
+    pretrained = recipe.draft.init_from is not None or recipe.draft.model != "block"
+    draft.scale_features(scale.to(target.device), trained=pretrained)
     trainer = Trainer(draft, settings, training, source, processes)
     trainer.resume(out, digest)
     if trainer.step:
@@ -171,7 +171,7 @@ def _train(
 
 
 def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
-    """Look at what is known before a weight is loaded or made.
+    """Check what can be checked before weights are loaded or made.
 
     Raises:
         UserError: the recipe does not fit its target or itself, or the state of its draft does not fit into memory.
@@ -180,8 +180,8 @@ def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
     total = sum(p.numel() for p in draft.parameters())
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     needed = sum(state_memory(total, trained, recipe.training, processes.count).values())
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    free = None if where.type == "cuda" and not torch.cuda.is_available() else free_memory(where)
+    where = choose_device(device)
+    free = free_memory(where)
     if free is not None and needed > free:
         raise UserError(
             f"the draft has {total:,} parameters: weights, gradients and optimizer take {needed / 1e9:.1f} GB, and "
@@ -233,7 +233,7 @@ def _save_recipe(recipe: Recipe, out: Path, fingerprint: str, facts: RunFacts) -
 
 
 def _commit() -> str:
-    """Of the source that this package runs from, where that is a git repository."""
+    """Commit of this package's source, if it is in a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,24 +1,22 @@
-"""An OpenAI-compatible server of the target answers prompts, many at once.
+"""An OpenAI-compatible server of the target answers prompts, many at once, if a serving engine runs the target faster.
 
-For targets that a serving engine runs faster than this package. Answers come back as text and are encoded again with
-the target's chat template, so they are its words, but not always in the tokens in which it wrote them.
+Answers come back as text and are encoded again with the target's chat template: the same words, but not always in the
+tokens in which the server wrote them.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import queue
 import random
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from domino_spec.clients.openai import Client, Fault, base_url
 from domino_spec.recipe import DataRecipe
 from domino_spec.settings import UserError
 from domino_spec.target.load import TargetText
@@ -30,10 +28,10 @@ from domino_spec.training.answers import (
     RegenerateProgress,
     RegenerateResult,
     Regeneration,
+    answer_seed,
     only_run,
 )
 from domino_spec.training.conversations import ChatFormat, knows_thinking
-from domino_spec.training.regenerate import answer_seed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,20 +44,10 @@ TIMEOUT_SECONDS = 600.0
 LONGEST_WAIT_SECONDS = 60.0
 FAILURES_TO_GIVE_UP = 20
 """Conversations in a row without an answer after which a run stops: the server is down or refuses everything."""
-_WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
 class ServerError(Exception):
     """A request failed for good; its text is the reason, the same for all of its kind."""
-
-
-class _TryAgain(Exception):
-    """A request failed in a way that may pass."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-        """Seconds that the server asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +56,20 @@ class Reply:
 
     content: str
     reasoning: str
-    """What a reasoning parser of the server took out of the answer."""
+    """Thinking that the server's reasoning parser separated from the answer."""
     truncated: bool
     """Cut at the asked number of tokens."""
     tokens: int
-    """Generated, as the server counts them; 0 where it does not say."""
+    """Generated, as the server counts them; 0 if it does not say."""
 
 
 class Server:
-    """An OpenAI-compatible server.
+    """An OpenAI-compatible server of the target; several threads may ask it at once.
 
     Args:
         url: such as http://localhost:8000, with or without /v1.
         model: what the server calls the target; None takes the only one that it names.
-        retries: further tries of a request that may pass.
+        retries: further tries of a request that failed in a way that may pass.
         first_wait: seconds before the first of them; it doubles from try to try.
         timeout: seconds for one try.
 
@@ -98,15 +86,15 @@ class Server:
         first_wait: float = 1.0,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        url = url.rstrip("/").removesuffix("/chat/completions")
-        self.url = url if url.endswith("/v1") else f"{url}/v1"
+        self.url = base_url(url)
         self._retries, self._first_wait, self._timeout = retries, first_wait, timeout
-        self._stopped = threading.Event()
+        self._stopped, self._local = threading.Event(), threading.local()
         self.model = model or self._only_model()
 
     def _only_model(self) -> str:
         try:
-            names = [str(entry["id"]) for entry in self._request("models", None)["data"]]
+            listed = self._retried(lambda client: json.loads(client.get("/models", self._timeout)))
+            names = [str(entry["id"]) for entry in listed["data"]]
         except ServerError as error:
             raise UserError(f"cannot ask the server at {self.url} for its models: {error}") from None
         except (KeyError, TypeError):
@@ -127,68 +115,31 @@ class Server:
             settings: further keys of the request, such as `temperature` and `max_tokens`.
 
         Raises:
-            ServerError: after retries, or at once where they cannot help.
+            ServerError: after retries, or at once if they cannot help.
         """
         body = {"model": self.model, "messages": messages, **settings}
-        return self._request("chat/completions", body, _parse_reply)
+        return self._retried(lambda client: _parse_reply(client.complete(body, self._timeout)))
 
     def stop(self) -> None:
-        """Let no further try begin."""
+        """Start no further try."""
         self._stopped.set()
 
-    def _request(
-        self, path: str, body: dict[str, Any] | None, parse: Callable[[Any], Any] = lambda value: value
-    ) -> Any:
+    def _retried(self, ask: Callable[[Client], R]) -> R:
+        if not hasattr(self._local, "client"):  # each thread has its own connection
+            self._local.client = Client(self.url, os.environ.get(KEY_VARIABLE), use_proxies=True)
         for attempt in range(self._retries + 1):
             try:
-                return parse(self._try(path, body))
-            except _TryAgain as error:
-                # Half of the wait is drawn by lot, so that requests refused together do not come back together.
-                wait = self._first_wait * 2**attempt * (0.5 + random.random() / 2) if error.wait is None else error.wait
-                last = attempt == self._retries
-                if last or self._stopped.wait(min(wait, LONGEST_WAIT_SECONDS)):
-                    raise ServerError(str(error)) from None
-        raise AssertionError("unreachable")
-
-    def _try(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code in _WORTH_RETRYING:
-                raise _TryAgain(reason, _seconds(error.headers.get("Retry-After"))) from None
-            raise ServerError(reason + _detail(error)) from None
-        except ValueError:  # a UnicodeDecodeError is one too
-            raise _TryAgain("a reply that is not JSON") from None
-        except TimeoutError:
-            raise _TryAgain("no reply in time") from None
-        except (OSError, http.client.HTTPException) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise _TryAgain(
-                "no reply in time" if isinstance(cause, TimeoutError) else f"no connection ({cause})"
-            ) from None
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return max(0.0, float(text)) if text else None
-    except ValueError:  # a date, which is rare
-        return None
-
-
-def _detail(error: urllib.error.HTTPError) -> str:
-    """What the body of a refusal says, in short."""
-    try:
-        text = json.loads(error.read())["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
-        return ""
-    return f" ({' '.join(str(text).split())[:120]})"
+                return ask(self._local.client)
+            except ValueError:
+                fault = Fault("a reply that is not JSON")
+            except Fault as error:
+                fault = error
+            # Half of the wait is random, so that requests refused together do not come back together.
+            wait = self._first_wait * 2**attempt * (0.5 + random.random() / 2)
+            wait = min(wait if fault.retry_after is None else fault.retry_after, LONGEST_WAIT_SECONDS)
+            if not fault.may_pass or attempt == self._retries or self._stopped.wait(wait):
+                break
+        raise ServerError(str(fault))
 
 
 def _parse_reply(value: Any) -> Reply:
@@ -202,7 +153,7 @@ def _parse_reply(value: Any) -> Reply:
             raise TypeError
         return Reply(content, reasoning, choice.get("finish_reason") == "length", tokens)
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise _TryAgain("a reply without an answer") from None
+        raise Fault("a reply without an answer") from None
 
 
 def regenerate_with_server(

@@ -69,7 +69,7 @@ def save_state(
     if draft.draft_vocab_ids is not None:
         tensors["draft_vocab_ids"] = draft.draft_vocab_ids.cpu()
     if draft.feature_scale is not None:
-        tensors["feature_scale"] = draft.feature_scale.cpu()  # export needs it: it belongs into fc.weight
+        tensors["feature_scale"] = draft.feature_scale.cpu()  # export multiplies it into fc.weight
     facts = {"step": str(step), "recipe": recipe_digest}
     checksum = tensors_checksum(tensors, facts)
     save_tensors(tensors, directory / STATE_FILE, {**facts, "checksum": checksum})
@@ -93,7 +93,7 @@ def read_state(path: Path) -> SavedState:
 
 
 def refuse_other_run(directory: Path, recipe_digest: str, total_steps: int) -> None:
-    """Look at what a state says of itself, before anything is written to `directory` or captured.
+    """Check a state's metadata before anything is written to `directory` or captured.
 
     Raises:
         UserError: it holds a run of another recipe, a state that cannot be read, or one whose step is none of the
@@ -121,7 +121,7 @@ def load_state(
     """Restore a run into a fresh draft and optimizer; nothing is restored unless all of it can be.
 
     Returns:
-        The steps done and the state's checksum; 0 and an empty text where nothing was saved.
+        The steps done and the state's checksum; 0 and an empty text if nothing was saved.
 
     Raises:
         UserError: the state is unreadable, damaged, lacks a tensor, or belongs to another recipe.
@@ -142,7 +142,9 @@ def load_state(
                 }
         if draft.draft_vocab_ids is not None:
             draft.draft_vocab_ids.copy_(tensors["draft_vocab_ids"])
-        if draft.feature_scale is not None:  # the weights belong to this one, even if features were captured anew
+        if (
+            draft.feature_scale is not None
+        ):  # the weights were trained with this scale, even if features were captured again
             draft.feature_scale.copy_(tensors["feature_scale"])
     return step, checksum
 
@@ -178,7 +180,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], draft: AnyDraft, step
 
 
 def record_draft(directory: Path, step: int, checksum: str) -> None:
-    """Write down that `draft/` now holds the weights of a state, once it does.
+    """Record that `draft/` now holds the weights of a state.
 
     Args:
         directory: of the run.

@@ -1,20 +1,23 @@
 """What a run records while it trains: metrics.jsonl, TensorBoard, and the trackers that its recipe asks for.
 
 `metrics.jsonl` is the record that reports are made from (`training.report`). The others show the same figures, and none
-of them can stop a run: a tracker that fails is left out from there on.
+of them can stop a run: a tracker that fails is switched off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import logging
+import math
 import os
 import platform
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
@@ -23,19 +26,19 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from domino_spec.draft.checkpoint import last_layer_tap
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.load import AnyDraft
-from domino_spec.files import atomic_path, read_json, write_json
+from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
 from domino_spec.recipe import Recipe
 from domino_spec.settings import UserError
 from domino_spec.training.data import Sequence
+from domino_spec.training.estimate import step_operations
 from domino_spec.training.evaluate import SimulatedTau
-from domino_spec.training.flops import matrix_rate
 from domino_spec.training.integrity import mend_last_line
-from domino_spec.training.loop import StepResult
-from domino_spec.training.plots import read_metrics
+from domino_spec.training.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
 IDENTITY_FILE = "trackers.json"
@@ -43,15 +46,26 @@ IDENTITY_FILE = "trackers.json"
 PROJECT = "domino-spec"
 """Of the trackers, unless WANDB_PROJECT or TRACKIO_PROJECT names another."""
 
+BENCHMARK_SECONDS = 0.2
+PRODUCTS = 4
+"""Products that are timed together, so that starting them hardly counts."""
+LARGEST_PRODUCT = 8192
+"""Rows of the largest matrix that `matrix_rate` multiplies: 128 MB in bfloat16."""
+
+OPERATIONS_SAMPLE = 64
+"""Training sequences whose operations are counted."""
+
+Row = dict[str, Any]
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run is besides its recipe, known once data and device are."""
+    """Facts about a run that its recipe does not hold, known once data and device are known."""
 
     draft: str
-    """Its shape in words."""
+    """Shape of the draft in words."""
     steps: int
     """Optimizer steps of the whole run."""
     training_sequences: int
@@ -65,7 +79,9 @@ class RunFacts:
     device: str
     processes: int
     matrix_rate: float
-    """What the devices of all processes reach on large products, in floating-point operations per second."""
+    """Rate that the devices of all processes reach on large products, in floating-point operations per second."""
+    step_operations: float
+    """Floating-point operations of a step of all processes, on average (`training.estimate`)."""
 
     def notes(self) -> dict[str, str]:
         """For the comments above the recipe that is saved with the run; `training.report` reads them."""
@@ -89,14 +105,16 @@ def run_facts(
         held_out: sequences for simulated tau.
         processes: that share the work, each with a device like this one's.
     """
-    device = draft.device
+    device, settings = draft.device, recipe.training.with_steps(len(training))
+    vocabulary = None if draft.draft_vocab_ids is None else draft.draft_vocab_ids.cpu()
+    sample = training[:: max(1, len(training) // OPERATIONS_SAMPLE)]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
     return RunFacts(
         draft=_shape(draft.config),
-        steps=recipe.training.with_steps(len(training)).total_steps,
+        steps=settings.total_steps,
         training_sequences=len(training),
         training_tokens=sum(len(s.tokens) for s in training),
         answer_tokens=sum(s.num_answer_tokens for s in training),
@@ -105,7 +123,38 @@ def run_facts(
         device=name,
         processes=processes,
         matrix_rate=matrix_rate(device, getattr(torch, recipe.training.precision)) * processes,
+        step_operations=sum(step_operations(draft.config, settings, sample, vocabulary).values()),
     )
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate at which the device multiplied large square matrices of that type, in operations per second.
+
+    Sizes double while the next one still fits into the time; all of it takes well under a second. What else runs on the
+    device lowers the result.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    size, seconds, best = 128, 0.0, 0.0
+    while size < LARGEST_PRODUCT and 8 * (PRODUCTS + 1) * seconds < BENCHMARK_SECONDS:
+        size *= 2
+        left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+        out = left @ right  # the first product of a size also chooses its kernel
+        seconds = _seconds_of_a_product(left, right, out)
+        best = max(best, 2.0 * size**3 / seconds)
+    deadline = time.perf_counter() + BENCHMARK_SECONDS
+    while time.perf_counter() < deadline:
+        best = max(best, 2.0 * size**3 / _seconds_of_a_product(left, right, out))
+    return best
+
+
+def _seconds_of_a_product(left: Tensor, right: Tensor, out: Tensor) -> float:
+    out[0, 0].item()  # waits for what the device still has to do
+    started = time.perf_counter()
+    for _ in range(PRODUCTS):
+        torch.mm(left, right, out=out)
+    out[0, 0].item()
+    return (time.perf_counter() - started) / PRODUCTS
 
 
 def _shape(config: DraftConfig | SingleLayerConfig) -> str:
@@ -287,3 +336,41 @@ class _Tracker:
             reason = " ".join(str(error).split()) or type(error).__name__
             _log.warning("%s could not %s and is off from here on: %s", self._name, what, reason)
             return None
+
+
+def last_metrics(metrics: Path) -> dict[str, Any]:
+    """The latest losses and simulated tau of a run, by name; empty for a run without any.
+
+    Raises:
+        UserError: the metrics cannot be read.
+    """
+    latest: dict[str, Any] = {}
+    for row in read_metrics(metrics):
+        latest |= row
+    return latest
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of `metrics.jsonl`, without a last line that a kill has cut.
+
+    Raises:
+        UserError: it cannot be read, or a line holds what no run writes.
+    """
+    try:
+        return read_jsonl(path, {"step": int}, skip_partial_end=True, fault=_row_fault)
+    except UserError as error:
+        raise UserError(f"{error}; remove what is wrong, or the file: the run itself does not need it") from None
+
+
+def _row_fault(row: Row) -> str | None:
+    for key, value in row.items():
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, list) is not key.startswith("acceptance"):
+            return f"key {key!r} must {'not ' if isinstance(value, list) else ''}be a list"
+        if not all(item is None or (isinstance(item, (int, float)) and math.isfinite(item)) for item in items):
+            return f"key {key!r} must hold numbers"
+    for kind, others in (("base_loss", ("final_loss",)), ("tau", ("tau_head_off", "acceptance"))):
+        for other in others if kind in row else ():
+            if other not in row:
+                return f"key {other!r} is missing"
+    return None

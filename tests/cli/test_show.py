@@ -11,22 +11,20 @@ from rich.console import Console
 
 from domino_spec.cli.show import TrainingView
 from domino_spec.training.evaluate import SimulatedTau
-from domino_spec.training.loop import StepResult
+from domino_spec.training.step import StepResult
 from domino_spec.training.watch import RunFacts
 
 LINE = "step 5: simulated tau 2.500, head off 2.000"
-FACTS = RunFacts("5 layers", 10, 64, 6400, 3200, 8, 1000, "cpu", 1, matrix_rate=4e9)
+FACTS = RunFacts("5 layers", 10, 64, 6400, 3200, 8, 1000, "cpu", 1, matrix_rate=4e9, step_operations=2e9)
 
 
 def evaluation(recall: float | None) -> SimulatedTau:
     accepted = torch.tensor([1, 2])
-    return SimulatedTau(
-        2.5, 2.0, accepted, accepted - 1, [1.0, 0.5], [0.5, 0.5], candidates=512, candidate_recall=recall
-    )
+    return SimulatedTau(2.5, 2.0, accepted, accepted - 1, [1.0, 0.5], [0.5, 0.5], 512, recall, sequences=torch.zeros(2))
 
 
 def step(number: int, **values) -> StepResult:
-    result = StepResult(number, 3.25, 2.5, 0.75, 1e-3, 0.5, tokens=1000, seconds=2.0, sequences=16, flops=2e9)
+    result = StepResult(number, 3.25, 2.5, 0.75, 1e-3, 0.5, tokens=1000, seconds=2.0, sequences=16)
     return dataclasses.replace(result, **values)
 
 

@@ -16,7 +16,7 @@ from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
-from domino_spec.training.vocabulary import rank_answers, write_vocabulary
+from domino_spec.training.counts import write_vocabulary
 from tests.decoding.test_lossless import FALSE_ALARM, PROMPT, TOKENS, exact_joint, p_value
 from tests.decoding.test_lossless import VOCAB as FEW
 from tests.tiny import (
@@ -106,18 +106,6 @@ def test_a_ranking_comes_back_from_its_file(tmp_path, model):
         ranking.first(4)
 
 
-def test_answers_are_counted_without_their_prompts(tmp_path, target):
-    for name, answer in (("a", [7, 7, 2]), ("b", [7, 9, 9])):
-        row = {"id": name, "prompt_ids": [1, 1, 1, 1], "response_ids": answer}
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    both = rank_answers([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], target)
-    assert both.token_ids == (7, 9, 2) and both.source.count(".jsonl") == 2
-    assert rank_answers(tmp_path / "a.jsonl", target).token_ids == (7, 2)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "x", "prompt_ids": [], "response_ids": [VOCAB]}) + "\n")
-    with pytest.raises(UserError, match=f"x holds token ids outside the target's vocabulary of {VOCAB}"):
-        rank_answers(tmp_path / "a.jsonl", target)
-
-
 def test_a_recipes_held_out_answers_are_not_counted(tmp_path, model):
     model.save_pretrained(tmp_path / "target")
     word_tokenizer().save_pretrained(tmp_path / "target")
@@ -129,6 +117,7 @@ def test_a_recipes_held_out_answers_are_not_counted(tmp_path, model):
     ranking = write_vocabulary(recipe, tmp_path / "ranking.json", size=4, device="cpu")
     assert FrequentTokens.load(tmp_path / "ranking.json") == ranking
     assert ranking.token_ids[0] == 40 and ranking.counts == (4, 2, 2, 0), "two of six answers are held out"
+    assert not {50, 51} & set(ranking.token_ids), "prompts are not counted"
     assert ranking.token_ids[-1] == EOS and "responses.jsonl" in ranking.source
 
 

@@ -15,10 +15,10 @@ from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.files import load_tensors, save_tensors
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
-from domino_spec.training import ngrams
-from domino_spec.training.data import split_held_out
+from domino_spec.training import counts as ngrams
+from domino_spec.training.counts import write_ngrams
+from domino_spec.training.data import load_sequences, split_held_out
 from domino_spec.training.datasets import load_training_data
-from domino_spec.training.ngrams import build_ngrams, write_ngrams
 from tests.tiny import VOCAB, tiny_target, word_tokenizer
 
 A, B, C, D, R, X, END = range(7)
@@ -196,29 +196,33 @@ def write_answers(path, answers: list[tuple[list[int], list[int]]]):
     return path
 
 
-def test_answers_on_disk_are_counted_without_their_prompts(tmp_path):
+def count(monkeypatch, target, answers, out, **data) -> NgramModel:
+    monkeypatch.setattr(ngrams, "load_target", lambda *args, **kwargs: target)
+    settings = DataRecipe(responses=str(answers), max_length=50, **data)
+    recipe = Recipe(target="tiny", draft=DraftRecipe(), data=settings, training=OptimizationRecipe(steps=1))
+    write_ngrams(recipe, out)
+    return NgramModel.load(out)
+
+
+def test_answers_on_disk_are_counted_without_their_prompts(tmp_path, monkeypatch):
     target = tiny_target(tokenizer=word_tokenizer())
-    first = write_answers(tmp_path / "a.jsonl", [([1, 2], [3, 4, 58]), ([1, 2], [3, 5])])
-    second = write_answers(tmp_path / "b.jsonl", [([7, 3], [3, 4])])
-    model = build_ngrams([first, second], target)
+    answers = [([1, 2], [3, 4, 58]), ([1, 2], [3, 5]), ([7, 3], [3, 4]), ([9], [9, 9])]
+    path = write_answers(tmp_path / "a.jsonl", answers)
+    held_out = split_held_out(load_sequences(path, 50, VOCAB), 1)[1]
+    assert held_out[0].id == "s3", "choose other ids: the counts below are those of the first three"
+    model = count(monkeypatch, target, path, tmp_path / "n.safetensors", held_out=1)
     assert ask(model, [2, 3], 4, 5) == pytest.approx([2 / 3, 1 / 3])
     assert ask(model, [1], 2) == ask(model, [2], 3) == [0], "prompts are not counted"
     assert ask(model, [4], 58) == [0.5], "the target ended one of the two"
-    assert model.about.num_tokens == 7 and "a.jsonl" in model.about.source and "b.jsonl" in model.about.source
+    assert model.about.num_tokens == 7 and "a.jsonl" in model.about.source
     model.check(target)
-    assert ask(build_ngrams(first, target), [3], 4, 5) == [0.5, 0.5]
-    with pytest.raises(UserError, match="outside the target's vocabulary"):
-        build_ngrams(write_answers(tmp_path / "c.jsonl", [([1], [3, 60])]), target)
 
 
 def test_held_out_answers_are_not_counted(tmp_path, monkeypatch):
     target = tiny_target(tokenizer=word_tokenizer())
-    monkeypatch.setattr(ngrams, "load_target", lambda *args, **kwargs: target)
     answers = write_answers(tmp_path / "a.jsonl", [([1], [2 * i, 2 * i + 1]) for i in range(20)])
+    model = count(monkeypatch, target, answers, tmp_path / "n.safetensors", held_out=5)
     data = DataRecipe(responses=str(answers), held_out=5, max_length=50)
-    out = tmp_path / "ngrams.safetensors"
-    write_ngrams(Recipe(target="tiny", draft=DraftRecipe(), data=data, training=OptimizationRecipe(steps=1)), out)
-    model = NgramModel.load(out)
     training, held_out = split_held_out(load_training_data(data, target), 5)
     assert len(held_out) == 5
     for sequences, expected in ((training, 1), (held_out, 0)):

@@ -7,9 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from domino_spec.training.anchors import acceptance_weights, gather_blocks, position_weights, sample_anchors
-from domino_spec.training.blocks import forward_blocks
-from domino_spec.training.features import pack_batch
+from domino_spec.training.blocks import (
+    acceptance_weights,
+    forward_blocks,
+    gather_blocks,
+    position_weights,
+    sample_anchors,
+)
+from domino_spec.training.data import pack_batch
 from tests.tiny import (
     MemoryCache,
     as_sequences,

@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from domino_spec.settings import UserError
 from domino_spec.training import attention
-from domino_spec.training.anchors import Blocks, gather_blocks, sample_anchors
 from domino_spec.training.attention import FlexibleAttention, SlicedAttention, block_attention
-from domino_spec.training.blocks import DraftedTokens, forward_blocks
-from domino_spec.training.features import pack_batch
+from domino_spec.training.blocks import Blocks, DraftedTokens, forward_blocks, gather_blocks, sample_anchors
+from domino_spec.training.data import pack_batch
 from tests.tiny import MemoryCache, as_sequences, assert_close, random_prompts, tiny_draft
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as it is on CPU

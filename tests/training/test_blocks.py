@@ -11,7 +11,7 @@ from torch import Tensor
 from domino_spec.draft.domino import Draft
 from domino_spec.training import blocks as blocks_module
 from domino_spec.training.blocks import DraftedTokens, forward_blocks
-from domino_spec.training.features import Batch
+from domino_spec.training.data import Batch
 from tests.tiny import (
     MemoryCache,
     as_sequences,

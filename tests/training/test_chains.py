@@ -12,11 +12,11 @@ from torch import Tensor
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.model import Target
-from domino_spec.training import chains
-from domino_spec.training.blocks import forward_blocks
+from domino_spec.training import attention
+from domino_spec.training.blocks import forward_blocks, gather_blocks
 from domino_spec.training.chains import forward_chains
 from domino_spec.training.data import Sequence
-from domino_spec.training.loop import Trainer
+from domino_spec.training.step import Trainer
 from tests import tiny
 
 METHODS = ("eagle3", "dart")
@@ -112,11 +112,13 @@ def sequences() -> list[Sequence]:
 @pytest.mark.parametrize("chunk", [2, 256], ids=["many chunks", "one chunk"])
 @torch.no_grad()
 def test_every_chain_is_what_the_method_says(monkeypatch, target, sequences, method, chunk):
-    monkeypatch.setattr(chains, "CHUNK_SLOTS", chunk)
+    monkeypatch.setattr(attention, "CHUNK_SLOTS", chunk)
     draft = tiny.tiny_single_layer(target, method)
     source = tiny.MemoryCache(target, sequences, draft.layers)
     anchors = [torch.tensor([2, 3, 7]), torch.tensor([1, 4]), torch.tensor([5])]
-    hidden, blocks = forward_chains(draft, source.batch(sequences), anchors)
+    batch = source.batch(sequences)
+    blocks = gather_blocks(batch, anchors, draft.config.max_drafts)
+    hidden = forward_chains(draft, batch, blocks)
     rows = tiny.block_rows(anchors)
     assert hidden.shape[:2] == (len(rows), 4)
     for found, valid, (s, anchor) in zip(hidden, blocks.valid, rows, strict=True):

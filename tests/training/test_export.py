@@ -16,8 +16,9 @@ from domino_spec.files import load_tensors, save_tensors
 from domino_spec.settings import UserError
 from domino_spec.training.export import export_draft
 from domino_spec.training.integrity import tensors_checksum
-from domino_spec.training.plots import last_metrics, plot_training
+from domino_spec.training.report import plot_training
 from domino_spec.training.run import run_training
+from domino_spec.training.watch import last_metrics
 from tests.tiny import tiny_draft
 
 

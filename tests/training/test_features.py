@@ -7,6 +7,7 @@ import torch
 
 from domino_spec.settings import UserError
 from domino_spec.training import features as features_module
+from domino_spec.training.data import pack_batch
 from domino_spec.training.features import (
     FeatureCache,
     OnlineFeatures,
@@ -14,7 +15,6 @@ from domino_spec.training.features import (
     capture_features,
     compute_features,
     feature_scale,
-    pack_batch,
 )
 from tests.tiny import as_sequences, assert_close, conversation, random_prompts, tiny_target
 

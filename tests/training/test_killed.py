@@ -17,7 +17,7 @@ from domino_spec import files, load_target
 from domino_spec.files import load_metadata
 from domino_spec.recipe import DataRecipe, Recipe
 from domino_spec.training import features
-from domino_spec.training.regenerate import regenerate
+from domino_spec.training.answers import regenerate
 from domino_spec.training.run import run_training
 from tests.training.test_run import assert_same_run
 

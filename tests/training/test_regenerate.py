@@ -11,8 +11,8 @@ import pytest
 from domino_spec import generate
 from domino_spec.recipe import DataRecipe
 from domino_spec.settings import UserError
+from domino_spec.training.answers import regenerate
 from domino_spec.training.data import load_sequences
-from domino_spec.training.regenerate import regenerate
 from tests.tiny import VOCAB, as_target, tiny_draft, word_tokenizer
 
 RECIPE = DataRecipe(max_new_tokens=10, batch_size=3)

@@ -13,11 +13,18 @@ import yaml
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
 from domino_spec.training import report
-from domino_spec.training.plots import last_metrics
 from domino_spec.training.report import read_notes, write_report
 from domino_spec.training.run import run_training
+from domino_spec.training.watch import last_metrics
 
-NOTES = {"torch": "2.99", "commit": "abc123", "steps": "100", "training sequences": "320", "matrix rate": "1e+12"}
+NOTES = {
+    "torch": "2.99",
+    "commit": "abc123",
+    "steps": "100",
+    "training sequences": "320",
+    "matrix rate": "1e+12",
+    "step operations": "5e+11",
+}
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def write_run(
 
 def step_row(step: int, **values) -> dict:
     row = dict(step=step, base_loss=3.0, final_loss=2.0, lambda_base=0.5, learning_rate=1e-3, grad_norm=1.0)
-    return {**row, "tokens": 1000, "seconds": 2.0, "sequences": 16, "flops": 5e11, **values}
+    return {**row, "tokens": 1000, "seconds": 2.0, "sequences": 16, **values}
 
 
 def tau_row(step: int, on: float = 2.25, off: float = 1.5, recall: float | None = 0.99) -> dict:
@@ -123,7 +130,7 @@ def test_cost_is_computed_from_the_recorded_steps(text_only, tmp_path):
 
 
 def test_a_run_that_counts_no_operations_claims_no_rate(text_only, tmp_path):
-    rows = [{k: v for k, v in step_row(step).items() if k not in ("flops", "sequences")} for step in (1, 2)]
+    rows = [{k: v for k, v in step_row(step).items() if k != "sequences"} for step in (1, 2)]
     text = write_report(write_run(tmp_path / "run", rows, notes={"commit": "abc"})).read_text()
     assert "FLOP" not in text and "| pace | 500 tokens/s" in text
 

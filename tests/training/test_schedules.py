@@ -9,7 +9,7 @@ import pytest
 
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.settings import UserError, parse_settings
-from domino_spec.training.curriculum import block_size, lambda_base, learning_rate
+from domino_spec.training.step import block_size, lambda_base, learning_rate
 
 
 def recipe(**settings) -> OptimizationRecipe:

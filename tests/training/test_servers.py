@@ -16,8 +16,8 @@ from domino_spec.recipe import DataRecipe
 from domino_spec.settings import UserError
 from domino_spec.target.load import TargetText
 from domino_spec.training import servers as servers_module
+from domino_spec.training.answers import regenerate
 from domino_spec.training.data import load_sequences
-from domino_spec.training.regenerate import regenerate
 from domino_spec.training.servers import Server, done_in_parallel, regenerate_with_server
 from tests.cli_fixtures import fail, make_target_dir, run, write_recipe  # noqa: F401
 from tests.tiny import EOS, VOCAB, as_target, word_tokenizer

@@ -1,17 +1,17 @@
-"""The traps that cost others their results (DESIGN section 6), each with the tests that fail when it is set again.
+"""The traps that cost others their results (docs/design.md, section 6), each with its tests.
 
 Head weights missing from the saved checkpoint
     tests/draft/test_checkpoint.py::test_the_head_is_in_the_saved_checkpoint
     tests/training/test_evaluate.py::test_a_trained_draft_keeps_its_acceptance_through_its_checkpoint
     tests/training/test_run.py::test_the_trained_draft_is_bfloat16_whole_and_fits_its_target
 No backbone gradient at slot 0 under shift_label
-    tests/training/test_trainer.py::test_the_anchors_slot_trains_the_backbone_when_labels_are_shifted
+    tests/training/test_step.py::test_the_anchors_slot_trains_the_backbone_when_labels_are_shifted
 Loss divided by the token count, or by every micro-batch or process for itself
-    tests/training/test_trainer.py::test_the_step_is_the_weighted_mean_of_the_paper
-    tests/training/test_trainer.py::test_a_step_does_not_depend_on_its_micro_batches
+    tests/training/test_step.py::test_the_step_is_the_weighted_mean_of_the_paper
+    tests/training/test_step.py::test_a_step_does_not_depend_on_its_micro_batches
     tests/training/test_parallel.py::test_two_processes_reach_the_losses_and_weights_of_one
 bfloat16 master weights
-    tests/training/test_trainer.py::test_master_weights_are_float32_and_keep_tiny_updates
+    tests/training/test_step.py::test_master_weights_are_float32_and_keep_tiny_updates
 Uncorrected slots left at token id 0 when decoding
     tests/drafters/test_block_drafter.py::test_drafts_of_every_cycle_equal_a_fresh_computation
     tests/ops/test_rollout.py::test_greedy_rollout_equals_step_by_step_recomputation

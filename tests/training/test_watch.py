@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from domino_spec.recipe import Recipe, load_recipe
 from domino_spec.settings import UserError
 from domino_spec.training.evaluate import SimulatedTau, simulated_tau
-from domino_spec.training.loop import StepResult
 from domino_spec.training.run import run_training
+from domino_spec.training.step import StepResult
 from domino_spec.training.watch import Metrics
 from tests.tiny import as_sequences, fit, random_prompts, tiny_draft
 
@@ -31,6 +31,7 @@ TAU = SimulatedTau(
     acceptance_head_off=[0.5, 0.0],
     candidates=128,
     candidate_recall=0.99,
+    sequences=torch.tensor([0, 0]),
 )
 
 
@@ -82,7 +83,7 @@ def rows_of(out: Path) -> list[dict]:
 
 
 def result(step: int) -> StepResult:
-    return StepResult(step, 3.0, 2.0 + step, 1.0, 1e-3, 0.5, tokens=100, seconds=0.1, sequences=4, flops=1e9)
+    return StepResult(step, 3.0, 2.0 + step, 1.0, 1e-3, 0.5, tokens=100, seconds=0.1, sequences=4)
 
 
 def record(out: Path, recipe: Recipe, resumed: int, last: int, evaluate_at: tuple[int, ...] = ()) -> None:

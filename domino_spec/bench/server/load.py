@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from domino_spec.bench.server.client import Answer, Connection, Fault
 from domino_spec.bench.server.probe import Endpoint, explain
+from domino_spec.clients.openai import Answer, Client, Fault
 from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 
@@ -130,8 +130,8 @@ class _Load:
         self.outcomes: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._endpoint, self._sampling = endpoint, sampling
         self._jobs, self._lock, self._stopped = iter(jobs), threading.Lock(), threading.Event()
-        self._connections = [Connection(endpoint.url, api_key) for _ in range(min(concurrency, len(jobs)))]
-        self._threads = [threading.Thread(target=self._work, args=(c,), daemon=True) for c in self._connections]
+        self._clients = [Client(endpoint.url, api_key) for _ in range(min(concurrency, len(jobs)))]
+        self._threads = [threading.Thread(target=self._work, args=(c,), daemon=True) for c in self._clients]
         self._began = time.perf_counter()
         for thread in self._threads:
             thread.start()
@@ -139,25 +139,25 @@ class _Load:
     def stop(self) -> None:
         """End all threads, and what they are waiting for."""
         self._stopped.set()
-        for connection in self._connections:
-            connection.abort()
+        for client in self._clients:
+            client.abort()
         for thread in self._threads:
             thread.join(_PATIENCE)
 
-    def _work(self, connection: Connection) -> None:
+    def _work(self, client: Client) -> None:
         try:
             while not self._stopped.is_set():
                 with self._lock:
                     job = next(self._jobs, None)
                 if job is None:
                     return
-                self.outcomes.put(self._ask(connection, job))
+                self.outcomes.put(self._ask(client, job))
         except BaseException as error:  # a fault of ours, which must not leave the other side waiting
             self.outcomes.put(error)
         finally:
-            connection.close()
+            client.close()
 
-    def _ask(self, connection: Connection, job: Job) -> Outcome:
+    def _ask(self, client: Client, job: Job) -> Outcome:
         """The outcome of a job, tried again for as long as the server says that it has no room."""
         sampling, rejected = self._sampling, 0
         body = self._endpoint.body(
@@ -167,13 +167,13 @@ class _Load:
         while True:
             fault = None
             try:
-                answer = connection.chat(body, sampling.timeout)
+                answer = client.stream(body, sampling.timeout)
             except Fault as error:
                 assert error.received is not None
                 fault, answer = error, error.received
-                if error.retry_after is not None:
+                if error.seconds_until_room is not None:
                     rejected += 1
-                    wait = min(error.retry_after, LONGEST_WAIT)
+                    wait = min(error.seconds_until_room, LONGEST_WAIT)
                     in_time = time.perf_counter() + wait - started < sampling.timeout
                     if in_time and not self._stopped.wait(wait):
                         continue

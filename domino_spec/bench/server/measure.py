@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 from domino_spec.bench.measure import WARM_UP_TOKENS, Say
-from domino_spec.bench.server.client import Connection
 from domino_spec.bench.server.figures import figures_of
 from domino_spec.bench.server.load import Job, Outcome, Sampling, Turn, run_load
 from domino_spec.bench.server.metrics import read_metrics, readings, settled_metrics
@@ -29,6 +28,7 @@ from domino_spec.bench.server.rows import (
     append_request,
     append_window,
 )
+from domino_spec.clients.openai import Client
 
 LEAST_ROUNDS = 2
 """A window asks at least so many requests per request in flight: small suites are gone through several times."""
@@ -139,11 +139,11 @@ def _measure_window(
 
 
 def _metrics(server: Endpoint, api_key: str | None, say: Callable[[str], None]) -> dict[str, float]:
-    connection = Connection(server.url, api_key)
+    client = Client(server.url, api_key)
     try:
-        found, still = settled_metrics(lambda: read_metrics(connection, server.engine))
+        found, still = settled_metrics(lambda: read_metrics(client, server.engine))
     finally:
-        connection.close()
+        client.close()
     if not still:
         say(f"warning: the counters of {server.name} do not stand still: somebody else is asking this server")
     return dict(found)

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from domino_spec.bench.server.client import Connection, Fault
 from domino_spec.bench.server.rows import Reading, RequestRow, WindowRow
+from domino_spec.clients.openai import Client, Fault
 
 OWN = ("domino_spec_verify_passes_total", "domino_spec_accepted_drafts_total", "domino_spec_drafts_total")
 VLLM = ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")
@@ -42,14 +42,14 @@ class Acceptance:
     """Where it is from, or why it is not there."""
 
 
-def read_metrics(connection: Connection, engine: str) -> dict[str, float]:
+def read_metrics(client: Client, engine: str) -> dict[str, float]:
     """What a server says of its drafting, by name; empty where it has no metrics."""
     found: dict[str, float] = {}
     with contextlib.suppress(Fault):
-        found = parse_metrics(connection.get("/metrics", _TIMEOUT, at_root=True))
+        found = parse_metrics(client.get("/metrics", _TIMEOUT, at_root=True))
     if engine == "sglang" and SGLANG[0] not in found:
         with contextlib.suppress(Fault, ValueError, KeyError, IndexError, TypeError):
-            states = json.loads(connection.get("/server_info", _TIMEOUT, at_root=True))["internal_states"]
+            states = json.loads(client.get("/server_info", _TIMEOUT, at_root=True))["internal_states"]
             found[SGLANG_AVERAGE] = float(states[0][SGLANG_AVERAGE])
     return found
 

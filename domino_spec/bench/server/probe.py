@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from domino_spec.bench.server.client import Connection, Fault, base_url
+from domino_spec.clients.openai import Client, Fault, base_url
 from domino_spec.settings import UserError
 from domino_spec.target.text import Message
 
@@ -102,37 +102,35 @@ def probe(
     Raises:
         UserError: it cannot be reached, wants another key, has no such model, or cannot be measured.
     """
-    if api_key and not (api_key.isascii() and api_key.isprintable()):
-        raise UserError("the API key holds characters that no header can carry; see --api-key and OPENAI_API_KEY")
-    connection = Connection(url, api_key)
+    client = Client(url, api_key)
     try:
-        entry = _model(connection, name, url, model)
+        entry = _model(client, name, url, model)
         engine = str(entry.get("owned_by") or "unknown")
-        version = _version(connection, engine)
+        version = _version(client, engine)
         for takes in (True, False):
             endpoint = Endpoint(name, url, entry["id"], engine, version, takes)
             ask = endpoint.body([{"role": "user", "content": "Say hello."}], 4, 0.0, None, thinking)
             try:
-                _ask_once(connection, ask)
+                _ask_once(client, ask)
                 return endpoint
             except Fault as fault:
                 if not (takes and fault.status in (400, 422)):
                     raise UserError(explain(name, url, fault)) from None
         raise AssertionError("unreachable")
     finally:
-        connection.close()
+        client.close()
 
 
-def _ask_once(connection: Connection, body: dict[str, Any]) -> None:
+def _ask_once(client: Client, body: dict[str, Any]) -> None:
     """One answer, waited for where the server has no room; raises `Fault`."""
     for attempt in range(_TRIES):
         try:
-            connection.chat(body, 10 * _TIMEOUT)  # the first answer of a server may compile something
+            client.stream(body, 10 * _TIMEOUT)  # the first answer of a server may compile something
             return
         except Fault as fault:
-            if fault.retry_after is None or attempt == _TRIES - 1:
+            if fault.seconds_until_room is None or attempt == _TRIES - 1:
                 raise
-            time.sleep(min(fault.retry_after, _TIMEOUT))
+            time.sleep(min(fault.seconds_until_room, _TIMEOUT))
 
 
 def explain(name: str, url: str, fault: Fault) -> str:
@@ -147,10 +145,10 @@ def explain(name: str, url: str, fault: Fault) -> str:
     return f"{who} cannot be measured: {fault}"
 
 
-def _model(connection: Connection, name: str, url: str, wanted: str | None) -> dict[str, Any]:
+def _model(client: Client, name: str, url: str, wanted: str | None) -> dict[str, Any]:
     """The entry of the model in /v1/models."""
     try:
-        listed = json.loads(connection.get("/models", _TIMEOUT))["data"]
+        listed = json.loads(client.get("/models", _TIMEOUT))["data"]
         entries = {str(entry["id"]): {**entry, "id": str(entry["id"])} for entry in listed}
     except Fault as fault:
         raise UserError(explain(name, url, fault)) from None
@@ -165,13 +163,13 @@ def _model(connection: Connection, name: str, url: str, wanted: str | None) -> d
     return entries[wanted] if wanted is not None else next(iter(entries.values()))
 
 
-def _version(connection: Connection, engine: str) -> str | None:
+def _version(client: Client, engine: str) -> str | None:
     """What a server says of its version: vLLM by /version, SGLang by /server_info."""
     route = {"vllm": "/version", "sglang": "/server_info"}.get(engine)
     if route is None:
         return None
     try:
-        found = json.loads(connection.get(route, _TIMEOUT, at_root=True)).get("version")
+        found = json.loads(client.get(route, _TIMEOUT, at_root=True)).get("version")
     except (Fault, ValueError, AttributeError):
         return None
     return None if found is None else str(found)

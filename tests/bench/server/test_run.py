@@ -17,8 +17,8 @@ from domino_spec.bench.server.run import run_server_bench
 from domino_spec.bench.suites import load_suite
 from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw
-from tests.bench.server.fake import Fake, error, faking, free_address, prompt_of
 from tests.cli_fixtures import fail, run, write_jsonl
+from tests.clients.fake import Fake, error, faking, free_address, prompt_of
 
 CONVERSATIONS = {"a": ["w3 w4 w5", "w6 w7"], "b": ["w8 w9"], "c": ["w10 w11 w12 w13"]}
 
@@ -378,7 +378,7 @@ def test_servers_that_cannot_be_measured_are_named_before_anything_is(suite, tmp
         (["--max-new-tokens", 0], "max_new_tokens of at least 1"),
         (["--request-timeout", 0], "--request-timeout must be seconds above 0"),
         (["--limit", 0], "limit must be at least 1"),
-        (["--server", "h:1"], "--server h:1: not an address"),
+        (["--server", "h:1"], "is not the address of a server"),
         (["--server", "http://h:1"], "two servers are called h:1"),
     ],
 )

@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from domino_spec.settings import UserError
-from domino_spec.training.guards import Divergence, LossError, interruption
-from domino_spec.training.loop import Trainer
+from domino_spec.training.loop import Divergence, interruption
 from domino_spec.training.run import _plain, run_training
 from domino_spec.training.state import STATE_FILE
+from domino_spec.training.step import LossError, Trainer
 
 
 def test_a_loss_that_runs_away_is_noticed():

@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from domino_spec.training import fused_loss
-from domino_spec.training.fused_loss import blended_loss, label_probabilities
-from domino_spec.training.losses import OBJECTIVES, blended_loss_reference, token_losses
+from domino_spec.training import loss as fused_loss
+from domino_spec.training.loss import (
+    OBJECTIVES,
+    blended_loss,
+    blended_loss_reference,
+    label_probabilities,
+    token_losses,
+)
 from tests.tiny import assert_close
 
 TOKENS, HIDDEN, RANK, VOCAB = 23, 8, 4, 17

@@ -11,11 +11,10 @@ import torch
 from domino_spec.draft.backbone import Layer
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.settings import UserError
-from domino_spec.training.anchors import position_weights
-from domino_spec.training.blocks import forward_blocks
+from domino_spec.training.blocks import forward_blocks, position_weights
 from domino_spec.training.features import OnlineFeatures
-from domino_spec.training.loop import Trainer, step_sequences
-from domino_spec.training.losses import OBJECTIVES, token_losses
+from domino_spec.training.loss import OBJECTIVES, token_losses
+from domino_spec.training.step import Trainer, block_size, step_sequences
 from tests.tiny import (
     MemoryCache,
     as_sequences,
@@ -68,7 +67,7 @@ def plain_step(model, trainer: Trainer, lambda_base: float) -> tuple[dict[str, t
     """
     draft, recipe = trainer.draft, trainer.recipe
     step = step_sequences(trainer.sequences, trainer.step, recipe)
-    anchors = trainer._anchors(step)
+    anchors = trainer.step_anchors(step, draft.config.block_size)
     drafted = forward_blocks(draft, trainer.source.batch(step), anchors, causal_encoder=recipe.causal_encoder)
     decay = position_weights(draft.config.max_drafts, recipe.position_decay)
     base_sum = final_sum = denominator = torch.zeros(())
@@ -275,10 +274,15 @@ def test_every_epoch_visits_every_sequence_once_in_another_order(sequences):
 def test_shorter_blocks_early_in_the_run_keep_the_compute(target, sequences):
     recipe = dict(block_schedule=(2,), anchors=2, steps=4, learning_rate=1e-3)
     trainer = make_trainer(target, sequences[-1:] * 8, recipe, block_size=4)
-    short = trainer._anchors(trainer.sequences)
+
+    def anchors():
+        size = block_size(trainer.step, trainer.recipe, 4)
+        return trainer.step_anchors(trainer.sequences, size)
+
+    short = anchors()
     trainer.train_step()
     trainer.train_step()
-    full = trainer._anchors(trainer.sequences)
+    full = anchors()
     assert [len(a) for a in short] == [4] * 8 and [len(a) for a in full] == [2] * 8
     assert math.isfinite(trainer.train_step().final_loss)
 
@@ -288,7 +292,7 @@ def test_anchors_change_from_step_to_step_and_repeat_with_the_seed(target, seque
         trainer = make_trainer(target, sequences[-1:], dict(seed=seed, batch_size=1, micro_batch_size=1))
         seen = []
         for _ in range(steps):
-            seen.append(trainer._anchors(trainer.sequences)[0].tolist())
+            seen.append(trainer.step_anchors(trainer.sequences, trainer.draft.config.block_size)[0].tolist())
             trainer.step += 1
         return seen
 

@@ -14,9 +14,9 @@ pytest.importorskip("uvicorn")
 
 from starlette.responses import JSONResponse, StreamingResponse
 
-from domino_spec.bench.server.client import Connection, Fault, base_url
+from domino_spec.clients.openai import Client, Fault, base_url
 from domino_spec.settings import UserError
-from tests.bench.server.fake import PATIENCE, Fake, error, event, faking, free_address, streamed
+from tests.clients.fake import PATIENCE, Fake, error, event, faking, free_address, streamed
 
 BODY = {"messages": [{"role": "user", "content": "a b c"}], "stream": True}
 USAGE = {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}
@@ -35,17 +35,17 @@ def fake():
 
 
 @pytest.fixture
-def connection(fake):
-    made = Connection(fake.address)
+def client(fake):
+    made = Client(fake.address)
     yield made
     made.close()
 
 
-def test_an_answer_is_its_text_its_tokens_and_the_times_of_its_chunks(fake, connection):
+def test_an_answer_is_its_text_its_tokens_and_the_times_of_its_chunks(fake, client):
     fake.tokens_per_chunk = 3
     before = time.perf_counter()
     for _ in range(2):  # the second one over the same connection
-        answer = connection.chat(BODY, PATIENCE)
+        answer = client.stream(BODY, PATIENCE)
         assert (answer.text, answer.finish_reason) == ("a b c ", "stop")
         assert (answer.prompt_tokens, answer.completion_tokens) == (3, 9)
         times = [before, answer.sent, *answer.chunks, answer.last_token, answer.ended]
@@ -53,31 +53,31 @@ def test_an_answer_is_its_text_its_tokens_and_the_times_of_its_chunks(fake, conn
         assert answer.verify_passes is None
 
 
-def test_a_stream_may_be_cut_anywhere(fake, connection):
+def test_a_stream_may_be_cut_anywhere(fake, client):
     text = ": hello\r\n\r\n" + "".join(map(event, (delta(content="ä"), delta(content="b"), END, USAGE)))
     data = text.replace("\n", "\r\n").encode() + b"data: [DONE]\n\n"
     for size in (1, 7, 64):
         fake.refuse = lambda body, size=size: streamed(*(data[i : i + size] for i in range(0, len(data), size)))
-        answer = connection.chat(BODY, PATIENCE)
+        answer = client.stream(BODY, PATIENCE)
         assert answer.text == "äb" and len(answer.chunks) == 2 and answer.completion_tokens == 2
 
 
-def test_reasoning_counts_as_text_and_comes_first(fake, connection):
+def test_reasoning_counts_as_text_and_comes_first(fake, client):
     for key in ("reasoning_content", "reasoning"):
         chunks = (delta(**{key: "so "}), delta(**{key: "what: "}), delta(content="this"), END, USAGE)
         fake.refuse = lambda body, chunks=chunks: streamed(*map(event, chunks), "data: [DONE]\n\n")
-        answer = connection.chat(BODY, PATIENCE)
+        answer = client.stream(BODY, PATIENCE)
         assert answer.text == "so what: this" and answer.content == "this" and len(answer.chunks) == 3
 
 
-def test_engines_say_in_the_answer_how_drafting_did(fake, connection):
+def test_engines_say_in_the_answer_how_drafting_did(fake, client):
     fake.extra = {"num_verify_passes": 5, "num_accepted_drafts": 7}
-    answer = connection.chat(BODY, PATIENCE)
+    answer = client.stream(BODY, PATIENCE)
     assert (answer.verify_passes, answer.accepted_drafts) == (5, 7)
     fake.extra = {}
     details = {"spec_verify_ct": 2, "spec_num_correct_drafts": 3, "spec_accept_length": 2.5}
     fake.last = [{"choices": [], "sglext": {"spec_tokens_details": details}}]
-    answer = connection.chat(BODY, PATIENCE)
+    answer = client.stream(BODY, PATIENCE)
     assert (answer.verify_passes, answer.accepted_drafts) == (2, 3)
 
 
@@ -99,56 +99,77 @@ def test_engines_say_in_the_answer_how_drafting_did(fake, connection):
         (streamed(event({"error": {"message": "no room"}})), "an error in the stream (no room)", None),
     ],
 )
-def test_what_is_no_answer_has_a_reason(fake, connection, response, reason, status):
+def test_what_is_no_answer_has_a_reason(fake, client, response, reason, status):
     fake.refuse = lambda body: response
     with pytest.raises(Fault) as caught:
-        connection.chat(BODY, PATIENCE)
+        client.stream(BODY, PATIENCE)
     assert str(caught.value).startswith(reason) and caught.value.status == status
-    assert caught.value.retry_after is None and caught.value.received is not None
+    assert caught.value.seconds_until_room is None and caught.value.received is not None
     fake.refuse = lambda body: None
-    assert connection.chat(BODY, PATIENCE).text == "a b c ", "the next one is not affected"
+    assert client.stream(BODY, PATIENCE).text == "a b c ", "the next one is not affected"
 
 
-def test_a_server_without_room_says_when_to_come_back(fake, connection):
+def test_a_server_without_room_says_when_to_come_back(fake, client):
     for headers, status, seconds in (({"retry-after": "7"}, 429, 7), ({}, 429, 1), ({"retry-after": "2"}, 503, 2)):
         fake.refuse = lambda body, headers=headers, status=status: error(status, "full", **headers)
         with pytest.raises(Fault) as caught:
-            connection.chat(BODY, PATIENCE)
-        assert caught.value.retry_after == seconds
+            client.stream(BODY, PATIENCE)
+        assert caught.value.seconds_until_room == seconds
     fake.refuse = lambda body: error(503, "down for good")
     with pytest.raises(Fault) as caught:
-        connection.chat(BODY, PATIENCE)
-    assert caught.value.retry_after is None
+        client.stream(BODY, PATIENCE)
+    assert caught.value.seconds_until_room is None
 
 
-def test_an_answer_that_does_not_end_in_time_is_given_up_and_what_came_is_kept(fake, connection):
+def test_an_answer_that_does_not_end_in_time_is_given_up_and_what_came_is_kept(fake, client):
     async def stall():
         yield event(delta(content="x"))
         await asyncio.sleep(PATIENCE)
 
     fake.refuse = lambda body: StreamingResponse(stall(), media_type="text/event-stream")
     with pytest.raises(Fault, match=r"no whole answer within 0\.5 s") as caught:
-        connection.chat(BODY, 0.5)
+        client.stream(BODY, 0.5)
     assert caught.value.received.text == "x"
 
 
-def test_another_thread_can_end_the_waiting(fake, connection):
+def test_the_time_limit_is_for_the_whole_answer_not_for_each_chunk(fake, client):
+    async def trickle():
+        for _ in range(1000):
+            yield event(delta(content="x"))
+            await asyncio.sleep(0.05)
+
+    fake.refuse = lambda body: StreamingResponse(trickle(), media_type="text/event-stream")
+    before = time.perf_counter()
+    with pytest.raises(Fault, match=r"no whole answer within 0\.5 s") as caught:
+        client.stream(BODY, 0.5)
+    assert 0.4 < time.perf_counter() - before < 25
+    assert set(caught.value.received.text) == {"x"}
+    fake.refuse = lambda body: None
+    assert client.stream(BODY, PATIENCE).text == "a b c ", "the next one is not affected"
+
+
+def test_a_key_that_no_header_can_carry_is_refused():
+    with pytest.raises(UserError, match="no header can carry"):
+        Client("http://h/v1", "ö")
+
+
+def test_another_thread_can_end_the_waiting(fake, client):
     async def stall():
         yield event(delta(content="x"))
-        connection.abort()
+        client.abort()
         await asyncio.sleep(PATIENCE)
 
     fake.refuse = lambda body: StreamingResponse(stall(), media_type="text/event-stream")
     with pytest.raises(Fault):
-        connection.chat(BODY, PATIENCE)
+        client.stream(BODY, PATIENCE)
     fake.refuse = lambda body: None
     with pytest.raises(Fault, match="no connection"):
-        connection.chat(BODY, PATIENCE)
+        client.stream(BODY, PATIENCE)
 
 
 def test_nobody_listening_is_said():
     with pytest.raises(Fault, match=r"no connection \(Connection refused\)"):
-        Connection(free_address()).chat(BODY, PATIENCE)
+        Client(free_address()).stream(BODY, PATIENCE)
 
 
 def test_a_kept_connection_that_the_server_has_closed_is_opened_anew():
@@ -157,15 +178,15 @@ def test_a_kept_connection_that_the_server_has_closed_is_opened_anew():
 
     def answer_once_per_connection() -> None:
         for _ in range(3):
-            client, _ = listening.accept()
-            with client:
-                served.append(client.recv(65536))
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            peer, _ = listening.accept()
+            with peer:
+                served.append(peer.recv(65536))
+                peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
     thread = threading.Thread(target=answer_once_per_connection, daemon=True)
     thread.start()
-    connection = Connection(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
-    assert [connection.get("/models", PATIENCE) for _ in range(3)] == ["ok"] * 3
+    client = Client(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+    assert [client.get("/models", PATIENCE) for _ in range(3)] == ["ok"] * 3
     thread.join(PATIENCE)
     listening.close()
     assert len(served) == 3 and all(b"GET /v1/models" in request for request in served)

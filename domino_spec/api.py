@@ -11,9 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from domino_spec.decoding.engine import decode
-from domino_spec.decoding.request import Generation, Limits
+from domino_spec.decoding.request import DraftWatch, Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft

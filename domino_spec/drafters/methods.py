@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from domino_spec.decoding.cycle import Drafter
-    from domino_spec.decoding.watch import DraftWatch
+    from domino_spec.decoding.request import DraftWatch
     from domino_spec.draft.load import AnyDraft
-    from domino_spec.drafters.block import BlockDrafter
     from domino_spec.drafters.ngram_counts import NgramModel
 
 _log = logging.getLogger(__name__)
@@ -80,25 +79,21 @@ def _lookup(given: Ingredients) -> Drafter:
     return PromptLookup()
 
 
-def _chain(given: Ingredients, use_head: bool = True) -> BlockDrafter:
+def _block(given: Ingredients, use_head: bool = True, tree: str | None = None) -> Drafter:
+    """A chain, or a tree that grows in the order `tree` (of `block.BUILDERS`)."""
     from domino_spec.draft.domino import Draft
-    from domino_spec.drafters.block import BlockDrafter
+    from domino_spec.drafters.block import BlockDrafter, TreeShape
 
     assert isinstance(given.draft, Draft)
     return BlockDrafter(
         given.draft,
         use_head=use_head,
         candidates=given.candidates,
-        samples=given.samples,
+        samples=given.samples and tree is None,
         temperature=given.draft_temperature,
         min_confidence=given.min_confidence,
+        tree=None if tree is None else TreeShape(given.tree_budget, builder=tree),
     )
-
-
-def _tree(given: Ingredients, use_head: bool = True, builder: str = "depth") -> Drafter:
-    from domino_spec.drafters.block import TreeDrafter
-
-    return TreeDrafter(_chain(given, use_head), given.tree_budget, builder=builder)
 
 
 def _lookup_first(given: Ingredients, inner: Drafter) -> Drafter:
@@ -131,30 +126,32 @@ METHODS: dict[str, Method] = {
     "none": Method(_plain, "the target alone"),
     "ngram": Method(_lookup, "with prompt look-up", (), ("num_drafts",)),
     "dflash": Method(
-        lambda given: _chain(given, use_head=False), "with its draft, head off", ("dflash", "domino"), _SAMPLED, True
+        lambda given: _block(given, use_head=False), "with its draft, head off", ("dflash", "domino"), _SAMPLED, True
     ),
-    "domino": Method(_chain, "with its Domino draft", ("domino",), _SAMPLED, True),
+    "domino": Method(_block, "with its Domino draft", ("domino",), _SAMPLED, True),
     "domino+ngram": Method(
-        lambda given: _lookup_first(given, _chain(given)),
+        lambda given: _lookup_first(given, _block(given)),
         "with its Domino draft and prompt look-up",
         ("domino",),
         _BLOCK,
     ),
     "dflash-tree": Method(
-        lambda given: _tree(given, use_head=False),
+        lambda given: _block(given, use_head=False, tree="depth"),
         "with its draft, head off, a tree of drafts",
         ("dflash", "domino"),
         _BLOCK,
     ),
-    "domino-tree": Method(_tree, "with its Domino draft, a tree of drafts", ("domino",), _BLOCK),
+    "domino-tree": Method(
+        lambda given: _block(given, tree="depth"), "with its Domino draft, a tree of drafts", ("domino",), _BLOCK
+    ),
     "domino-best-first": Method(
-        lambda given: _tree(given, builder="best-first"),
+        lambda given: _block(given, tree="best-first"),
         "with its Domino draft, a tree of drafts, best first",
         ("domino",),
         _BLOCK,
     ),
     "domino-tree+ngram": Method(
-        lambda given: _lookup_first(given, _tree(given)),
+        lambda given: _lookup_first(given, _block(given, tree="depth")),
         "with its Domino draft, a tree of drafts, and prompt look-up",
         ("domino",),
         _BLOCK,
@@ -247,7 +244,7 @@ def default_method(draft: AnyDraft | None, sample_drafts: bool | None = None) ->
 
 def watch_for(method: str) -> DraftWatch | None:
     """What watches over a method's draft; None where it has none: a look-up that finds nothing is no fault."""
-    from domino_spec.decoding.watch import DraftWatch
+    from domino_spec.decoding.request import DraftWatch
 
     return DraftWatch(method) if known_method(method).kinds else None
 

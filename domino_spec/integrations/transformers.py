@@ -26,9 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.decoding.engine import decode
-from domino_spec.decoding.request import Limits
+from domino_spec.decoding.request import DraftWatch, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 

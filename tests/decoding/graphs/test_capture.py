@@ -13,7 +13,7 @@ from domino_spec.decoding.graphs import capture as static_graphs
 from domino_spec.decoding.graphs import cycles as static_module
 from domino_spec.decoding.graphs.capture import why_not
 from domino_spec.decoding.graphs.cycles import Shape
-from domino_spec.decoding.graphs.sampling import Kind
+from domino_spec.decoding.sampling import Warpers
 from domino_spec.drafters.methods import make_drafter
 from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
@@ -101,7 +101,7 @@ def test_what_watches_sees_the_looks_of_ordinary_cycles(target):
     engine.step()
     batch = engine._batch
     with NoLooks(), pytest.raises(Looked):
-        engine.drafter.propose(batch.state, batch.own, 3)
+        engine.drafter.propose(batch.state, batch.cache, 3)
     with NoLooks(), pytest.raises(Looked):
         engine.target.forward(batch.state.tokens[:, :3], batch.state.cache)
     for look in (lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: torch.tensor([1]), lambda t: int(t[0])):
@@ -117,16 +117,16 @@ def test_shapes_and_memory_are_the_same_in_every_cycle(target, method):
     generations = [engine.submit(r) for r in requests_of(PROMPTS[:3], [8, 40, 40])]
     engine.step()
     static = engine._static
-    shape = Shape(3, 80, drafter.max_drafts, drafter.max_drafts, Kind())
+    shape = Shape(3, 80, drafter.max_drafts, drafter.max_drafts, Warpers())
     held = places_of(engine)
     traces, accepted, active = [], [], []
     for _ in range(6):
         with torch.inference_mode(), Trace() as trace:
             static.cycle(shape)
         traces.append(trace.steps)
-        accepted.append(tuple(static._decided[:3, 0].tolist()))
+        accepted.append(tuple(static.decided[:3, 0].tolist()))
         active.append(engine._state.active.sum().item())
-        engine._late = None  # nobody hears of these cycles
+        static.pending = None  # nobody waits for these cycles
     assert all(trace == traces[0] for trace in traces) and len(traces[0]) > 100
     assert len(set(active)) > 1 or method != "knows", "one has ended meanwhile"
     assert len(set(accepted)) > 1 or method != "knows"
@@ -137,14 +137,14 @@ def places_of(engine: Engine) -> list[int]:
     """Where in memory everything is that a cycle writes or reads beside the weights."""
     state, static = engine._state, engine._static
     kept = [state.tokens, state.lengths, state.prompt_lengths, state.active, state.cache.lengths]
-    kept += [state.cache.keys, state.cache.values, static._decided, static._confidence, static._limits, static._stops]
+    kept += [state.cache.keys, state.cache.values, static.decided, static._confidence, static._limits, static._stops]
     kept += [
-        static._table.seeds,
-        static._table.numbers,
-        static._table.top_k,
-        *(t for pair in static._told for t in pair),
+        static.sampling.seeds,
+        static.sampling.numbers,
+        static.sampling.top_k,
+        *(t for pair in static._on_host for t in pair),
     ]
-    kept += [t for t in vars(engine._own).values() if isinstance(t, torch.Tensor)]
+    kept += [t for t in vars(engine._cache).values() if isinstance(t, torch.Tensor)]
     return [t.data_ptr() for t in kept]
 
 
@@ -155,10 +155,10 @@ def test_cycles_after_the_end_change_nothing(target, method):
     while engine._state.active.any() or not engine._running:
         engine.step()
     before = kept_of(engine)
-    assert engine._late is not None, "all have ended, and nobody has heard of the last yet"
+    assert engine._static.pending is not None, "all have ended, and the result of the last was not read yet"
     with torch.inference_mode():
         for _ in range(3):
-            engine._static.cycle(engine._late.shape)
+            engine._static.cycle(engine._static.pending.shape)
     for was, now in zip(before, kept_of(engine), strict=True):
         assert torch.equal(was, now)
     assert not [g for g in generations if g.num_tokens > 9]
@@ -167,8 +167,7 @@ def test_cycles_after_the_end_change_nothing(target, method):
 def kept_of(engine: Engine) -> list[torch.Tensor]:
     """Copies of all that is committed."""
     state, copies = engine._state, []
-    caches = [state.cache] + ([engine._own] if hasattr(engine._own, "keys") else [])
-    for cache in caches:
+    for cache in (state.cache, engine._cache):
         copies += [cache.lengths.clone()]
         for request, rows in enumerate(cache.lengths.tolist()):
             copies += cache.rows_of(request, rows)
@@ -185,7 +184,7 @@ class Tape:
 
     def __init__(self, cycle, pool, device) -> None:
         self.cycle, self.replays = cycle, 0
-        active = cycle.func.__self__._state.active
+        active = cycle.func.__self__.state.active
         before = active.clone()
         active.fill_(False)
         try:
@@ -214,7 +213,7 @@ def test_a_shape_is_captured_once_and_replayed_by_whoever_comes_later(target, me
     first = decoded(engine, requests)
     captured = len(tapes)
     assert captured == len(engine._static.graphs) > 2
-    assert sum(tape.replays for tape in tapes) == engine._static._flights > 2 * captured
+    assert sum(tape.replays for tape in tapes) == engine._static.launched > 2 * captured
     again = decoded(engine, requests_of(PROMPTS, COUNTS, [dict(seed=9)] * len(PROMPTS)))
     assert len(tapes) == captured, "other requests in the same slots need no other graphs"
     ordinary = decoded(engine_of(target, drafter_of(target, method), static=False), requests)
@@ -225,10 +224,10 @@ def test_other_settings_are_filled_in_and_other_kinds_captured(target, tapes):
     engine = engine_of(target, drafter_of(target, "domino"))
     ordinary = engine_of(target, drafter_of(target, "domino"), static=False)
     kinds = []
-    for settings in (dict(temperature=0.8), dict(temperature=1.3, min_p=0.1), dict(temperature=1.0, top_k=4), {}):
+    for settings in (dict(temperature=0.8), dict(temperature=1.3), dict(temperature=1.0, top_k=4), {}):
         requests = requests_of(PROMPTS[:3], [15] * 3, [settings] * 3)
         assert told(decoded(engine, requests)) == told(decoded(ordinary, requests))
-        kinds.append({tape.cycle.args[0].kind for tape in tapes})
+        kinds.append({tape.cycle.args[0].warpers for tape in tapes})
     assert kinds[0] == kinds[1] and [len(k) for k in kinds] == [1, 1, 2, 3]
 
 

@@ -9,6 +9,7 @@ the anchor (row 0), which is the last committed token, and the drafts (row 1 + j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,15 +51,15 @@ class State:
 
     def view(self, start: int, stop: int, sampling: Sampling, extent: int | None = None) -> State:
         """The requests `start .. stop - 1` as a state that shares this memory; for `extent` see `RowCache.view`."""
-        part = slice(start, stop)
-        return State(
-            self.tokens[part],
-            self.lengths[part],
-            self.prompt_lengths[part],
-            self.active[part],
-            self.cache.view(start, stop, extent),
-            sampling,
-        )
+        tokens, lengths = self.tokens[start:stop], self.lengths[start:stop]
+        prompt_lengths, active = self.prompt_lengths[start:stop], self.active[start:stop]
+        return State(tokens, lengths, prompt_lengths, active, self.cache.view(start, stop, extent), sampling)
+
+    def put(self, request: int, prompt: Sequence[int]) -> None:
+        """Make this the text of a request, of which nothing was read yet."""
+        self.tokens[request, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
+        self.lengths[request] = self.prompt_lengths[request] = len(prompt)
+        self.cache.lengths[request] = 0
 
     def move(self, source: int, destination: int) -> None:
         """Put request `source` in the place of request `destination`, which is lost."""
@@ -156,18 +157,25 @@ def verify(
         committed, num_accepted, path = walk_tree(sampling.choices(logits, positions, history), proposal, ancestors)
         if features is not None:
             features = features.gather(1, path[..., None].expand_as(features))
-    elif sampling.plain_greedy and logits.is_cuda:  # one launch instead of a dozen
-        committed, num_accepted, _ = greedy_chain(logits, proposal.tokens, proposal.num_drafts)
     else:
-        positions = state.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        if proposal.draft_probs is None or sampling.greedy or matching_rule:
-            choices = sampling.choices(logits, positions, history)
-            committed, num_accepted = match_chain(choices, proposal.tokens, proposal.num_drafts)
-        else:
-            probs = sampling.probs(logits, history)
-            committed, num_accepted = accept_chain(probs, proposal, sampling.streams, positions)
+        committed, num_accepted = _decide_chain(logits, state, proposal, history, matching_rule)
     finite = _finite(output.hidden, logits, num_accepted, path)
     return Verdict(committed, num_accepted, features, state.lengths - 1, finite, path, logits)
+
+
+def _decide_chain(
+    logits: Tensor, state: State, proposal: Proposal, history: History | None, matching_rule: bool
+) -> tuple[Tensor, Tensor]:
+    """Committed tokens [R, N + 1] and the number of accepted drafts [R] of a chain; see `verify`."""
+    sampling = state.sampling
+    if sampling.plain_greedy and logits.is_cuda:  # one launch instead of a dozen
+        committed, num_accepted, _ = greedy_chain(logits, proposal.tokens, proposal.num_drafts)
+        return committed, num_accepted
+    positions = state.lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)
+    if proposal.draft_probs is None or sampling.greedy or matching_rule:
+        choices = sampling.choices(logits, positions, history)
+        return match_chain(choices, proposal.tokens, proposal.num_drafts)
+    return accept_chain(sampling.probs(logits, history), proposal, sampling.streams, positions)
 
 
 def accept_chain(probs: Tensor, proposal: Proposal, streams: RandomStreams, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,10 @@ class Engine:
         proposal = self._propose(self._batch, num_drafts)
         verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
         commit(state, verdict)
-        self._advance(cache, proposal, verdict)
+        if proposal.tokens.shape[1]:
+            self.drafter.advance(cache, verdict)
+        else:
+            self._postpone(verdict)
         if self.policy is not None:
             self.policy.observe(proposal, verdict, time.perf_counter() - started)
         return CycleResult(
@@ -216,11 +219,8 @@ class Engine:
         proposal = self.drafter.propose(batch.state, batch.cache, num_drafts)
         return proposal if self.policy is None or not self._may_choose(batch) else self.policy.cut(proposal)
 
-    def _advance(self, cache: Any, proposal: Proposal, verdict: Verdict) -> None:
-        """Let the drafter take in what was committed; without drafts it is kept, and read when it drafts again."""
-        if proposal.tokens.shape[1]:
-            self.drafter.advance(cache, verdict)
-            return
+    def _postpone(self, verdict: Verdict) -> None:
+        """Keep what a cycle without drafts committed; the drafter reads it before it drafts again."""
         for place, slot in enumerate(self._running):
             row = slice(place, place + 1)
             slot.unread.append((verdict.tokens[row], None if verdict.features is None else verdict.features[row]))
@@ -290,21 +290,17 @@ class Engine:
         self._read_from = len(self._running)
         for slot in self._reading:
             slot.admitted = time.perf_counter()
-            slot.prefix = None if self.prefixes is None else self.prefixes.longest(slot.request.prompt_ids)
-            slot.generation.cached_tokens = 0 if slot.prefix is None else slot.prefix[1]
+            if self.prefixes is not None and (found := self.prefixes.longest(slot.request.prompt_ids)) is not None:
+                slot.prefix, slot.generation.cached_tokens = found, found[1]
         # Those with the most to read first: the prompts that a pass still reads are then always the first ones.
         self._reading.sort(key=lambda slot: slot.generation.cached_tokens - len(slot.request.prompt_ids))
         for place, slot in enumerate(self._reading, self._read_from):
-            prompt = torch.tensor(slot.request.prompt_ids, device=self._state.tokens.device)
-            self._state.tokens[place, : len(prompt)] = prompt
-            self._state.lengths[place] = self._state.prompt_lengths[place] = len(prompt)
-            self._state.cache.lengths[place] = 0
+            self._state.put(place, slot.request.prompt_ids)
             self._cache.clear(place)
             if slot.prefix is not None:
-                prefix, rows = slot.prefix
+                (prefix, rows), slot.prefix = slot.prefix, None
                 self._state.cache.put_rows(place, rows, prefix.target_rows)
                 self._cache.put_rows(place, rows, prefix.draft_rows)
-                slot.prefix = None
 
     def _read_prompts(self) -> None:
         """Prefill one chunk of the prompts being read; all but their last token, which the first cycle verifies."""
@@ -364,12 +360,15 @@ class Engine:
         slot = self._running[place]
         if self.prefixes is not None and slot.generation.finish_reason in ("stop", "length"):
             self.prefixes.add(self._prefix(place, slot))
-        self._clean(place, slot)
+        if self._static is not None or slot.generation.finish_reason not in ("stop", "length"):
+            self._wipe(place, slot)
         last = self._running.pop()
         if last is not slot:
             self._move(len(self._running), place)
-            self._clean(len(self._running), last)
             self._running[place] = last
+            if self._static is not None:
+                self._wipe(len(self._running), last)
+        self._state.tokens[len(self._running)] = 0  # the next prompt may be padded with what stands here
         if self._static is not None:
             self._static.park(len(self._running))
 
@@ -379,20 +378,17 @@ class Engine:
         tokens = self._state.tokens[place, :length].clone().cpu()
         return Prefix(tokens, self._state.cache.rows_of(place, length - 1), self._cache.rows_of(place, length - 1))
 
-    def _clean(self, place: int, slot: Slot) -> None:
-        """Zero what a request leaves behind and later passes could read: it may not be finite."""
-        rows = self._state.tokens.shape[1]
-        self._state.tokens[place] = 0  # the next prompt may be padded with what stands here
-        if slot.generation.finish_reason not in (None, "stop", "length"):
-            first = 0
-        elif self._static is not None:
-            # Static cycles read rows past the text. They may have committed more of it than was kept, even one cycle
-            # whose result nobody has read, and they wrote further still.
+    def _wipe(self, place: int, slot: Slot) -> None:
+        """Zero the rows that a request leaves behind and later passes could read: they may not be finite.
+
+        An ordinary pass overwrites what little it reads past a text. A static one reads further: the rows past a text
+        that cycles wrote, also those that committed more than was kept, and the one whose result was not read yet.
+        """
+        first, rows = 0, self._state.tokens.shape[1]
+        if slot.generation.finish_reason in (None, "stop", "length"):
             first, rows = slot.length - 1, min(slot.length + 3 * (self.drafter.max_drafts + 1), rows)
-        else:
-            return  # an ordinary pass overwrites what little it reads past texts
-        for cache in (self._state.cache, self._cache):
-            cache.wipe(place, rows, first)
+        self._state.cache.wipe(place, rows, first)
+        self._cache.wipe(place, rows, first)
 
     def _move(self, source: int, destination: int) -> None:
         self._state.move(source, destination)

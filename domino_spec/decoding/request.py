@@ -292,6 +292,7 @@ CAUSES = (
 )
 
 
+@dataclass
 class DraftWatch:
     """Counts passes with drafts and those that accepted one; warns once if hardly any does.
 
@@ -300,20 +301,19 @@ class DraftWatch:
     often a pass accepts one is the judge. The passes of a text resemble each other, and the bound is computed again
     and again, so it is a wide one (three standard deviations), computed only when the number of passes has doubled.
 
-    Args:
-        name: of the method, for the warning.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.passes = 0
-        """Verify passes of single requests that had drafts."""
-        self.lucky = 0
-        """Those of them that accepted at least one."""
-        self.accepted = 0
-        """Drafts accepted by them."""
-        self.warned = False
-        self._next_look = FIRST_LOOK
+    name: str
+    """Of the method, for the warning."""
+    passes: int = 0
+    """Verify passes of single requests that had drafts."""
+    lucky: int = 0
+    """Those of them that accepted at least one."""
+    accepted: int = 0
+    """Drafts accepted by them."""
+    warned: bool = False
+    judged_at: int = FIRST_LOOK
+    """Passes after which it is judged next."""
 
     def count(self, proposed: Iterable[int], accepted: Iterable[int]) -> None:
         """Take in a cycle.
@@ -327,8 +327,8 @@ class DraftWatch:
                 self.passes += 1
                 self.lucky += kept > 0
                 self.accepted += kept
-        if self.passes >= self._next_look and not self.warned:
-            self._next_look = 2 * self.passes
+        if self.passes >= self.judged_at and not self.warned:
+            self.judged_at = 2 * self.passes
             if upper_bound(self.lucky, self.passes) < USELESS:
                 self.warned = True
                 _log.warning("%s", self.sentence)

@@ -57,26 +57,13 @@ class ContextCache(RowCache):
     """Keys and values of the context of every request: its committed tokens without the anchor.
 
     Args:
-        shape: layers, R, kv_heads, capacity, D.
+        keys: [layers, R, kv_heads, capacity + scratch_rows, D] of zeros.
         scratch_rows: rows of a block, which `Backbone.over_cache` may write past a request's own.
-        dtype: of keys and values.
-        device: of keys and values.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int, int],
-        scratch_rows: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        layers, requests, kv_heads, capacity, head_dim = shape
-        self.scratch_rows = scratch_rows
-        self.keys = torch.zeros(
-            layers, requests, kv_heads, capacity + scratch_rows, head_dim, dtype=dtype, device=device
-        )
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(requests, dtype=torch.long, device=device)
+    def __init__(self, keys: Tensor, scratch_rows: int = 0) -> None:
+        self.keys, self.values, self.scratch_rows = keys, torch.zeros_like(keys), scratch_rows
+        self.lengths = torch.zeros(keys.shape[1], dtype=torch.long, device=keys.device)
 
 
 class BlockDrafter:
@@ -133,9 +120,15 @@ class BlockDrafter:
 
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
-        draft, config = self.draft, self.draft.config
-        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity, config.head_dim)
-        return ContextCache(shape, draft.backbone.rows_behind, draft.dtype, draft.device)
+        config, scratch_rows = self.draft.config, self.draft.backbone.rows_behind
+        shape = (
+            config.num_hidden_layers,
+            requests,
+            config.num_key_value_heads,
+            capacity + scratch_rows,
+            config.head_dim,
+        )
+        return ContextCache(torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device), scratch_rows)
 
     def read(self, cache: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Project features [R, n, F] to context rows."""

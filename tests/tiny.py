@@ -25,12 +25,12 @@ from transformers import (
 from domino_spec.decoding.cycle import Proposal, State, Verdict, cycle_room
 from domino_spec.decoding.engine import decode
 from domino_spec.decoding.request import Generation, Limits
-from domino_spec.decoding.rows import NoCache
 from domino_spec.decoding.sampling import History, Sampling, SamplingSettings
 from domino_spec.draft.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.block import BlockDrafter, TreeShape
+from domino_spec.drafters.lookup import NoCache
 from domino_spec.drafters.methods import METHODS
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.cache import ATTENTION_NAME

@@ -1,7 +1,7 @@
-"""The decoding loop: requests come and go, and all that are there are decoded together, one cycle at a time.
+"""The decoding loop: requests come and go, and those that are there are decoded together, one cycle at a time.
 
 Each `Engine.step` reads a part of the prompts that wait, then runs one cycle for all requests that are being decoded:
-propose, verify, commit. `decode` hands a batch of prompts to an engine of its own and runs it to the end.
+propose, verify, commit. `decode` makes an engine for a batch of prompts and runs it to the end.
 
 A request occupies a *slot*, a row of tensors that are allocated once. The slots in use are always the first ones, so
 that a pass costs nothing for the others; if a request ends, the last one moves into its slot. A request's text does not
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,15 +45,6 @@ MOST_UNREAD = 1024
 """Cycles without drafts after which the drafter reads what they committed: their features take memory."""
 TRIAL_REQUESTS = 4
 """Requests that are drafted for while drafting does not pay, to see whether it would."""
-
-
-@dataclass
-class _Batch:
-    """The requests that are being decoded, until one comes or goes."""
-
-    state: State
-    cache: Any
-    """The drafter's."""
 
 
 class Engine:
@@ -98,7 +89,7 @@ class Engine:
         self.num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
         self.stats = Stats()
         rows, device = capacity + cycle_room(drafter), target.device
-        self._state = State(
+        self.state = State(
             tokens=torch.zeros(slots, rows, dtype=torch.long, device=device),
             lengths=torch.zeros(slots, dtype=torch.long, device=device),
             prompt_lengths=torch.zeros(slots, dtype=torch.long, device=device),
@@ -106,19 +97,23 @@ class Engine:
             cache=target.new_cache(slots, rows),
             sampling=Sampling([], device),
         )
-        self._cache = drafter.allocate(slots, rows)
+        """Of all slots."""
+        self.cache = drafter.allocate(slots, rows)
+        """The drafter's, for all slots."""
         self._waiting: deque[Slot] = deque()
         self._reading: list[Slot] = []
         self._read_from = 0
         """The place of the first prompt being read: behind the requests that were decoded when it was admitted."""
         self._running: list[Slot] = []
-        self._batch: _Batch | None = None
-        self._static = None
+        self._batch: tuple[State, Any] | None = None
+        """The part of state and cache of those that are being decoded, until one comes or goes."""
+        self.static = None
+        """Runs static cycles; None runs ordinary ones."""
         if static:
             from domino_spec.decoding.graphs.cycles import static_cycles
 
-            own = (self._state, self._cache, self.num_drafts)
-            self._static = static_cycles(target, drafter, *own, matching_rule, policy)
+            memory = self.state, self.cache
+            self.static = static_cycles(target, drafter, *memory, self.num_drafts, matching_rule, policy)
 
     @property
     def busy(self) -> bool:
@@ -173,9 +168,9 @@ class Engine:
             self._read_prompts()
         if not self._running:
             return []
-        if self._static is not None and self._static.takes(self._running):
+        if self.static is not None and self.static.takes(self._running):
             self._read_committed(self._running)
-            late = self._static.step(self._running)
+            late = self.static.step(self._running)
             return [] if late is None else self._deliver(late)
         return self._deliver(self._cycle())
 
@@ -183,12 +178,10 @@ class Engine:
 
     def _cycle(self) -> CycleResult:
         """Propose, verify, commit."""
-        if self._batch is None:
-            self._batch = self._view(len(self._running))
-        state, cache = self._batch.state, self._batch.cache
-        num_drafts = self.num_drafts if self.policy is None else self._planned(self._batch)
+        state, cache = self._batch = self._batch or self._view(len(self._running))
+        num_drafts = self.num_drafts if self.policy is None else self._planned()
         started = time.perf_counter()
-        proposal = self._propose(self._batch, num_drafts)
+        proposal = self._propose(state, cache, num_drafts)
         verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
         commit(state, verdict)
         if proposal.tokens.shape[1]:
@@ -206,18 +199,18 @@ class Engine:
             verdict=verdict,
         )
 
-    def _view(self, requests: int) -> _Batch:
-        """The first requests that are being decoded."""
+    def _view(self, requests: int) -> tuple[State, Any]:
+        """State and drafter's cache of the first requests that are being decoded."""
         sampling = Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
-        return _Batch(self._state.view(0, requests, sampling), self._cache.view(0, requests))
+        return self.state.view(0, requests, sampling), self.cache.view(0, requests)
 
-    def _propose(self, batch: _Batch, num_drafts: int) -> Proposal:
+    def _propose(self, state: State, cache: Any, num_drafts: int) -> Proposal:
         if num_drafts == 0:
             return Proposal.empty(len(self._running), self.target.device)
         if any(slot.unread for slot in self._running):
             self._read_committed(self._running)
-        proposal = self.drafter.propose(batch.state, batch.cache, num_drafts)
-        return proposal if self.policy is None or not self._may_choose(batch) else self.policy.cut(proposal)
+        proposal = self.drafter.propose(state, cache, num_drafts)
+        return proposal if self.policy is None or not self._may_choose() else self.policy.cut(proposal)
 
     def _postpone(self, verdict: Verdict) -> None:
         """Keep what a cycle without drafts committed; the drafter reads it before it drafts again."""
@@ -231,9 +224,9 @@ class Engine:
         """Let the drafter read what was committed without drafts, all cycles together, of these slots from `first`."""
         width = len(self.drafter.feature_layers) * self.target.hidden_size
         # Those with less to read are padded to those with the most, and must have room for it.
-        most = self._state.tokens.shape[1] - max(slot.length for slot in slots)
+        most = self.state.tokens.shape[1] - max(slot.length for slot in slots)
         while any(slot.unread for slot in slots):
-            part = self._cache.view(first, first + len(slots))
+            part = self.cache.view(first, first + len(slots))
             self.drafter.read(part, *take_unread(slots, most, width, self.target))
 
     def _deliver(self, result: CycleResult) -> list[Generation]:
@@ -257,14 +250,14 @@ class Engine:
 
     # How many drafts pay, if a policy decides it
 
-    def _may_choose(self, batch: _Batch) -> bool:
-        """Whether the policy has a say."""
-        return batch.state.sampling.greedy or not self.drafter.samples
+    def _may_choose(self) -> bool:
+        """Whether the policy decides; not if a request samples its drafts, whose number would decide its text."""
+        return not self.drafter.samples or all(slot.request.settings.greedy for slot in self._running)
 
-    def _planned(self, batch: _Batch) -> int:
+    def _planned(self) -> int:
         """Drafts of this cycle, before they are cut; the policy may see a trial of what a few requests would get."""
         assert self.policy is not None
-        if not self._may_choose(batch):
+        if not self._may_choose():
             return self.num_drafts
         wanted = self.policy.wanted(len(self._running), self.num_drafts)
         if wanted > 0:
@@ -272,10 +265,8 @@ class Engine:
         elif self.policy.curious:
             few, started = min(len(self._running), TRIAL_REQUESTS), time.perf_counter()
             self._read_committed(self._running[:few])
-            part = self._view(few)
-            self.policy.look(
-                self.drafter.propose(part.state, part.cache, self.num_drafts), time.perf_counter() - started
-            )
+            trial = self.drafter.propose(*self._view(few), self.num_drafts)
+            self.policy.look(trial, time.perf_counter() - started)
         return wanted
 
     # Prompts
@@ -295,18 +286,22 @@ class Engine:
         # Those with the most to read first: the prompts that a pass still reads are then always the first ones.
         self._reading.sort(key=lambda slot: slot.generation.cached_tokens - len(slot.request.prompt_ids))
         for place, slot in enumerate(self._reading, self._read_from):
-            self._state.put(place, slot.request.prompt_ids)
-            self._cache.clear(place)
+            self.state.put(place, slot.request.prompt_ids)
+            self.cache.clear(place)
             if slot.prefix is not None:
-                (prefix, rows), slot.prefix = slot.prefix, None
-                self._state.cache.put_rows(place, rows, prefix.target_rows)
-                self._cache.put_rows(place, rows, prefix.draft_rows)
+                self._reuse(place, *slot.prefix)
+                slot.prefix = None
+
+    def _reuse(self, place: int, prefix: Prefix, rows: int) -> None:
+        """Copy the rows of an earlier text into a slot."""
+        self.state.cache.put_rows(place, rows, prefix.target_rows)
+        self.cache.put_rows(place, rows, prefix.draft_rows)
 
     def _read_prompts(self) -> None:
         """Prefill one chunk of the prompts being read; all but their last token, which the first cycle verifies."""
         while self._reading:
             first, last = self._read_from, self._read_from + len(self._reading)
-            unread = (self._state.lengths[first:last] - 1 - self._state.cache.lengths[first:last]).tolist()
+            unread = (self.state.lengths[first:last] - 1 - self.state.cache.lengths[first:last]).tolist()
             left = [0 if s.generation.finish_reason else n for s, n in zip(self._reading, unread, strict=True)]
             if any(left):
                 self._read_chunk(max(i for i, n in enumerate(left, 1) if n), max(left))
@@ -318,8 +313,8 @@ class Engine:
     def _read_chunk(self, requests: int, most: int) -> None:
         """Read rows of the first `requests` prompts being read, none of which has more than `most` left."""
         started = time.perf_counter()
-        state = self._state.view(self._read_from, self._read_from + requests, self._state.sampling)
-        cache = self._cache.view(self._read_from, self._read_from + requests)
+        state = self.state.view(self._read_from, self._read_from + requests, self.state.sampling)
+        cache = self.cache.view(self._read_from, self._read_from + requests)
         done = state.cache.lengths
         # Padded rows of shorter prompts are written too, but every row is overwritten before it can be seen.
         room = state.cache.capacity - int(done.max())
@@ -339,7 +334,7 @@ class Engine:
         for place, slot in enumerate(self._reading, self._read_from):
             if place != len(self._running):
                 self._move(place, len(self._running))
-            self._state.active[len(self._running)] = True
+            self.state.active[len(self._running)] = True
             slot.first_cycle = started
             slot.generation.seconds_prefill = started - slot.admitted
             self._running.append(slot)
@@ -360,23 +355,23 @@ class Engine:
         slot = self._running[place]
         if self.prefixes is not None and slot.generation.finish_reason in ("stop", "length"):
             self.prefixes.add(self._prefix(place, slot))
-        if self._static is not None or slot.generation.finish_reason not in ("stop", "length"):
+        if self.static is not None or slot.generation.finish_reason not in ("stop", "length"):
             self._wipe(place, slot)
         last = self._running.pop()
         if last is not slot:
             self._move(len(self._running), place)
             self._running[place] = last
-            if self._static is not None:
+            if self.static is not None:
                 self._wipe(len(self._running), last)
-        self._state.tokens[len(self._running)] = 0  # the next prompt may be padded with what stands here
-        if self._static is not None:
-            self._static.park(len(self._running))
+        self.state.tokens[len(self._running)] = 0  # the next prompt may be padded with what stands here
+        if self.static is not None:
+            self.static.park(len(self._running))
 
     def _prefix(self, place: int, slot: Slot) -> Prefix:
         self._read_committed([slot], place)
         length = slot.length  # without what a cycle committed past the end
-        tokens = self._state.tokens[place, :length].clone().cpu()
-        return Prefix(tokens, self._state.cache.rows_of(place, length - 1), self._cache.rows_of(place, length - 1))
+        tokens = self.state.tokens[place, :length].clone().cpu()
+        return Prefix(tokens, self.state.cache.rows_of(place, length - 1), self.cache.rows_of(place, length - 1))
 
     def _wipe(self, place: int, slot: Slot) -> None:
         """Zero the rows that a request leaves behind and later passes could read: they may not be finite.
@@ -384,15 +379,15 @@ class Engine:
         An ordinary pass overwrites what little it reads past a text. A static one reads further: the rows past a text
         that cycles wrote, also those that committed more than was kept, and the one whose result was not read yet.
         """
-        first, rows = 0, self._state.tokens.shape[1]
+        first, rows = 0, self.state.tokens.shape[1]
         if slot.generation.finish_reason in (None, "stop", "length"):
             first, rows = slot.length - 1, min(slot.length + 3 * (self.drafter.max_drafts + 1), rows)
-        self._state.cache.wipe(place, rows, first)
-        self._cache.wipe(place, rows, first)
+        self.state.cache.wipe(place, rows, first)
+        self.cache.wipe(place, rows, first)
 
     def _move(self, source: int, destination: int) -> None:
-        self._state.move(source, destination)
-        self._cache.move(source, destination)
+        self.state.move(source, destination)
+        self.cache.move(source, destination)
 
 
 def decode(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -76,12 +75,3 @@ class RowCache:
     def _memory_of(self, request: int) -> tuple[Tensor, ...]:
         """Views [..., heads, capacity, D] of a request's memory."""
         return tuple(getattr(self, name)[..., request, :, :, :] for name in self.row_fields)
-
-
-class NoCache(RowCache):
-    """The cache of a drafter that keeps nothing."""
-
-    row_fields = ()
-
-    def __init__(self, requests: int) -> None:
-        self.lengths = torch.zeros(requests, dtype=torch.long)

@@ -19,7 +19,7 @@ from domino_spec.ops.reference import draw
 from domino_spec.settings import UserError
 
 ALMOST_ZERO, HOTTEST = 1e-5, 1e5
-"""Least and highest temperature above 0: logits divided by less would not stay finite, by more would all be equal."""
+"""Least and highest temperature above 0: below it logits would not stay finite, above it they would all be equal."""
 INT64 = 2**63
 
 
@@ -85,7 +85,7 @@ def seed_of(seed: int, request: int) -> int:
 
 @dataclass(frozen=True)
 class History:
-    """Token counts that penalties read, for every row of a verify pass."""
+    """Token counts that penalties depend on, for every row of a verify pass."""
 
     in_text: Tensor
     """[R, n, V] float, occurrences among generated tokens (drafts on the path included)."""
@@ -234,26 +234,15 @@ class Sampling:
 
         One-hot at temperature 0. Order as in transformers: bias and penalties, temperature, top-k, top-p, min-p.
         """
-        logits, warpers = self.warp(logits, history), self.warpers
-        temperature, top_p, min_p = (numbers[:, None, None] for numbers in self.numbers[:3])
-        greedy = temperature == 0
-        best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0) if warpers.greedy else None
-        if best is not None and not warpers.samples:
-            return best
-        logits = logits / temperature.masked_fill(greedy, 1.0)
-        if warpers.top_k:
-            logits = logits.masked_fill(logits < self._top_k_threshold(logits), -torch.inf)
-        if warpers.top_p:
-            ordered, index = logits.sort(dim=-1, descending=True)
-            shares = ordered.softmax(-1)
-            before = shares.cumsum(-1) - shares  # the most probable token always stays
-            ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
-            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
-        probs = logits.softmax(-1)
-        if warpers.min_p:
-            kept = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-            probs = torch.where(min_p > 0, kept / kept.sum(-1, keepdim=True), probs)
-        return probs if best is None else torch.where(greedy, best, probs)
+        logits = self.warp(logits, history)
+        if self.greedy:
+            return _one_hot(logits)
+        temperature = self.numbers[0][:, None, None]
+        scaled = logits / temperature.masked_fill(temperature == 0, 1.0)
+        probs = (self._filter(scaled) if self.warpers.top_k or self.warpers.top_p else scaled).softmax(-1)
+        if self.warpers.min_p:
+            probs = self._drop_improbable(probs)
+        return torch.where(temperature == 0, _one_hot(logits), probs) if self.warpers.greedy else probs
 
     def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
         """Logits [R, n, V] after bias and penalties, in float32; the argmax of these is the greedy choice."""
@@ -262,14 +251,38 @@ class Sampling:
             if self.bias is None:
                 self.bias = self._bias_rows(logits.shape[-1])
             logits = logits + self.bias[:, None]
-        if self.warpers.penalties:
-            assert history is not None
-            repetition, presence, frequency = (numbers[:, None, None] for numbers in self.numbers[3:])
-            penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
-            logits = torch.where(history.seen, penalised, logits)
-            logits = logits - presence * (history.in_text > 0).float()
-            logits = logits - frequency * history.in_text
+        return self._penalise(logits, history) if self.warpers.penalties else logits
+
+    def _penalise(self, logits: Tensor, history: History | None) -> Tensor:
+        assert history is not None
+        repetition, presence, frequency = (numbers[:, None, None] for numbers in self.numbers[3:])
+        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(history.seen, penalised, logits)
+        logits = logits - presence * (history.in_text > 0).float()
+        return logits - frequency * history.in_text
+
+    def _filter(self, logits: Tensor) -> Tensor:
+        """Minus infinity for the tokens that top-k and then top-p drop."""
+        if self.warpers.top_k:
+            most = min(self.warpers.top_k, logits.shape[-1])
+            index = (self.top_k.clamp(1, most) - 1)[:, None, None].expand(*logits.shape[:-1], 1)
+            least_kept = logits.topk(most, dim=-1).values.gather(-1, index)  # [R, n, 1]
+            least_kept = least_kept.masked_fill((self.top_k == 0)[:, None, None], -torch.inf)
+            logits = logits.masked_fill(logits < least_kept, -torch.inf)
+        if self.warpers.top_p:
+            top_p = self.numbers[1][:, None, None]
+            ordered, index = logits.sort(dim=-1, descending=True)
+            shares = ordered.softmax(-1)
+            before = shares.cumsum(-1) - shares  # 0 for the most probable token, which always stays
+            ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
+            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
         return logits
+
+    def _drop_improbable(self, probs: Tensor) -> Tensor:
+        """Without the tokens that min-p drops."""
+        min_p = self.numbers[2][:, None, None]
+        kept = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+        return torch.where(min_p > 0, kept / kept.sum(-1, keepdim=True), probs)
 
     def load(self, settings: Sequence[SamplingSettings], vocab_size: int) -> Warpers:
         """Make these the settings of the first requests, in place; returns what they need."""
@@ -290,19 +303,17 @@ class Sampling:
         part.bias = None if self.bias is None else self.bias[:requests]
         return part
 
-    def _top_k_threshold(self, logits: Tensor) -> Tensor:
-        """The least logit of each row [R, n, 1] that top-k keeps."""
-        most = min(self.warpers.top_k, logits.shape[-1])
-        best = logits.topk(most, dim=-1).values
-        index = (self.top_k.clamp(1, most) - 1)[:, None, None].expand(*logits.shape[:-1], 1)
-        return best.gather(-1, index).masked_fill((self.top_k == 0)[:, None, None], -torch.inf)
-
     def _bias_rows(self, vocab_size: int) -> Tensor:
         rows = torch.zeros(len(self._biases), vocab_size)
         for row, bias in zip(rows, self._biases, strict=True):
             for token, value in bias.items():
                 row[token] = value
         return rows.to(self.seeds.device)
+
+
+def _one_hot(logits: Tensor) -> Tensor:
+    """Probability 1 for the largest of the logits [..., V]."""
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -209,6 +209,6 @@ class BlockDrafter:
         assert verdict.features is not None
         counts = verdict.num_accepted + 1
         rows = int(counts.max()) if cache.fixed_extent is None else verdict.features.shape[1]
-        # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
+        # The text of a request that has ended does not grow; nor may its context, or it would outgrow the cache.
         cache.lengths.copy_(torch.where(counts > 0, verdict.anchor_positions, cache.lengths))
         self.read(cache, verdict.tokens, verdict.features[:, :rows], counts)

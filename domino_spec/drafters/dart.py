@@ -149,7 +149,7 @@ class DartDrafter:
         return Proposal(tokens, tokens.shape[1] * ready, parents)
 
     def _context(self, state: State, cache: DartCache) -> Tensor:
-        """The tokens before the first slot that the N-gram model may see, -1 where there are none: [R, C]."""
+        """The tokens before the first slot that the N-gram model may see, -1 if there are none: [R, C]."""
         count = 0 if self.ngrams is None else self.ngrams.order - 1
         index = state.lengths[:, None] + torch.arange(-count, 0, device=state.tokens.device)
         known = index >= (cache.round_start[:, None] if self.round_context else 0)
@@ -180,7 +180,7 @@ def search_tree(
         tokens: [R, S, K] absolute ids, the best of each slot.
         probs: [R, S, K], their probabilities among the K.
         ngrams: None leaves its term out.
-        context: [R, C] committed tokens in reading order, -1 where there are none; C = order - 1, or 0 without it.
+        context: [R, C] committed tokens in reading order, -1 if there are none; C = order - 1, or 0 without it.
         budget: drafts of the tree at most.
         beam: W, prefixes of a level that are extended.
         stop_token_ids: tokens that end an answer.

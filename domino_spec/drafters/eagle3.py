@@ -27,7 +27,7 @@ TOTAL = 60
 """Rows of a verify pass, the anchor's included: the published default."""
 DEPTH, TOP_K = 7, 10
 """The published defaults for 60, used for every total: the paper gives none for 16, and DominoTree's comparison at 16
-kept them. A wide beam costs little where the total is small, since levels that cannot reach the tree are not run."""
+kept them. A wide beam costs little if the total is small, because levels that cannot reach the tree are not run."""
 
 Expand = Callable[[Tensor, Tensor], Tensor]
 """Nodes' choices [R, W], and for each the place of its parent among the nodes expanded before [R, W], to logits

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict
-from domino_spec.decoding.rows import NoCache, RowCache
+from domino_spec.decoding.rows import RowCache
+
+
+class NoCache(RowCache):
+    """The cache of a drafter that keeps nothing."""
+
+    row_fields = ()
+
+    def __init__(self, requests: int) -> None:
+        self.lengths = torch.zeros(requests, dtype=torch.long)
 
 
 class PlainDecoding:

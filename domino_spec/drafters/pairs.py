@@ -116,6 +116,6 @@ def advance_pairs(draft: SingleLayerDraft, cache: PairCache, verdict: Verdict) -
     assert verdict.features is not None
     counts = verdict.num_accepted + 1
     fresh = int(counts.max())
-    # The text of a request that has ended stays where it is; so must its pairs, or they would outgrow the cache.
+    # The text of a request that has ended does not grow; nor may its pairs, or they would outgrow the cache.
     cache.lengths.copy_(verdict.anchor_positions)
     cache.append(draft, verdict.features[:, :fresh], verdict.tokens[:, :fresh], counts)

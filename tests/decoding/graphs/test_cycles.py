@@ -71,7 +71,7 @@ def test_texts_and_figures_are_those_of_ordinary_cycles(target, method, settings
     assert told(ours) == told(ordinary)
     for name in ("verify_passes", "drafts", "committed_tokens", "prompt_tokens"):
         assert getattr(engines[1].stats, name) == getattr(engines[0].stats, name)
-    assert engines[0]._static is None and engines[1]._static.launched > 0
+    assert engines[0].static is None and engines[1].static.launched > 0
 
 
 def test_requests_with_settings_of_their_own_are_decoded_together(target):
@@ -169,16 +169,16 @@ def test_log_probabilities_take_ordinary_cycles_and_static_ones_go_on_after_them
         going = engine.submit(requests_of([PROMPTS[0]], [40])[0])
         for _ in range(5):
             engine.step()
-        flights = engine._static.launched if engine._static else 0
+        flights = engine.static.launched if engine.static else 0
         limits = Limits(6, stop_token_ids=ENDLESS)
         wanting = engine.submit(Request(PROMPTS[1], limits=limits, top_logprobs=2))
         while not wanting.finish_reason:
             engine.step()
         assert len(wanting.logprobs) == 6 and not going.finish_reason
-        assert not static or engine._static.launched == flights > 0
+        assert not static or engine.static.launched == flights > 0
         while engine.busy:
             engine.step()
-        assert not static or engine._static.launched > flights
+        assert not static or engine.static.launched > flights
         texts.append(told([going, wanting]))
     assert texts[0] == texts[1]
 
@@ -204,7 +204,7 @@ def test_what_searches_on_the_host_has_ordinary_cycles_and_says_so(target, caplo
     assert not is_static(drafter_of(target, "domino", min_confidence=0.1)), "on a CPU"
     with caplog.at_level(logging.WARNING):
         engine = engine_of(target, drafter_of(target, "domino-best-first"))
-    assert engine._static is None and "ordinary" in caplog.text
+    assert engine.static is None and "ordinary" in caplog.text
 
 
 class Moody:

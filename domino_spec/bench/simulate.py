@@ -161,7 +161,7 @@ class _Text:
         return self.tokens.gather(1, index.clamp(max=self.tokens.shape[1] - 1))
 
     def state(self, room: int) -> State:
-        """The prompts, as `decoding.generate.prefill` leaves them; the target's cache has no layers."""
+        """The prompts, as if they had been read; the target's cache has no layers."""
         requests, longest = len(self.starts), int(self.starts.max())
         capacity = self.tokens.shape[1] + room
         device = self.tokens.device

@@ -167,6 +167,8 @@ class Engine:
             self._admit()
             self._read_prompts()
         if not self._running:
+            if self.static is not None:
+                self.static.pending = None  # its requests have ended
             return []
         if self.static is not None and self.static.takes(self._running):
             self._read_committed(self._running)

@@ -1,4 +1,4 @@
-"""The Python surface: `generate` for texts, chats and token ids, with any drafting method."""
+"""The Python API: `load_draft`, and `generate` for texts, chats and token ids, with any drafting method."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from domino_spec.decoding.engine import decode
-from domino_spec.decoding.request import Generation, Limits
+from domino_spec.decoding.request import DraftWatch, Generation, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft import load as draft_loading
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
@@ -50,8 +49,8 @@ def load_draft(
         allow_other_target: accept a draft trained for other weights of the same shape (a fine-tuned target).
 
     Raises:
-        UserError: it does not exist, cannot be read, or was made for another target; or an ordinary model gives
-            something else in this package's passes than in its own (`target/check.py`).
+        UserError: the draft does not exist, cannot be read, or was made for another target; or an ordinary model's
+            outputs in this package's passes differ from those of its own (`target/check.py`).
     """
     if isinstance(target, PreTrainedModel):
         target = Target(target, None, target.name_or_path or type(target).__name__)
@@ -136,23 +135,36 @@ def _expected(name: str, kind: str, value: object) -> str:
     return f"{name}: expected {kind}, found {found(value)}"
 
 
-def _check_types(prompts: object, stop: object, *tables: tuple[str, type, bool, Mapping[str, object]]) -> None:
-    """Refuse arguments of another type than the one that is asked for; their ranges are checked where they are used.
+_NUMBERS: dict[str, tuple[str, type, bool]] = {
+    "max_new_tokens": ("an integer", Integral, False),
+    "top_k": ("an integer", Integral, False),
+    "seed": ("an integer", Integral, False),
+    "num_drafts": ("an integer", Integral, True),
+    "candidates": ("an integer", Integral, True),
+    "temperature": ("a number", Real, False),
+    "top_p": ("a number", Real, False),
+    "min_confidence": ("a number", Real, True),
+}
+"""Arguments of `stream` that are numbers: what is expected, its type, and whether None is allowed."""
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `stream` of a wrong type; their ranges are checked where they are used.
 
     Raises:
         UserError: naming the first of them.
     """
-    for kind, number, may_be_none, values in tables:
-        for name, value in values.items():
-            if not _is_number(value, number) and not (may_be_none and value is None):
-                raise UserError(_expected(name, kind, value))
-    for name, kind, value in (("prompts", "a list of prompts", prompts), ("stop", "a list of texts", stop)):
-        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise UserError(f"{_expected(name, kind, value)}; put it in a list")
-    for i, text in enumerate(stop):  # type: ignore[arg-type,var-annotated]
+    for name, (kind, number, may_be_none) in _NUMBERS.items():
+        value = given[name]
+        if not _is_number(value, number) and not (may_be_none and value is None):
+            raise UserError(_expected(name, kind, value))
+    for name, kind in (("prompts", "a list of prompts"), ("stop", "a list of texts")):
+        if isinstance(given[name], (str, bytes)) or not isinstance(given[name], Sequence):
+            raise UserError(f"{_expected(name, kind, given[name])}; put it in a list")
+    for i, text in enumerate(given["stop"]):
         if not isinstance(text, str):
             raise UserError(_expected(f"stop[{i}]", "a text", text))
-    require(len(prompts) > 0, "no prompt given")  # type: ignore[arg-type]
+    require(len(given["prompts"]) > 0, "no prompt given")
 
 
 def stream(
@@ -188,20 +200,13 @@ def stream(
         sample_drafts: see `make_drafter`.
         min_confidence: see `BlockDrafter`; None takes the device's default.
         matching_rule: see `verify`.
-        exact: refuse a target whose verify pass may round otherwise than its plain step (`Target.check_exact`).
+        exact: refuse a target whose verify pass may round differently from its plain step (`Target.check_exact`).
         ngrams: of method dart, see `make_drafter`.
         generations: filled in place, so that partial text survives an interrupt.
-        watch: counts what is accepted over several calls, and warns where drafting is of no use; None watches this
-            call alone.
+        watch: counts what is accepted over several calls, and warns if drafting is of no use; None counts this call
+            alone.
     """
-    _check_types(
-        prompts,
-        stop,
-        ("an integer", Integral, False, dict(max_new_tokens=max_new_tokens, top_k=top_k, seed=seed)),
-        ("an integer", Integral, True, dict(num_drafts=num_drafts, candidates=candidates)),
-        ("a number", Real, False, dict(temperature=temperature, top_p=top_p)),
-        ("a number", Real, True, dict(min_confidence=min_confidence)),
-    )
+    _check_types(locals())
     settings = settings or SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     limits = Limits(max_new_tokens, tuple(stop))
     if num_drafts is not None and num_drafts < 0:

@@ -12,7 +12,6 @@ import domino_spec
 from domino_spec import UserError, generate
 from domino_spec.api import prompt_ids
 from domino_spec.decoding.cycle import Proposal, start
-from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
 from domino_spec.ops.native import steps as cpu
@@ -20,6 +19,7 @@ from tests.tiny import (
     as_target,
     draft_for,
     plain_greedy,
+    prefill,
     tiny_draft,
     tiny_model,
     tiny_single_layer,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +101,21 @@ def test_the_import_check_sees_every_form_of_import():
 def test_only_ops_import_triton():
     users = {_room(f) for f in FILES if any(n.split(".")[0] == "triton" for n in _file_imports(f))}
     assert users <= {"ops"}
+
+
+def test_decoding_by_default_imports_no_optional_machinery():
+    """The policy, static cycles and the engines' plug-ins stand behind doors that `generate` does not open."""
+    script = (
+        "import sys\nfrom domino_spec import generate\nfrom tests import tiny\n"
+        "target = tiny.tiny_target()\n"
+        "(result,) = generate(target, tiny.tiny_draft(target), [[1, 2, 3]], max_new_tokens=4)\n"
+        "assert result.num_drafts[0] > 0\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('domino_spec.')))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+    )
+    imported = told.stdout.split()
+    assert "domino_spec.decoding.engine" in imported and "domino_spec.drafters.block" in imported
+    optional = ("decoding.policy", "decoding.graphs", "decoding.adapt", "decoding.static_policy", "engines", "serve")
+    assert not [name for name in imported if name.removeprefix("domino_spec.").startswith(optional)]

@@ -9,7 +9,7 @@ import torch
 
 from domino_spec.api import default_min_confidence
 from domino_spec.cli import group as threads
-from domino_spec.decoding import adapt, engine, watch
+from domino_spec.decoding import adapt, engine, request
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.drafters import dart, eagle3, methods
 from domino_spec.drafters import lookup as lookup_first
@@ -36,8 +36,8 @@ STATED = {
         f"must promise {adapt.TAKEN_UP - 1:.0%} more tokens",
         f"After {adapt.RECHECKED} cycles that draft one is plain",
         f"after {adapt.RECHECKED_SOON} where drafting promises less than {adapt.HARDLY} times",
-        f"After {watch.FIRST_LOOK} such passes",
-        f"below {watch.USELESS:.0%} a warning",
+        f"After {request.FIRST_LOOK} such passes",
+        f"below {request.USELESS:.0%} a warning",
     ),
     "reference/command-line.md": (f"GOMP_SPINCOUNT={threads.SPIN_COUNT}",),
     "benchmarks.md": (
@@ -54,9 +54,9 @@ def test_what_a_page_states_is_what_the_code_does(page, sentence):
 
 
 def test_words_for_numbers_that_the_page_spells_out():
-    assert (engine.LOOKED_AT, adapt.SEEN_ENOUGH, methods.SMALLEST_TREE) == (4, 4, 2)
-    assert lookup_first.LookupFirst.__init__.__defaults__ == (3, 6) and adapt.GIVEN_UP == 1
-    assert ngram.PromptLookup().max_drafts == 8 and watch.DEVIATIONS == 3
+    assert (engine.TRIAL_REQUESTS, adapt.SEEN_ENOUGH, methods.SMALLEST_TREE) == (4, 4, 2)
+    assert lookup_first.LookupFirst.__init__.__defaults__ == (3, 6, None) and adapt.GIVEN_UP == 1
+    assert ngram.PromptLookup().max_drafts == 8 and request.DEVIATIONS == 3
 
 
 def test_what_the_benchmarks_page_says_of_the_tests_of_losslessness():

@@ -11,7 +11,6 @@ from transformers.generation.streamers import BaseStreamer
 from domino_spec import UserError, load_draft
 from domino_spec.api import default_min_confidence
 from domino_spec.draft.checkpoint import save_draft
-from domino_spec.drafters.block import TreeDrafter
 from domino_spec.integrations.transformers import generate_with
 from tests.tiny import as_target, random_prompts, tiny_draft, tiny_model
 
@@ -108,8 +107,8 @@ def test_the_hook_drafts_as_generate_does_by_default(llama, monkeypatch, options
     monkeypatch.setattr("domino_spec.api.generate_with", watched)
     model.generate(**batch([5, 4]), custom_generate=draft.custom_generate, max_new_tokens=2, **options)
     (drafter,) = drafters
-    assert isinstance(drafter, TreeDrafter) and drafter.max_drafts == 5, "eleven drafts and an anchor, shared by two"
-    assert drafter.block.min_confidence == default_min_confidence(model.device)
+    assert drafter.tree is not None and drafter.max_drafts == 5, "eleven drafts and an anchor, shared by two"
+    assert drafter.min_confidence == default_min_confidence(model.device)
 
 
 def test_sampling_never_leaves_the_top_k(llama):

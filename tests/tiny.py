@@ -22,13 +22,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from domino_spec.decoding.cycle import NoCache, Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict, cycle_room
 from domino_spec.decoding.engine import decode
 from domino_spec.decoding.request import Generation, Limits
-from domino_spec.decoding.sampling import SamplingSettings
+from domino_spec.decoding.sampling import History, Sampling, SamplingSettings
 from domino_spec.draft.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.drafters.block import BlockDrafter, TreeShape
+from domino_spec.drafters.lookup import NoCache
 from domino_spec.drafters.methods import METHODS
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.target.cache import ATTENTION_NAME
@@ -301,6 +303,42 @@ def _common(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
+def tree_of(block: BlockDrafter, budget: int, width: int | None = None, builder: str = "depth") -> BlockDrafter:
+    """A drafter of trees with the settings of a drafter of chains."""
+    return BlockDrafter(
+        block.draft,
+        use_head=block.head is not None,
+        candidates=block.candidates,
+        min_confidence=block.min_confidence,
+        tree=TreeShape(budget, width, builder),
+    )
+
+
+def prefill(
+    target: Target, prompts: list[list[int]], drafter, max_new_tokens: int, settings: SamplingSettings | None = None
+) -> State:
+    """Committed prompts, their cache (all but the last token, which the first pass verifies) and features."""
+    lengths = torch.tensor([len(p) for p in prompts])
+    capacity, longest = int(lengths.max()) + max_new_tokens + cycle_room(drafter), int(lengths.max()) - 1
+    tokens = torch.zeros(len(prompts), capacity, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    cache = target.new_cache(len(prompts), capacity)
+    features = target.prefill(tokens[:, :longest], lengths - 1, cache, drafter.feature_layers)
+    sampling = Sampling.alike(settings or SamplingSettings(), len(prompts))
+    return State(tokens, lengths, lengths.clone(), torch.ones_like(lengths).bool(), cache, sampling, features)
+
+
+def warp_logits(logits: Tensor, settings: SamplingSettings, history: History | None = None) -> Tensor:
+    """`Sampling.warp` of logits [R, n, V], the same settings for all."""
+    return Sampling([settings] * len(logits)).warp(logits, history)
+
+
+def target_probs(logits: Tensor, settings: SamplingSettings, history: History | None = None) -> Tensor:
+    """`Sampling.probs` of logits [R, n, V], the same settings for all."""
+    return Sampling([settings] * len(logits)).probs(logits, history)
+
+
 class KeepsNothing:
     """What the loop asks of a drafter without caches."""
 
@@ -308,12 +346,12 @@ class KeepsNothing:
     samples = False
 
     def allocate(self, requests: int, capacity: int) -> NoCache:
-        return NoCache()
+        return NoCache(requests)
 
-    def read(self, own: NoCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+    def read(self, cache: NoCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         pass
 
-    def advance(self, own: NoCache, verdict: Verdict) -> None:
+    def advance(self, cache: NoCache, verdict: Verdict) -> None:
         pass
 
 

@@ -16,9 +16,8 @@ from domino_spec.api import generate
 from domino_spec.bench.baseline import transformers_generate
 from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
 from domino_spec.decoding.cycle import Drafter
-from domino_spec.decoding.request import Generation
+from domino_spec.decoding.request import DraftWatch, Generation
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.vocabulary import FrequentTokens, restricted
 from domino_spec.drafters.methods import METHODS as DRAFTING

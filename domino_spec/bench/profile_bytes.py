@@ -31,7 +31,7 @@ from domino_spec.decoding.cycle import Drafter
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.target.model import Target
 from domino_spec.target.native import PackedLinear
 
@@ -110,8 +110,8 @@ def draft_bytes(draft: AnyDraft | None, drafter: Drafter, work: Work, requests: 
 def _head_bytes(draft: Draft, drafter: Drafter, work: Work, requests: int) -> int:
     """GRU, W1, and the rows of W2 that correct the candidates of each slot; 0 where the head is left off."""
     block: Any = drafter
-    while not isinstance(block, BlockDrafter):  # a tree's, or one that looks up first
-        block = block.block if isinstance(block, TreeDrafter) else block.inner
+    while not isinstance(block, BlockDrafter):  # one that looks up first
+        block = block.inner
     head, size = block.head, draft.dtype.itemsize
     if head is None or work.logits == 0:
         return 0

@@ -1,19 +1,22 @@
-"""The data that flows through the decoding loop: what is committed, what is proposed, what was decided.
+"""One cycle of speculative decoding: a drafter proposes, the target verifies, and what it decided is committed.
 
-`State` belongs to the loop, `Proposal` comes from a drafter, `Verdict` from verification; each is made once per cycle
-and handed on. A drafter keeps its own caches in a value of its own (see `drafters`).
+`State` is the committed text, `Proposal` what a drafter made of it, `Verdict` what the target decided about that. The
+loop that runs the cycle is `engine.Engine`.
 
-Shapes: R requests, N drafted tokens, K candidates, F feature width.
+Shapes: R requests, N drafted tokens, K candidates, F feature width, V vocabulary. A pass of the target has N + 1 rows:
+the anchor (row 0), which is the last committed token, and the drafts (row 1 + j).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from domino_spec.decoding.rows import RowCache
 from domino_spec.decoding.sampling import History, RandomStreams, Sampling, path_history
 from domino_spec.ops.acceptance import greedy_chain, match_chain, sampled_chain
 from domino_spec.target.cache import TargetCache
@@ -24,7 +27,7 @@ from domino_spec.target.model import Target
 class State:
     """Committed text of R requests, in tensors allocated once.
 
-    Invariant between cycles: `cache.lengths == lengths - 1`, because the last committed token is verified next time.
+    Between cycles `cache.lengths == lengths - 1`, because the next pass verifies the last committed token.
     """
 
     tokens: Tensor
@@ -39,7 +42,7 @@ class State:
     sampling: Sampling
     """How their tokens are drawn."""
     features: Tensor | None = None
-    """[R, T, F] features of freshly read prompts without their last token; None where the drafter taps nothing."""
+    """[R, T, F], features of freshly read prompts without their last token; None if the drafter taps nothing."""
 
     @property
     def anchors(self) -> Tensor:
@@ -47,14 +50,19 @@ class State:
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
 
     def view(self, start: int, stop: int, sampling: Sampling, extent: int | None = None) -> State:
-        """The requests `start .. stop - 1` as a state of their own, in the same memory; for `extent` see the cache."""
-        tokens, lengths, prompt_lengths, active = (
-            t[start:stop] for t in (self.tokens, self.lengths, self.prompt_lengths, self.active)
-        )
+        """The requests `start .. stop - 1` as a state that shares this memory; for `extent` see `RowCache.view`."""
+        tokens, lengths = self.tokens[start:stop], self.lengths[start:stop]
+        prompt_lengths, active = self.prompt_lengths[start:stop], self.active[start:stop]
         return State(tokens, lengths, prompt_lengths, active, self.cache.view(start, stop, extent), sampling)
 
+    def put(self, request: int, prompt: Sequence[int]) -> None:
+        """Make this the text of a request, of which nothing was read yet."""
+        self.tokens[request, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
+        self.lengths[request] = self.prompt_lengths[request] = len(prompt)
+        self.cache.lengths[request] = 0
+
     def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, which is lost."""
+        """Put request `source` in the place of request `destination`, which is lost."""
         for tensor in (self.tokens, self.lengths, self.prompt_lengths, self.active):
             tensor[destination] = tensor[source]
         self.cache.move(source, destination)
@@ -89,7 +97,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification decided for one cycle."""
+    """What verification decided in one cycle."""
 
     tokens: Tensor
     """[R, N + 1], the accepted drafts followed by the bonus token; later entries are meaningless."""
@@ -99,8 +107,8 @@ class Verdict:
     """[R, N + 1, F], features of the anchor and the accepted drafts in their first `num_accepted + 1` rows."""
     anchor_positions: Tensor
     """[R], position of the first feature row (the anchor's)."""
-    sound: Tensor
-    """[R] bool, False where the target's hidden states or logits are not finite: what was decided means nothing."""
+    finite: Tensor
+    """[R] bool, False if the target's hidden states or logits are not finite: the decision is then meaningless."""
     path: Tensor | None = None
     """[R, N + 1], rows of the pass that form the accepted path of a tree, the anchor's first; None for a chain, whose
     path is the first rows."""
@@ -108,131 +116,120 @@ class Verdict:
     """[R, N + 1, V], the target's own, at every row of the pass."""
 
 
-# ----------------------------------------------------------------------
-# The protocol that every drafting method follows: what the loop asks of a drafter (DESIGN section 5).
+# Verify: one pass of the target over the anchor and the drafts decides which drafts stay and what follows them.
 
 
-class DraftCache(Protocol):
-    """What a drafter keeps of the requests between two cycles, in memory allocated once."""
+def verify(
+    target: Target,
+    state: State,
+    proposal: Proposal,
+    feature_layers: tuple[int, ...] = (),
+    matching_rule: bool = False,
+) -> Verdict:
+    """Run the target once over [anchor, drafts] of every request and decide; lossless for any proposal.
 
-    def view(self, start: int, stop: int) -> Any:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
-        ...
+    The target makes one choice at every row of the pass: its argmax, or one draw from its distribution, with a number
+    that belongs to the position. *Chosen* drafts, chains and trees alike, stay while they equal it, so the text is made
+    of the target's own choices, whatever was drafted. A *sampled* draft is accepted with probability
+    min(1, target_prob / draft_prob); after a rejection the token comes from norm(max(0, target_probs - draft_probs))
+    (Leviathan et al. 2023; docs/design.md, section 5).
 
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, which is lost."""
-        ...
+    Writes the rows of the pass into `state.cache` without committing them.
 
-    def clear(self, request: int) -> None:
-        """Forget a request."""
-        ...
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of what was read of a request's first `rows` positions, [..., rows, D] each."""
-        ...
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own; more of its text will be read."""
-        ...
-
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero what a text of so many rows may have left, so that nothing in it is not finite."""
-        ...
-
-
-class Drafter(Protocol):
-    """Proposes drafts for the requests of a `State`."""
-
-    feature_layers: tuple[int, ...]
-    """Decoder layers of the target whose outputs it reads; prefill and verification tap these."""
-    max_drafts: int
-    """The most it can propose in one cycle."""
-    samples: bool
-    """Whether it samples drafts for requests above temperature 0: how many it proposes then decides which text a seed
-    gives. *Chosen* drafts never change a text."""
-
-    def allocate(self, requests: int, capacity: int) -> Any:
-        """Its own caches, a `DraftCache` for so many requests of up to `capacity` tokens; they start empty."""
-        ...
-
-    def read(self, own: Any, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
-        """Take in text that it did not draft: a prompt, or what was committed without drafts.
-
-        Args:
-            own: its caches.
-            tokens: [R, n], the token that follows each position.
-            features: [R, n, F], of positions behind those already read; None where it taps nothing.
-            counts: [R], how many of them are meant.
-        """
-        ...
-
-    def propose(self, state: State, own: Any, num_drafts: int) -> Proposal:
-        """Up to `num_drafts` drafts per request, `num_drafts <= max_drafts`."""
-        ...
-
-    def advance(self, own: Any, verdict: Verdict) -> None:
-        """Take in a commit; `verdict` carries the features of what was committed."""
-        ...
-
-
-class NoCache:
-    """The caches of a drafter that keeps nothing."""
-
-    def view(self, start: int, stop: int, extent: int | None = None) -> NoCache:
-        """Nothing to see."""
-        return self
-
-    def move(self, source: int, destination: int) -> None:
-        """Nothing to move."""
-
-    def clear(self, request: int) -> None:
-        """Nothing to forget."""
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Nothing to copy."""
-        return ()
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Nothing to put back."""
-
-    def wipe(self, request: int, rows: int, first: int = 0) -> None:
-        """Nothing to zero."""
-
-
-def is_static(drafter: Drafter) -> bool:
-    """Whether a drafter can be part of a static cycle (`decoding.static`); those that say nothing cannot.
-
-    Its `propose` and `advance` then never look at the device, what they allocate has shapes that depend on the number
-    of requests, the extent and `num_drafts` alone. `view` of its caches takes an `extent`, the rows to read whatever
-    the lengths are, and `wipe` the first row to zero. Requests with `num_accepted` -1 have ended: `advance` leaves
-    theirs alone.
+    Args:
+        target: the frozen model.
+        state: committed text, and the distributions that the output must follow; not changed here.
+        proposal: drafts of this cycle, a chain or a tree.
+        feature_layers: decoder layers whose outputs the drafter needs.
+        matching_rule: accept sampled drafts too only if they equal the target's choice, the rule of the released
+            implementation: also lossless, never accepts more (kept for comparison).
     """
-    return bool(getattr(drafter, "static", False))
+    sampling = state.sampling
+    tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
+    drafted = proposal.tokens.shape[1] > 0  # without drafts a chain and a tree are the same
+    ancestors = tree_ancestors(proposal.parents) if drafted and proposal.parents is not None else None
+    output = target.forward(tokens, state.cache, feature_layers, ancestors)
+    logits = target.lm_head(output.hidden)  # [R, N + 1, V]
+    history = _history(state, proposal, ancestors, logits.shape[-1]) if sampling.warpers.penalties else None
+    features, path = output.features, None
+    if ancestors is not None:
+        positions = state.lengths[:, None] + ancestors.sum(-1) - 1
+        committed, num_accepted, path = walk_tree(sampling.choices(logits, positions, history), proposal, ancestors)
+        if features is not None:
+            features = features.gather(1, path[..., None].expand_as(features))
+    else:
+        committed, num_accepted = _decide_chain(logits, state, proposal, history, matching_rule)
+    finite = _finite(output.hidden, logits, num_accepted, path)
+    return Verdict(committed, num_accepted, features, state.lengths - 1, finite, path, logits)
 
 
-def cycle_room(drafter: Drafter) -> int:
-    """Rows that caches need beyond a text's own: a cycle may overshoot by a whole block before it is cut."""
-    return 2 * (drafter.max_drafts + 1)
+def _decide_chain(
+    logits: Tensor, state: State, proposal: Proposal, history: History | None, matching_rule: bool
+) -> tuple[Tensor, Tensor]:
+    """Committed tokens [R, N + 1] and the number of accepted drafts [R] of a chain; see `verify`."""
+    sampling = state.sampling
+    if sampling.plain_greedy and logits.is_cuda:  # one launch instead of a dozen
+        committed, num_accepted, _ = greedy_chain(logits, proposal.tokens, proposal.num_drafts)
+        return committed, num_accepted
+    positions = state.lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)
+    if proposal.draft_probs is None or sampling.greedy or matching_rule:
+        choices = sampling.choices(logits, positions, history)
+        return match_chain(choices, proposal.tokens, proposal.num_drafts)
+    return accept_chain(sampling.probs(logits, history), proposal, sampling.streams, positions)
 
 
-def start(drafter: Drafter, state: State) -> Any:
-    """A drafter's caches for freshly prefilled requests."""
-    requests, capacity = state.tokens.shape
-    own = drafter.allocate(requests, capacity)
-    longest = int(state.lengths.max()) - 1
-    if longest:
-        drafter.read(own, state.tokens[:, 1 : longest + 1], state.features, state.lengths - 1)
-    return own
+def accept_chain(probs: Tensor, proposal: Proposal, streams: RandomStreams, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Speculative sampling of a chain.
+
+    Args:
+        probs: [R, N + 1, V], the target's distribution after the anchor and after every draft.
+        proposal: sampled drafts; those of a request that chooses are one-hot.
+        streams: random numbers.
+        positions: [R, N + 1], absolute position of the token that each row of `probs` predicts.
+
+    Returns:
+        Committed tokens [R, N + 1] (accepted drafts, then the bonus) and the number of accepted drafts [R].
+    """
+    assert proposal.candidate_ids is not None and proposal.draft_probs is not None
+    accepted = sampled_chain(
+        probs,
+        proposal.tokens,
+        proposal.num_drafts,
+        proposal.candidate_ids,
+        proposal.draft_probs,
+        streams.uniform(positions[:, :-1], RandomStreams.ACCEPT),
+        streams.uniform(positions, RandomStreams.RESIDUAL),
+    )
+    return accepted.tokens, accepted.num_accepted
 
 
-# ----------------------------------------------------------------------
-# Trees of drafts: who descends from whom, and which path the target's own choices walk.
-#
-# Every node of a tree is a *chosen* token. The target chooses once at each row of the pass (argmax, or one draw), and
-# the walk follows children that equal the choice; the choice that no child equals is the bonus token. So the text is
-# made of the target's choices alone, whatever the tree, and a node's children are accepted with their probability.
-#
-# Shapes: R requests, N drafted tokens; rows of a pass are the anchor (row 0) and the drafts (row 1 + j).
+def _history(state: State, proposal: Proposal, ancestors: Tensor | None, vocab_size: int) -> History:
+    """What penalties read at every row: the committed text and the drafts on the row's path."""
+    if ancestors is None:
+        num_drafts = proposal.tokens.shape[1]
+        on_path = torch.ones(num_drafts + 1, num_drafts, dtype=torch.bool, device=state.tokens.device).tril(-1)
+        on_path = on_path.expand(len(state.tokens), -1, -1)
+    else:
+        on_path = ancestors[:, :, 1:]
+    return path_history(state.tokens, state.lengths, state.prompt_lengths, proposal.tokens, on_path, vocab_size)
+
+
+def _finite(hidden: Tensor, logits: Tensor, num_accepted: Tensor, path: Tensor | None) -> Tensor:
+    """Whether the rows that decided something are finite: hidden states [R, n, H] and logits [R, n, V] to [R].
+
+    A target may forbid tokens with minus infinity, so only the largest of its logits must be finite. It is NaN if any
+    of them is.
+    """
+    finite = hidden.isfinite().all(-1) & logits.amax(-1).isfinite()  # [R, n]
+    if path is not None:
+        finite = finite.gather(1, path)
+    unused = torch.arange(finite.shape[1], device=finite.device) > num_accepted[:, None]
+    return (finite | unused).all(1)
+
+
+# Walk: a tree's accepted drafts are those that the target's own choices lead to. The choice that equals no child of the
+# last accepted node is the bonus token. So a node's children are accepted with the probability that the target gives
+# them, whatever the tree.
 
 
 def tree_ancestors(parents: Tensor) -> Tensor:
@@ -259,7 +256,7 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
     Args:
         choices: [R, N + 1], the token that the target chose after each row.
         proposal: a tree whose siblings differ.
-        ancestors: of `tree_ancestors`.
+        ancestors: from `tree_ancestors`.
 
     Returns:
         Committed tokens [R, N + 1] (accepted drafts, then the bonus), the number of accepted drafts [R], and the path
@@ -268,11 +265,11 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
     assert proposal.parents is not None
     num_drafts = proposal.tokens.shape[1]
     index = torch.arange(num_drafts, device=choices.device)
-    wanted = choices.gather(1, proposal.parents + 1) == proposal.tokens
-    wanted &= index < proposal.num_drafts[:, None]
-    # A draft is accepted where nobody on the way down to it was refused.
-    refused = torch.bmm(ancestors[:, 1:, 1:].float(), (~wanted).float()[..., None])[..., 0]
-    accepted = refused == 0
+    chosen = choices.gather(1, proposal.parents + 1) == proposal.tokens
+    chosen &= index < proposal.num_drafts[:, None]
+    # A draft is accepted if it and every draft above it were chosen.
+    rejected = torch.bmm(ancestors[:, 1:, 1:].float(), (~chosen).float()[..., None])[..., 0]
+    accepted = rejected == 0
     num_accepted = accepted.sum(1)
     # Parents come before children, so the path is the accepted rows in their order.
     path = torch.where(accepted, index + 1, num_drafts + 1).sort(dim=1).values.clamp(max=num_drafts)
@@ -282,113 +279,11 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
     return tokens.scatter(1, num_accepted[:, None], choices.gather(1, last)), num_accepted, path
 
 
-# ----------------------------------------------------------------------
-# Verification: one target pass over the anchor and the drafts, then which drafts stay and what follows them.
-#
-# Lossless for any proposal (DESIGN section 5). The target makes one choice at every row of the pass (its argmax, or
-# one draw from its distribution, with a number that belongs to the position), and *chosen* drafts, chains and trees
-# alike, stay while they equal it: a draft x is accepted with probability target_probs[x], and the text is made of the
-# target's own choices, whatever was drafted. A *sampled* draft is accepted with probability min(1, target_prob /
-# draft_prob), else the next token comes from norm(max(0, target_probs - draft_probs)) (Leviathan et al. 2023).
-
-
-def verify(
-    target: Target,
-    state: State,
-    proposal: Proposal,
-    feature_layers: tuple[int, ...] = (),
-    matching_rule: bool = False,
-) -> Verdict:
-    """Run the target once over [anchor, drafts] of every request and decide.
-
-    Writes the rows of the pass into `state.cache` without committing them.
-
-    Args:
-        target: the frozen model.
-        state: committed text, and the distributions that the output must follow; not changed here.
-        proposal: drafts of this cycle, a chain or a tree.
-        feature_layers: decoder layers whose outputs the drafter needs.
-        matching_rule: accept sampled drafts too only where they equal the target's choice, the rule of the released
-            implementation: also lossless, never accepts more (kept for comparison).
-    """
-    sampling = state.sampling
-    tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
-    drafted = proposal.tokens.shape[1] > 0  # nothing drafted is a chain and a tree alike
-    ancestors = tree_ancestors(proposal.parents) if drafted and proposal.parents is not None else None
-    output = target.forward(tokens, state.cache, feature_layers, ancestors)
-    logits = target.lm_head(output.hidden)  # [R, N + 1, V]
-    history = _history(state, proposal, ancestors, logits.shape[-1]) if sampling.reads_history else None
-    features, path = output.features, None
-    if ancestors is not None:
-        positions = state.lengths[:, None] + ancestors.sum(-1) - 1
-        committed, num_accepted, path = walk_tree(sampling.choices(logits, positions, history), proposal, ancestors)
-        if features is not None:
-            features = features.gather(1, path[..., None].expand_as(features))
-    elif sampling.plain_greedy and logits.is_cuda:  # one launch instead of a dozen
-        committed, num_accepted, _ = greedy_chain(logits, proposal.tokens, proposal.num_drafts)
-    else:
-        positions = state.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        if proposal.draft_probs is None or sampling.greedy or matching_rule:
-            choices = sampling.choices(logits, positions, history)
-            committed, num_accepted = match_chain(choices, proposal.tokens, proposal.num_drafts)
-        else:
-            probs = sampling.probs(logits, history)
-            committed, num_accepted = accept_chain(probs, proposal, sampling.streams, positions)
-    sound = _sound(output.hidden, logits, num_accepted, path)
-    return Verdict(committed, num_accepted, features, state.lengths - 1, sound, path, logits)
-
-
-def _history(state: State, proposal: Proposal, ancestors: Tensor | None, vocab_size: int) -> History:
-    """What penalties read at every row: the committed text and the drafts on the row's path."""
-    if ancestors is None:
-        num_drafts = proposal.tokens.shape[1]
-        on_path = torch.ones(num_drafts + 1, num_drafts, dtype=torch.bool, device=state.tokens.device).tril(-1)
-        on_path = on_path.expand(len(state.tokens), -1, -1)
-    else:
-        on_path = ancestors[:, :, 1:]
-    return path_history(state.tokens, state.lengths, state.prompt_lengths, proposal.tokens, on_path, vocab_size)
-
-
-def _sound(hidden: Tensor, logits: Tensor, num_accepted: Tensor, path: Tensor | None) -> Tensor:
-    """Whether the rows that decided something are finite: hidden states [R, n, H] and logits [R, n, V] to [R].
-
-    A target may forbid tokens with minus infinity. So of its logits only the largest must be finite: it is NaN where
-    any of them is.
-    """
-    finite = hidden.isfinite().all(-1) & logits.amax(-1).isfinite()  # [R, n]
-    if path is not None:
-        finite = finite.gather(1, path)
-    unused = torch.arange(finite.shape[1], device=finite.device) > num_accepted[:, None]
-    return (finite | unused).all(1)
-
-
-def accept_chain(probs: Tensor, proposal: Proposal, streams: RandomStreams, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Speculative sampling of a chain.
-
-    Args:
-        probs: [R, N + 1, V], the target's distribution after the anchor and after every draft.
-        proposal: sampled drafts; a request's may be one-hot, where it chooses.
-        streams: random numbers.
-        positions: [R, N + 1], absolute position of the token that each row of `probs` predicts.
-
-    Returns:
-        Committed tokens [R, N + 1] (accepted drafts, then the bonus) and the number of accepted drafts [R].
-    """
-    assert proposal.candidate_ids is not None and proposal.draft_probs is not None
-    accepted = sampled_chain(
-        probs,
-        proposal.tokens,
-        proposal.num_drafts,
-        proposal.candidate_ids,
-        proposal.draft_probs,
-        streams.uniform(positions[:, :-1], RandomStreams.ACCEPT),
-        streams.uniform(positions, RandomStreams.RESIDUAL),
-    )
-    return accepted.tokens, accepted.num_accepted
+# Commit.
 
 
 def commit(state: State, verdict: Verdict) -> None:
-    """Append what was decided and crop the target's cache to it: lengths change, and only a tree's path is copied.
+    """Append what was decided, and crop the target's cache to it: lengths change, and only a tree's path is copied.
 
     Requests that are no longer active stay as they are.
     """
@@ -399,8 +294,64 @@ def commit(state: State, verdict: Verdict) -> None:
     kept = torch.where(fresh, verdict.tokens, state.tokens.gather(1, index))
     state.tokens.scatter_(1, index, kept)
     if verdict.path is not None:
-        fixed = state.cache.fixed_extent is not None  # then nobody looks how much of the paths is meant
+        fixed = state.cache.fixed_extent is not None  # then the host must not ask how long the longest path is
         state.cache.keep_path(verdict.path if fixed else verdict.path[:, : int(verdict.num_accepted.max()) + 1])
     advance = (verdict.num_accepted + 1) * state.active
     state.lengths += advance
     state.cache.lengths += advance
+
+
+# Propose: what the loop asks of every drafting method (docs/design.md, section 5).
+
+
+class Drafter(Protocol):
+    """Proposes drafts for the requests of a `State`.
+
+    Whatever it keeps between two cycles is in a `RowCache` of its own, which the loop holds and hands to it.
+    """
+
+    feature_layers: tuple[int, ...]
+    """Decoder layers of the target whose outputs it reads; prefill and verification tap these."""
+    max_drafts: int
+    """The most it can propose in one cycle."""
+    samples: bool
+    """Whether it samples drafts for requests above temperature 0: how many it proposes then decides which text a seed
+    gives. *Chosen* drafts never change a text."""
+
+    def allocate(self, requests: int, capacity: int) -> Any:
+        """Its `RowCache` for so many requests of up to `capacity` tokens, all empty."""
+        ...
+
+    def read(self, cache: Any, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Take in text that it did not draft: a prompt, or what was committed without drafts.
+
+        Args:
+            cache: from `allocate`.
+            tokens: [R, n], the token that follows each position.
+            features: [R, n, F], of positions behind those already read; None if it taps nothing.
+            counts: [R], how many of them are valid.
+        """
+        ...
+
+    def propose(self, state: State, cache: Any, num_drafts: int) -> Proposal:
+        """Up to `num_drafts` drafts per request, `num_drafts <= max_drafts`."""
+        ...
+
+    def advance(self, cache: Any, verdict: Verdict) -> None:
+        """Take in a commit; `verdict` carries the features of what was committed."""
+        ...
+
+
+def cycle_room(drafter: Drafter) -> int:
+    """Rows that caches need beyond a text's own: a cycle may overshoot by a whole block before it is cut."""
+    return 2 * (drafter.max_drafts + 1)
+
+
+def start(drafter: Drafter, state: State) -> RowCache:
+    """A drafter's cache for freshly prefilled requests."""
+    requests, capacity = state.tokens.shape
+    cache = drafter.allocate(requests, capacity)
+    longest = int(state.lengths.max()) - 1
+    if longest:
+        drafter.read(cache, state.tokens[:, 1 : longest + 1], state.features, state.lengths - 1)
+    return cache

@@ -1,52 +1,50 @@
-"""The decoding loop, continuous: requests come and go, and a slot that one leaves is the next one's.
+"""The decoding loop: requests come and go, and those that are there are decoded together, one cycle at a time.
 
-Each step reads a part of the prompts that wait, then runs one cycle for all requests that are being decoded: propose,
-verify, commit. Slots are memory allocated once. Those in use are always the first ones, so that a pass costs nothing
-for those that are not; a request that ends is replaced by the last one.
+Each `Engine.step` reads a part of the prompts that wait, then runs one cycle for all requests that are being decoded:
+propose, verify, commit. `decode` makes an engine for a batch of prompts and runs it to the end.
 
-The cycle may be a static one (`static`), which CUDA runs as one graph; the host hears of it while the next one runs.
-
-A request's text does not depend on who else is decoded: its random numbers are keyed by its own seed and positions.
+A request occupies a *slot*, a row of tensors that are allocated once. The slots in use are always the first ones, so
+that a pass costs nothing for the others; if a request ends, the last one moves into its slot. A request's text does not
+depend on which others are decoded with it: its random numbers are keyed by its own seed and positions.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, is_static, verify
-from domino_spec.decoding.graphs.cycles import Flight, StaticCycles
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, verify
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
-from domino_spec.decoding.request import Ending, Generation, Limits, Request, Slot, Stats, check_prompt, take_unread
+from domino_spec.decoding.request import (
+    CycleResult,
+    DraftWatch,
+    Ending,
+    Generation,
+    Limits,
+    Request,
+    Slot,
+    Stats,
+    check_prompt,
+    take_unread,
+)
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, seed_of
-from domino_spec.decoding.static_policy import LateChoice
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.settings import UserError
 from domino_spec.target.model import PREFILL_CHUNK, Target
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from domino_spec.decoding.adapt import DraftPolicy
 
 READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
 MOST_UNREAD = 1024
-"""Tokens of a request after which the drafter takes in what was committed without drafts: features take memory."""
-LOOKED_AT = 4
-"""Requests that are drafted for while it does not pay, to see whether it would."""
-
-
-@dataclass
-class _Batch:
-    """The requests that are being decoded, as the loop sees them until one comes or goes."""
-
-    state: State
-    own: Any
+"""Cycles without drafts after which the drafter reads what they committed: their features take memory."""
+TRIAL_REQUESTS = 4
+"""Requests that are drafted for while drafting does not pay, to see whether it would."""
 
 
 class Engine:
@@ -58,13 +56,13 @@ class Engine:
         slots: requests that are decoded together; others wait.
         capacity: tokens that a request may have, prompt and answer together.
         num_drafts: drafts per cycle; None for the drafter's most.
-        policy: decides, cycle by cycle, how many drafts pay; None always drafts. It is not asked where a request
-            samples its drafts: their number would decide which text a seed gives.
+        policy: decides, cycle by cycle, how many drafts pay; None always drafts. It is not asked if a request samples
+            its drafts: their number would decide which text a seed gives.
         matching_rule: see `verify`.
         prefixes: keeps texts that ended, for prompts that begin like them; None keeps none.
-        static: run static cycles where the drafter allows, captured as graphs on CUDA. Requests that want
-            log-probabilities have ordinary ones, and so has whoever is decoded beside them.
-        watch: counts what is accepted, and warns where drafting is of no use; None watches nothing.
+        static: run static cycles (`graphs/`), captured as graphs on CUDA, if the drafter can. While a request wants
+            log-probabilities, cycles are ordinary ones.
+        watch: counts what is accepted, and warns if drafting is of no use; None counts nothing.
 
     Raises:
         UserError: fewer slots than one.
@@ -90,36 +88,36 @@ class Engine:
         self.slots, self.capacity, self.prefixes, self.watch = slots, capacity, prefixes, watch
         self.num_drafts = drafter.max_drafts if num_drafts is None else min(num_drafts, drafter.max_drafts)
         self.stats = Stats()
-        rows = capacity + cycle_room(drafter)
-        device = target.device
-        empty = torch.zeros(slots, dtype=torch.long, device=device)
-        self._state = State(
-            torch.zeros(slots, rows, dtype=torch.long, device=device),
-            empty,
-            empty.clone(),
-            torch.ones(slots, dtype=torch.bool, device=device),
-            target.new_cache(slots, rows),
-            Sampling([], device),
+        rows, device = capacity + cycle_room(drafter), target.device
+        self.state = State(
+            tokens=torch.zeros(slots, rows, dtype=torch.long, device=device),
+            lengths=torch.zeros(slots, dtype=torch.long, device=device),
+            prompt_lengths=torch.zeros(slots, dtype=torch.long, device=device),
+            active=torch.ones(slots, dtype=torch.bool, device=device),
+            cache=target.new_cache(slots, rows),
+            sampling=Sampling([], device),
         )
-        self._own = drafter.allocate(slots, rows)
+        """Of all slots."""
+        self.cache = drafter.allocate(slots, rows)
+        """The drafter's, for all slots."""
         self._waiting: deque[Slot] = deque()
         self._reading: list[Slot] = []
         self._read_from = 0
+        """The place of the first prompt being read: behind the requests that were decoded when it was admitted."""
         self._running: list[Slot] = []
-        self._batch: _Batch | None = None
-        self._static = self._static_cycles() if static else None
-        self._late: Flight | None = None
-        self._choice = LateChoice(policy, self.num_drafts)
+        self._batch: tuple[State, Any] | None = None
+        """The part of state and cache of those that are being decoded, until one comes or goes."""
+        self.static = None
+        """Runs static cycles; None runs ordinary ones."""
+        if static:
+            from domino_spec.decoding.graphs.cycles import static_cycles
 
-    def _static_cycles(self) -> StaticCycles | None:
-        if not is_static(self.drafter):
-            _log.warning("cycles are ordinary ones, which wait for the host: the drafter works there in part")
-            return None
-        return StaticCycles(self.target, self.drafter, self._state, self._own, self.num_drafts, self.matching_rule)
+            memory = self.state, self.cache
+            self.static = static_cycles(target, drafter, *memory, self.num_drafts, matching_rule, policy)
 
     @property
     def busy(self) -> bool:
-        """Whether any request is not done."""
+        """Whether any request has not ended."""
         return bool(self._waiting or self._reading or self._running)
 
     @property
@@ -157,7 +155,7 @@ class Engine:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """End a request where it is; its slot is free from the next step on."""
+        """End a request as it is; its slot is free from the next step on."""
         if generation.finish_reason is None:
             generation.finish_reason = "cancelled"
 
@@ -165,73 +163,160 @@ class Engine:
     def step(self) -> list[Generation]:
         """Read a part of the prompts that wait, then run one cycle; returns the generations that grew or ended."""
         self._release()
-        self._take_up()
-        self._read_prompts()
-        late, self._late = self._late, None
+        if self._waiting or self._reading:
+            self._admit()
+            self._read_prompts()
         if not self._running:
+            if self.static is not None:
+                self.static.pending = None  # its requests have ended
             return []
-        if self._static is not None and all(slot.request.top_logprobs is None for slot in self._running):
-            self._late = self._launch(self._static, late)
-            return [] if late is None else self._hear(late)
-        if late is not None:
-            return self._hear(late)
-        batch = self._batch = self._batch or self._view()
-        wanted = self._wanted(batch)
+        if self.static is not None and self.static.takes(self._running):
+            self._read_committed(self._running)
+            late = self.static.step(self._running)
+            return [] if late is None else self._deliver(late)
+        return self._deliver(self._cycle())
+
+    # One cycle
+
+    def _cycle(self) -> CycleResult:
+        """Propose, verify, commit."""
+        state, cache = self._batch = self._batch or self._view(len(self._running))
+        num_drafts = self.num_drafts if self.policy is None else self._planned()
         started = time.perf_counter()
-        proposal = self._propose(batch, wanted)
-        verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
-        commit(batch.state, verdict)
-        self._advance(batch, proposal, verdict)
+        proposal = self._propose(state, cache, num_drafts)
+        verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
+        commit(state, verdict)
+        if proposal.tokens.shape[1]:
+            self.drafter.advance(cache, verdict)
+        else:
+            self._postpone(verdict)
         if self.policy is not None:
             self.policy.observe(proposal, verdict, time.perf_counter() - started)
-        return self._deliver(proposal, verdict)
+        return CycleResult(
+            slots=list(self._running),
+            tokens=verdict.tokens.tolist(),
+            num_accepted=verdict.num_accepted.tolist(),
+            num_drafts=proposal.num_drafts.tolist(),
+            finite=verdict.finite.tolist(),
+            verdict=verdict,
+        )
 
-    # Reading prompts
+    def _view(self, requests: int) -> tuple[State, Any]:
+        """State and drafter's cache of the first requests that are being decoded."""
+        sampling = Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
+        return self.state.view(0, requests, sampling), self.cache.view(0, requests)
 
-    def _take_up(self) -> None:
+    def _propose(self, state: State, cache: Any, num_drafts: int) -> Proposal:
+        if num_drafts == 0:
+            return Proposal.empty(len(self._running), self.target.device)
+        if any(slot.unread for slot in self._running):
+            self._read_committed(self._running)
+        proposal = self.drafter.propose(state, cache, num_drafts)
+        return proposal if self.policy is None or not self._may_choose() else self.policy.cut(proposal)
+
+    def _postpone(self, verdict: Verdict) -> None:
+        """Keep what a cycle without drafts committed; the drafter reads it before it drafts again."""
+        for place, slot in enumerate(self._running):
+            row = slice(place, place + 1)
+            slot.unread.append((verdict.tokens[row], None if verdict.features is None else verdict.features[row]))
+            if len(slot.unread) >= MOST_UNREAD:
+                self._read_committed([slot], place)
+
+    def _read_committed(self, slots: Sequence[Slot], first: int = 0) -> None:
+        """Let the drafter read what was committed without drafts, all cycles together, of these slots from `first`."""
+        width = len(self.drafter.feature_layers) * self.target.hidden_size
+        # Those with less to read are padded to those with the most, and must have room for it.
+        most = self.state.tokens.shape[1] - max(slot.length for slot in slots)
+        while any(slot.unread for slot in slots):
+            part = self.cache.view(first, first + len(slots))
+            self.drafter.read(part, *take_unread(slots, most, width, self.target))
+
+    def _deliver(self, result: CycleResult) -> list[Generation]:
+        """Grow the generations by what a cycle decided, and count it."""
+        now, grown = time.perf_counter(), []
+        decoded = [row for row, accepted in enumerate(result.num_accepted) if accepted >= 0]
+        if decoded:
+            drafts = sum(result.num_drafts[row] for row in decoded)
+            self.stats.cycles += 1
+            self.stats.drafted_cycles += drafts > 0
+            self.stats.verify_passes += len(decoded)
+            self.stats.drafts += drafts
+            self.stats.committed_tokens += sum(result.num_accepted[row] + 1 for row in decoded)
+        if self.watch is not None:
+            self.watch.count(result.num_drafts, result.num_accepted)
+        for row in decoded:
+            grown.append(result.slots[row].generation)
+            result.slots[row].grow(result, row, now)
+        self._release()
+        return grown
+
+    # How many drafts pay, if a policy decides it
+
+    def _may_choose(self) -> bool:
+        """Whether the policy decides; not if a request samples its drafts, whose number would decide its text."""
+        return not self.drafter.samples or all(slot.request.settings.greedy for slot in self._running)
+
+    def _planned(self) -> int:
+        """Drafts of this cycle, before they are cut; the policy may see a trial of what a few requests would get."""
+        assert self.policy is not None
+        if not self._may_choose():
+            return self.num_drafts
+        wanted = self.policy.wanted(len(self._running), self.num_drafts)
+        if wanted > 0:
+            self._read_committed(self._running)
+        elif self.policy.curious:
+            few, started = min(len(self._running), TRIAL_REQUESTS), time.perf_counter()
+            self._read_committed(self._running[:few])
+            trial = self.drafter.propose(*self._view(few), self.num_drafts)
+            self.policy.look(trial, time.perf_counter() - started)
+        return wanted
+
+    # Prompts
+
+    def _admit(self) -> None:
         """Give free slots, those after the ones in use, to requests that wait."""
-        if self._reading or not self._waiting:
+        if self._reading:
             return
         free = self.slots - len(self._running)
         taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         self._reading = [slot for slot in taken if slot.generation.finish_reason is None]
+        self._read_from = len(self._running)
         for slot in self._reading:
-            slot.taken_up = time.perf_counter()
-            slot.prefix = self.prefixes.longest(slot.request.prompt_ids) if self.prefixes is not None else None
-            slot.generation.cached_tokens = 0 if slot.prefix is None else slot.prefix[1]
+            slot.admitted = time.perf_counter()
+            if self.prefixes is not None and (found := self.prefixes.longest(slot.request.prompt_ids)) is not None:
+                slot.prefix, slot.generation.cached_tokens = found, found[1]
         # Those with the most to read first: the prompts that a pass still reads are then always the first ones.
         self._reading.sort(key=lambda slot: slot.generation.cached_tokens - len(slot.request.prompt_ids))
-        self._read_from = len(self._running)
         for place, slot in enumerate(self._reading, self._read_from):
-            prompt = torch.tensor(slot.request.prompt_ids, device=self._state.tokens.device)
-            self._state.tokens[place, : len(prompt)] = prompt
-            self._state.lengths[place] = self._state.prompt_lengths[place] = len(prompt)
-            self._state.cache.lengths[place] = 0
-            self._own.clear(place)
+            self.state.put(place, slot.request.prompt_ids)
+            self.cache.clear(place)
             if slot.prefix is not None:
-                prefix, rows = slot.prefix
-                self._state.cache.put_rows(place, rows, prefix.target_rows)
-                self._own.put_rows(place, rows, prefix.draft_rows)
+                self._reuse(place, *slot.prefix)
                 slot.prefix = None
+
+    def _reuse(self, place: int, prefix: Prefix, rows: int) -> None:
+        """Copy the rows of an earlier text into a slot."""
+        self.state.cache.put_rows(place, rows, prefix.target_rows)
+        self.cache.put_rows(place, rows, prefix.draft_rows)
 
     def _read_prompts(self) -> None:
         """Prefill one chunk of the prompts being read; all but their last token, which the first cycle verifies."""
         while self._reading:
             first, last = self._read_from, self._read_from + len(self._reading)
-            unread = (self._state.lengths[first:last] - 1 - self._state.cache.lengths[first:last]).tolist()
+            unread = (self.state.lengths[first:last] - 1 - self.state.cache.lengths[first:last]).tolist()
             left = [0 if s.generation.finish_reason else n for s, n in zip(self._reading, unread, strict=True)]
             if any(left):
                 self._read_chunk(max(i for i, n in enumerate(left, 1) if n), max(left))
                 if self._running:  # they wait for one chunk at a time
                     return
             else:
-                self._start_reading_requests()
+                self._start_decoding()
 
     def _read_chunk(self, requests: int, most: int) -> None:
         """Read rows of the first `requests` prompts being read, none of which has more than `most` left."""
         started = time.perf_counter()
-        state = self._state.view(self._read_from, self._read_from + requests, self._state.sampling)
-        own = self._own.view(self._read_from, self._read_from + requests)
+        state = self.state.view(self._read_from, self._read_from + requests, self.state.sampling)
+        cache = self.cache.view(self._read_from, self._read_from + requests)
         done = state.cache.lengths
         # Padded rows of shorter prompts are written too, but every row is overwritten before it can be seen.
         room = state.cache.capacity - int(done.max())
@@ -241,206 +326,70 @@ class Engine:
         tokens = state.tokens.gather(1, index.clamp(max=state.tokens.shape[1] - 1))
         features = self.target.forward(tokens[:, :-1], state.cache, self.drafter.feature_layers).features
         state.cache.lengths += counts
-        self.drafter.read(own, tokens[:, 1:], features, counts)
+        self.drafter.read(cache, tokens[:, 1:], features, counts)
         self.stats.prompt_tokens += int(counts.sum())
         self.stats.read_seconds += time.perf_counter() - started
 
-    def _start_reading_requests(self) -> None:
+    def _start_decoding(self) -> None:
         """Decode those whose prompts are read: they join the others, whose number may have fallen meanwhile."""
-        self._batch = None
-        started = time.perf_counter()
+        self._batch, started = None, time.perf_counter()
         for place, slot in enumerate(self._reading, self._read_from):
             if place != len(self._running):
                 self._move(place, len(self._running))
-            self._state.active[len(self._running)] = True
+            self.state.active[len(self._running)] = True
             slot.first_cycle = started
-            slot.generation.seconds_prefill = started - slot.taken_up
+            slot.generation.seconds_prefill = started - slot.admitted
             self._running.append(slot)
         self._reading = []
         self._release()
-
-    # One cycle
-
-    def _view(self) -> _Batch:
-        count = len(self._running)
-        return _Batch(self._state.view(0, count, self._sampling(count)), self._own.view(0, count))
-
-    def _sampling(self, requests: int) -> Sampling:
-        return Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
-
-    def _asked(self, batch: _Batch) -> DraftPolicy | None:
-        """The policy, where it has a say."""
-        return self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
-
-    def _wanted(self, batch: _Batch) -> int:
-        """Drafts of this cycle, before they are cut; the drafter has then taken in what it needs for them."""
-        requests, policy = len(self._running), self._asked(batch)
-        wanted = self.num_drafts if policy is None else policy.wanted(requests, self.num_drafts)
-        if wanted > 0:
-            self._read_committed(0, requests)
-        elif policy is not None and policy.curious:
-            few, started = min(requests, LOOKED_AT), time.perf_counter()
-            self._read_committed(0, few)
-            state = batch.state.view(0, few, self._sampling(few))
-            proposal = self.drafter.propose(state, batch.own.view(0, few), self.num_drafts)
-            policy.look(proposal, time.perf_counter() - started)
-        return wanted
-
-    def _propose(self, batch: _Batch, wanted: int) -> Proposal:
-        if wanted == 0:
-            return Proposal.empty(len(self._running), self.target.device)
-        policy, proposal = self._asked(batch), self.drafter.propose(batch.state, batch.own, wanted)
-        return proposal if policy is None else policy.cut(proposal)
-
-    def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
-        self.stats.count(len(self._running), int(proposal.num_drafts.sum()), int(verdict.num_accepted.sum()))
-        if proposal.tokens.shape[1]:
-            self.drafter.advance(batch.own, verdict)
-            return
-        for place, slot in enumerate(self._running):
-            own = slice(place, place + 1)
-            slot.unread.append((verdict.tokens[own], None if verdict.features is None else verdict.features[own]))
-            if len(slot.unread) >= MOST_UNREAD:
-                self._read_committed(place, place + 1)
-
-    def _read_committed(self, first: int, last: int) -> None:
-        """Let the drafter take in what was committed without drafts, all cycles in one go: of some requests."""
-        slots = self._running[first:last]
-        width = len(self.drafter.feature_layers) * self.target.hidden_size
-        # Those with less to read are padded to those with the most, and must have room for it.
-        most = self._state.tokens.shape[1] - max(slot.length for slot in slots)
-        while any(slot.unread for slot in slots):
-            self.drafter.read(self._own.view(first, last), *take_unread(slots, most, width, self.target))
-
-    def _deliver(self, proposal: Proposal, verdict: Verdict) -> list[Generation]:
-        tokens, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
-        proposed, sound = proposal.num_drafts.tolist(), verdict.sound.tolist()
-        if self.watch is not None:
-            self.watch.count(proposed, accepted)
-        now, grown = time.perf_counter(), []
-        for r, slot in enumerate(self._running):
-            grown.append(slot.generation)
-            slot.grow(tokens[r][: accepted[r] + 1], proposed[r], sound[r], now, verdict, r)
-        self._release()
-        return grown
-
-    # One static cycle
-
-    def _launch(self, static: StaticCycles, late: Flight | None) -> Flight:
-        """Start a cycle; nobody may have heard of the one before."""
-        self._read_committed(0, len(self._running))
-        samples = self.drafter.samples and any(not slot.request.settings.greedy for slot in self._running)
-        choice = self._choice.choose(len(self._running), asked=not samples)
-        return static.launch(self._running, late, choice.offered, choice.verified, choice.drafted)
-
-    def _hear(self, flight: Flight) -> list[Generation]:
-        """Deliver what a cycle decided to those who are still there."""
-        heard = flight.hear()
-        now, grown = time.perf_counter(), []
-        decoded = [r for r, accepted in enumerate(heard.accepted) if accepted >= 0]
-        if decoded:
-            drafts, accepted = (sum(values[r] for r in decoded) for values in (heard.num_drafts, heard.accepted))
-            self.stats.count(len(decoded), drafts, accepted)
-            if self.watch is not None:
-                self.watch.count(heard.num_drafts, heard.accepted)
-        self._choice.learn(flight, heard)
-        for r in decoded:
-            slot = flight.slots[r]
-            grown.append(slot.generation)
-            slot.grow(heard.tokens[r][: heard.accepted[r] + 1], heard.num_drafts[r], heard.sound[r], now, None, r)
-        for slot, accepted, ended in zip(flight.slots, heard.accepted, heard.ended, strict=True):
-            assert slot.generation.finish_reason or (accepted >= 0 and not ended), "it would stand still for ever"
-        self._release()
-        return grown
 
     # Slots
 
     def _release(self) -> None:
         """Free the slots of requests that have ended."""
-        ended = [place for place, slot in enumerate(self._running) if slot.generation.finish_reason is not None]
-        if not ended:
-            return
+        for place in reversed(range(len(self._running))):
+            if self._running[place].generation.finish_reason is not None:
+                self._free(place)
+
+    def _free(self, place: int) -> None:
+        """Free the slot of a request that has ended: the last request moves into it."""
         self._batch = None
-        for place in ended:
-            if self._running[place].generation.finish_reason in ("stop", "length"):
-                self._keep_prefix(place)
-            self._vacate(place, self._running[place])
-        for place in reversed(ended):
-            last = self._running.pop()
-            if place < len(self._running):
-                self._move(len(self._running), place)
-                self._vacate(len(self._running), last)
-                self._running[place] = last
-        if self._static is not None:
-            self._static.rest(len(self._running), len(self._running) + len(ended))
+        slot = self._running[place]
+        if self.prefixes is not None and slot.generation.finish_reason in ("stop", "length"):
+            self.prefixes.add(self._prefix(place, slot))
+        if self.static is not None or slot.generation.finish_reason not in ("stop", "length"):
+            self._wipe(place, slot)
+        last = self._running.pop()
+        if last is not slot:
+            self._move(len(self._running), place)
+            self._running[place] = last
+            if self.static is not None:
+                self._wipe(len(self._running), last)
+        self.state.tokens[len(self._running)] = 0  # the next prompt may be padded with what stands here
+        if self.static is not None:
+            self.static.park(len(self._running))
 
-    def _vacate(self, place: int, slot: Slot) -> None:
-        """Leave nothing in a place that is not finite: nobody has seen what stands behind a text."""
-        caches, rows = (self._state.cache, self._own), self._state.tokens.shape[1]
-        self._state.tokens[place] = 0  # the next prompt may be padded with what stands here
-        if slot.generation.finish_reason not in (None, "stop", "length"):
-            for cache in caches:
-                cache.wipe(place, rows)
-        elif self._static is not None:  # an ordinary pass reads little beyond texts, and overwrites that before
-            # Cycles may have committed more than was kept, one that nobody has heard of too; they wrote further yet.
-            most = min(slot.length + 3 * (self.drafter.max_drafts + 1), rows)
-            for cache in caches:
-                cache.wipe(place, most, slot.length - 1)
+    def _prefix(self, place: int, slot: Slot) -> Prefix:
+        self._read_committed([slot], place)
+        length = slot.length  # without what a cycle committed past the end
+        tokens = self.state.tokens[place, :length].clone().cpu()
+        return Prefix(tokens, self.state.cache.rows_of(place, length - 1), self.cache.rows_of(place, length - 1))
 
-    def _keep_prefix(self, place: int) -> None:
-        if self.prefixes is not None:
-            self._read_committed(place, place + 1)
-            state, generation = self._state, self._running[place].generation
-            length = len(generation.prompt_ids) + generation.num_tokens  # without what a cycle committed past the end
-            tokens = state.tokens[place, :length].clone().cpu()
-            target_rows, draft_rows = state.cache.rows_of(place, length - 1), self._own.rows_of(place, length - 1)
-            self.prefixes.add(Prefix(tokens, target_rows, draft_rows))
+    def _wipe(self, place: int, slot: Slot) -> None:
+        """Zero the rows that a request leaves behind and later passes could read: they may not be finite.
+
+        An ordinary pass overwrites what little it reads past a text. A static one reads further: the rows past a text
+        that cycles wrote, also those that committed more than was kept, and the one whose result was not read yet.
+        """
+        first, rows = 0, self.state.tokens.shape[1]
+        if slot.generation.finish_reason in (None, "stop", "length"):
+            first, rows = slot.length - 1, min(slot.length + 3 * (self.drafter.max_drafts + 1), rows)
+        self.state.cache.wipe(place, rows, first)
+        self.cache.wipe(place, rows, first)
 
     def _move(self, source: int, destination: int) -> None:
-        self._state.move(source, destination)
-        self._own.move(source, destination)
-
-
-# ----------------------------------------------------------------------
-# Decoding to the end: a batch of requests handed to an engine of their own.
-#
-# `decode` yields after every cycle; the loop itself is `engine.Engine`. `prefill` is for those who measure single
-# cycles.
-
-
-def prefill(
-    target: Target,
-    prompts: Sequence[Sequence[int]],
-    drafter: Drafter,
-    max_new_tokens: int,
-    settings: SamplingSettings | None = None,
-) -> State:
-    """Committed prompts, their cache (all but the last token, which the first pass verifies) and features.
-
-    Args:
-        target: the frozen model.
-        prompts: token ids of every request.
-        drafter: whose features are kept.
-        max_new_tokens: tokens that there must be room for.
-        settings: of all requests, request r with the stream `seed + r`; None is greedy.
-
-    Raises:
-        UserError: see `check_prompt`.
-    """
-    for prompt in prompts:
-        check_prompt(target, prompt, max_new_tokens)
-    device = target.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    capacity = int(lengths.max()) + max_new_tokens + cycle_room(drafter)
-    tokens = torch.zeros(len(prompts), capacity, dtype=torch.long, device=device)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, device=device)
-    cache = target.new_cache(len(prompts), capacity)
-    longest = int(lengths.max()) - 1
-    features = target.prefill(tokens[:, :longest], lengths - 1, cache, drafter.feature_layers)
-    active = torch.ones_like(lengths, dtype=torch.bool)
-    sampling = Sampling.alike(settings or SamplingSettings(), len(prompts), device)
-    return State(tokens, lengths, lengths.clone(), active, cache, sampling, features)
+        self.state.move(source, destination)
+        self.cache.move(source, destination)
 
 
 def decode(
@@ -479,15 +428,9 @@ def decode(
     requests = [Request(p, replace(settings, seed=seed), limits) for p, seed in zip(prompts, seeds, strict=True)]
     for prompt in prompts:
         check_prompt(target, prompt, limits.max_new_tokens)
-    engine = Engine(
-        target,
-        drafter,
-        slots=len(prompts),
-        capacity=max(map(len, prompts)) + limits.max_new_tokens,
-        num_drafts=num_drafts,
-        matching_rule=matching_rule,
-        watch=watch,
-    )
+    capacity = max(map(len, prompts)) + limits.max_new_tokens
+    options: Any = dict(num_drafts=num_drafts, matching_rule=matching_rule, watch=watch)
+    engine = Engine(target, drafter, slots=len(prompts), capacity=capacity, **options)
     generations += [engine.submit(request) for request in requests]
     while engine.busy:
         engine.step()
@@ -497,9 +440,5 @@ def decode(
             raise UserError(
                 f"{target.name} gave values that are not finite after {generation.num_tokens} tokens of request "
                 f"{place} of {len(generations)}: check its weights, or load it in another precision than "
-                f"{_name(target.dtype)}"
+                f"{str(target.dtype).removeprefix('torch.')}"
             )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,10 +1,11 @@
-"""Texts that ended, kept with what was computed for them: a prompt that begins like one need not be read anew.
+"""Texts that ended, kept with their cache rows, so that a prompt that begins with the same tokens reads only the rest.
 
-The next turn of a conversation repeats all turns before it. What is kept are rows of the target's cache and of the
-drafter's, copied out of the slot that the request leaves, up to a number of bytes; the oldest go first.
+The next turn of a conversation repeats all turns before it. When a request ends, its rows of the target's cache and of
+the drafter's are copied out of its slot. All copies together take a limited number of bytes; the least recently used
+are dropped first.
 
-A row depends only on the tokens up to it, so the text is the same as without. (Where products round otherwise for other
-numbers of rows, so do rows read in another pass; `Target.check_exact` says where they do not.)
+A row depends only on the tokens up to it, so the text is the same as without. (If products round differently for other
+numbers of rows, so do rows that were read in another pass; `Target.check_exact` says when they do not.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Prefix:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it holds."""
+        """Memory that it takes."""
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.target_rows, *self.draft_rows))
 
 
@@ -38,7 +39,7 @@ class PrefixCache:
     """Prefixes, the most recently used last.
 
     Args:
-        most_bytes: memory for all of them; texts that are larger are not kept.
+        most_bytes: memory for all of them; a text that needs more is not kept.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -49,7 +50,7 @@ class PrefixCache:
         return len(self._prefixes)
 
     def add(self, prefix: Prefix) -> None:
-        """Keep a text; those that it continues are dropped, and old ones where there is no room."""
+        """Keep a text; drop those that it continues, and the least recently used ones if there is no room."""
         if prefix.num_bytes > self.most_bytes:
             return
         length = len(prefix.tokens)
@@ -62,10 +63,10 @@ class PrefixCache:
             self._drop(self._prefixes[0])
 
     def longest(self, prompt: Sequence[int]) -> tuple[Prefix, int] | None:
-        """The text that shares the most with a prompt, and how many of its rows the prompt can use; None for none.
+        """The text that shares the most tokens with a prompt, and how many of its rows the prompt can use, if any.
 
-        The last two tokens of a prompt are always left to be read: the last one is verified by the first cycle, and a
-        drafter may want to have seen a pass end.
+        The last two tokens of a prompt are always read: the first cycle verifies the last one, and the drafter must
+        have read at least one token of this request.
         """
         wanted = torch.tensor(prompt)
         best, rows = None, 0
@@ -86,7 +87,7 @@ class PrefixCache:
 
 
 def common_length(ours: Tensor, theirs: Tensor) -> int:
-    """Tokens that two texts [L] begin with alike."""
+    """How many tokens at their beginning two texts [L] have in common."""
     length = min(len(ours), len(theirs))
     different = (ours[:length] != theirs[:length]).nonzero()
     return int(different[0, 0]) if len(different) else length

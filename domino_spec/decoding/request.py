@@ -1,8 +1,13 @@
-"""One request: what is asked for, what it has produced so far, and when it ends."""
+"""One request: what is asked for, what it has produced so far, how its text grows, and when it ends.
+
+The counts over all requests stand at the end: an engine's `Stats`, and `DraftWatch`, which warns if drafts are useless.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +19,8 @@ from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.target.text import StopStrings, TextStream, check_characters
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,19 @@ class Generation:
     finish_reason: str | None = None
     """"stop", "length", "cancelled", "error" (the target's output was not finite), or None while running."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of every token, where they were asked for."""
+    """Of every token, if they were asked for."""
     acceptance_lengths: list[int] = field(default_factory=list)
     """`num_accepted + 1` of every verify pass, before stop or length cut it."""
     num_drafts: list[int] = field(default_factory=list)
     """Drafts proposed in every verify pass."""
     accepted: list[bool] = field(default_factory=list)
-    """Per generated token: True where it was drafted, False where the target supplied it."""
+    """Per generated token: True if it was drafted, False if the target supplied it."""
     seconds_prefill: float = 0.0
-    """Wall-clock seconds from being taken up to the first cycle."""
+    """Wall-clock seconds from admission to the first cycle."""
     seconds_decode: float = 0.0
     """Wall-clock seconds from the first cycle to this request's end."""
     cached_tokens: int = 0
-    """Tokens of the prompt that did not have to be read, since an earlier request had left them."""
+    """Tokens of the prompt that did not have to be read, because an earlier request had left their rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +136,7 @@ def check_prompt(target: Target, prompt: Sequence[int], max_new_tokens: int) -> 
 
 
 class Ending:
-    """Grows one generation by what a cycle committed, and ends it where stop tokens, stop strings or length say.
+    """Grows one generation by what a cycle committed; stop tokens, stop strings and the length limit end it.
 
     Args:
         target: for its tokenizer; without one there is no text and no stop string.
@@ -142,7 +149,7 @@ class Ending:
         self._max_new_tokens = limits.max_new_tokens
         self.stop_token_ids = target.stop_token_ids if limits.stop_token_ids is None else limits.stop_token_ids
         self._stream = TextStream(target.tokenizer) if target.tokenizer is not None else None
-        self._stop = StopStrings(limits.stop)
+        self._stop = StopStrings(limits.stop) if limits.stop else None
 
     def append(
         self, generation: Generation, tokens: list[int], num_drafts: int, logprobs: Sequence[TokenLogprob] = ()
@@ -159,90 +166,67 @@ class Ending:
             if self._stream is not None:
                 generation.text += self._stream.push([] if stopped else [token], final=stopped or full)
                 generation.text_ends.append(len(generation.text))
-                cut = self._stop.find(generation.text)
-                if cut is not None:
-                    generation.text = generation.text[:cut]
-                    stopped = True
+                if self._stop is not None and (cut := self._stop.find(generation.text)) is not None:
+                    generation.text, stopped = generation.text[:cut], True
             if stopped or full:
                 generation.finish_reason = "stop" if stopped else "length"
                 return
 
 
-# ----------------------------------------------------------------------
-# What the engine knows of a request that it has taken up, and what it has done so far.
-
-
-@dataclass
-class Stats:
-    """What an engine has done since it was made."""
-
-    cycles: int = 0
-    drafted_cycles: int = 0
-    """Cycles in which some request had drafts."""
-    verify_passes: int = 0
-    """Passes of single requests: R of them in a cycle of R requests."""
-    drafts: int = 0
-    committed_tokens: int = 0
-    """Accepted drafts and bonus tokens, before stop or length cut them."""
-    prompt_tokens: int = 0
-    """Read, not taken over from an earlier text."""
-    read_seconds: float = 0.0
-    """Wall-clock seconds of reading prompts."""
-
-    def count(self, requests: int, drafts: int, accepted: int) -> None:
-        """One cycle of so many requests."""
-        self.cycles += 1
-        self.drafted_cycles += drafts > 0
-        self.verify_passes += requests
-        self.drafts += drafts
-        self.committed_tokens += accepted + requests
-
-
 @dataclass(eq=False)
 class Slot:
-    """A request that has been taken up."""
+    """A request that an engine has accepted, and its place in it."""
 
     request: Request
     generation: Generation
     ending: Ending
-    taken_up: float
+    admitted: float
+    """When it was admitted, as `time.perf_counter` counts; so `first_cycle`."""
     first_cycle: float = 0.0
     prefix: tuple[Prefix, int] | None = None
-    """A text that begins alike, and how many of its rows can be used."""
+    """A text that begins with the same tokens, and how many of its rows can be used."""
     unread: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """What the drafter has not taken in, from cycles without drafts: tokens [1, 1] and features [1, 1, F]."""
+    """What the drafter has not read yet, from cycles without drafts: tokens [1, 1] and features [1, 1, F]."""
 
     @property
     def length(self) -> int:
         """Tokens of its prompt and of its text so far."""
-        return len(self.generation.prompt_ids) + self.generation.num_tokens
+        return len(self.generation.prompt_ids) + len(self.generation.token_ids)
 
-    def grow(
-        self, tokens: list[int], num_drafts: int, sound: bool, now: float, verdict: Verdict | None, row: int
-    ) -> None:
-        """Add what a cycle committed, unless the request has ended or the values mean nothing.
+    def grow(self, cycle: CycleResult, row: int, now: float) -> None:
+        """Add what a cycle committed for this request, whose `row` it was, unless the request has ended.
 
-        Args:
-            tokens: accepted drafts and the bonus token.
-            num_drafts: proposed in this cycle.
-            sound: see `Verdict`.
-            now: when the cycle was done, by `time.perf_counter`.
-            verdict: for log-probabilities; None where nobody asked for them.
-            row: the request's in the verdict.
+        `now` is when the cycle was done, by `time.perf_counter`. Values that are not finite end the request.
         """
         generation = self.generation
-        if generation.finish_reason is None and not sound:
+        if generation.finish_reason is None and not cycle.finite[row]:
             generation.finish_reason = "error"
         if generation.finish_reason is not None:
             return
-        top = self.request.top_logprobs
-        logprobs = [] if top is None or verdict is None else _logprobs(verdict, row, tokens, top)
-        self.ending.append(generation, tokens, num_drafts, logprobs)
+        tokens, top = cycle.tokens[row][: cycle.num_accepted[row] + 1], self.request.top_logprobs
+        logprobs = [] if top is None or cycle.verdict is None else _logprobs(cycle.verdict, row, tokens, top)
+        self.ending.append(generation, tokens, cycle.num_drafts[row], logprobs)
         generation.seconds_decode = now - self.first_cycle
 
 
+@dataclass(frozen=True)
+class CycleResult:
+    """What a cycle decided, on the host; each list has an entry for each of R requests."""
+
+    slots: Sequence[Slot]
+    """Of its requests."""
+    tokens: list[list[int]]
+    """See `Verdict`."""
+    num_accepted: list[int]
+    """Accepted drafts, without the bonus; -1 for a request that had ended before."""
+    num_drafts: list[int]
+    finite: list[bool]
+    verdict: Verdict | None = None
+    """For log-probabilities; None if no request wants them."""
+
+
 def take_unread(slots: Sequence[Slot], most: int, width: int, target: Target) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What drafters have not taken in of several requests, `most` tokens of each at a time; it then counts as taken in.
+    """Take what the drafter has not read of several requests, at most `most` tokens of each, out of their slots.
 
     Returns:
         Arguments of `Drafter.read`: tokens [R, n], features [R, n, width] (None for a width of 0), and counts [R].
@@ -270,6 +254,97 @@ def _logprobs(verdict: Verdict, request: int, tokens: list[int], top: int) -> li
     chosen: Tensor = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
     best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
     return [
-        TokenLogprob(own, tuple(zip(ids, values, strict=True)))
-        for own, ids, values in zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+        TokenLogprob(logprob, tuple(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+
+
+@dataclass
+class Stats:
+    """What an engine has done since it was made."""
+
+    cycles: int = 0
+    drafted_cycles: int = 0
+    """Cycles in which some request had drafts."""
+    verify_passes: int = 0
+    """Passes of single requests: R of them in a cycle of R requests."""
+    drafts: int = 0
+    committed_tokens: int = 0
+    """Accepted drafts and bonus tokens, before stop or length cut them."""
+    prompt_tokens: int = 0
+    """Read by passes, not copied from an earlier text."""
+    read_seconds: float = 0.0
+    """Wall-clock seconds of reading prompts."""
+
+
+FIRST_LOOK = 64
+"""Passes with drafts before the first judgement."""
+USELESS = 0.2
+"""If a smaller share of passes accepts a draft, the drafts are called useless. A draft that was trained for its target
+has one accepted in more than half of its passes."""
+DEVIATIONS = 3.0
+"""Standard deviations of the bound."""
+
+CAUSES = (
+    "the draft was made for another target or a fine-tuned one (domino-spec inspect DRAFT --target TARGET compares "
+    "them), the chat template or thinking mode differs from its training data, its label convention or tapped layers "
+    "are read otherwise than it was trained, its values overflow in this precision, or the temperature is high"
+)
+
+
+@dataclass
+class DraftWatch:
+    """Counts passes with drafts and those that accepted one; warns once if hardly any does.
+
+    A draft that does not fit (made for another target, another chat template, read by another convention, overflowing)
+    changes no word of the output; the only sign is that almost no pass accepts a draft. Wilson's upper bound of how
+    often a pass accepts one is the judge. The passes of a text resemble each other, and the bound is computed again
+    and again, so it is a wide one (three standard deviations), computed only when the number of passes has doubled.
+
+    """
+
+    name: str
+    """Of the method, for the warning."""
+    passes: int = 0
+    """Verify passes of single requests that had drafts."""
+    lucky: int = 0
+    """Those of them that accepted at least one."""
+    accepted: int = 0
+    """Drafts accepted by them."""
+    warned: bool = False
+    judged_at: int = FIRST_LOOK
+    """Passes after which it is judged next."""
+
+    def count(self, proposed: Iterable[int], accepted: Iterable[int]) -> None:
+        """Take in a cycle.
+
+        Args:
+            proposed: drafts of each request.
+            accepted: how many of them were accepted; below 0 for requests that were not decoded.
+        """
+        for drafts, kept in zip(proposed, accepted, strict=True):
+            if drafts > 0 and kept >= 0:
+                self.passes += 1
+                self.lucky += kept > 0
+                self.accepted += kept
+        if self.passes >= self.judged_at and not self.warned:
+            self.judged_at = 2 * self.passes
+            if upper_bound(self.lucky, self.passes) < USELESS:
+                self.warned = True
+                _log.warning("%s", self.sentence)
+
+    @property
+    def sentence(self) -> str:
+        """The warning."""
+        return (
+            f"drafts are hardly ever accepted: of {self.passes} verify passes with drafts of method {self.name}, "
+            f"{self.lucky} accepted one (acceptance length {1 + self.accepted / self.passes:.2f}), so drafting only "
+            f"costs time, though no word is wrong. Likely causes: {CAUSES}"
+        )
+
+
+def upper_bound(hits: int, trials: int, deviations: float = DEVIATIONS) -> float:
+    """Upper end of Wilson's interval for the chance of a hit."""
+    share, weight = hits / trials, deviations**2 / trials
+    spread = deviations * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    return (share + weight / 2 + spread) / (1 + weight)

@@ -1,13 +1,15 @@
 """From the target's logits to the distribution that a token is drawn from, and reproducible draws from it.
 
-Temperature 0 is a one-hot distribution, so greedy and sampled decoding share one lossless path (DESIGN section 5).
-Warpers act on the target's distribution only: the draft may use any distribution that it reports honestly.
+Temperature 0 is a one-hot distribution, so greedy and sampled decoding share one lossless path (docs/design.md,
+section 5). Warpers act on the target's distribution only: the draft may use any distribution that it reports
+honestly.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +19,7 @@ from domino_spec.ops.reference import draw
 from domino_spec.settings import UserError
 
 ALMOST_ZERO, HOTTEST = 1e-5, 1e5
-"""Least and highest temperature above 0: logits divided by less would not stay finite, by more would all be equal."""
+"""Least and highest temperature above 0: below it logits would not stay finite, above it they would all be equal."""
 INT64 = 2**63
 
 
@@ -67,12 +69,12 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        """True where every distribution is one-hot."""
+        """True if every distribution is one-hot."""
         return self.temperature == 0
 
     @property
     def reads_history(self) -> bool:
-        """True where a distribution depends on which tokens came before, beyond the model itself."""
+        """True if a distribution depends on which tokens came before, beyond the model itself."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
@@ -83,7 +85,7 @@ def seed_of(seed: int, request: int) -> int:
 
 @dataclass(frozen=True)
 class History:
-    """Token counts that penalties read, for every row of a verify pass."""
+    """Token counts that penalties depend on, for every row of a verify pass."""
 
     in_text: Tensor
     """[R, n, V] float, occurrences among generated tokens (drafts on the path included)."""
@@ -114,46 +116,6 @@ def path_history(
     return History(in_text, (in_text > 0) | (prompt > 0)[:, None])
 
 
-def warp_logits(logits: Tensor, settings: SamplingSettings, history: History | None = None) -> Tensor:
-    """Logits after bias and penalties, in float32; the argmax of these is the greedy choice. Shape kept."""
-    logits = logits.float()
-    if settings.logit_bias:
-        ids = torch.tensor(list(settings.logit_bias), device=logits.device)
-        bias = torch.tensor(list(settings.logit_bias.values()), dtype=logits.dtype, device=logits.device)
-        logits = logits.index_add(-1, ids, bias.expand(*logits.shape[:-1], -1))
-    if settings.reads_history:
-        assert history is not None
-        penalised = torch.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
-        logits = torch.where(history.seen, penalised, logits)
-        logits = logits - settings.presence_penalty * (history.in_text > 0).float()
-        logits = logits - settings.frequency_penalty * history.in_text
-    return logits
-
-
-def target_probs(logits: Tensor, settings: SamplingSettings, history: History | None = None) -> Tensor:
-    """The distribution that the target's token is drawn from: logits [..., V] to probabilities [..., V].
-
-    One-hot at temperature 0. Order as in transformers: bias and penalties, temperature, top-k, top-p, min-p.
-    """
-    logits = warp_logits(logits, settings, history)
-    if settings.greedy:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / settings.temperature
-    if 0 < settings.top_k < logits.shape[-1]:
-        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if settings.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        ordered = ordered.masked_fill(before >= settings.top_p, -torch.inf)  # the most probable token always stays
-        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
-    probs = logits.softmax(-1)
-    if settings.min_p > 0:
-        probs = probs.masked_fill(probs < settings.min_p * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
 class RandomStreams:
     """Uniform numbers keyed by request, position and use, so a request's text does not depend on its neighbours.
 
@@ -175,8 +137,44 @@ class RandomStreams:
         return ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
+@dataclass(frozen=True)
+class Warpers:
+    """What the settings of some requests need computed; the rest is left out."""
+
+    samples: bool = False
+    """Some request draws its tokens."""
+    greedy: bool = True
+    """Some request takes the most probable token."""
+    top_k: int = 0
+    """A power of two, at least the largest k; 0 if no request has one."""
+    top_p: bool = False
+    """Some request has one, which takes sorting the vocabulary."""
+    min_p: bool = False
+    bias: bool = False
+    penalties: bool = False
+    """Some request's distribution depends on which tokens came before."""
+
+    @staticmethod
+    def of(settings: Sequence[SamplingSettings]) -> Warpers:
+        """What these need."""
+        drawn = [s for s in settings if not s.greedy]
+        top_k = max((s.top_k for s in drawn), default=0)
+        return Warpers(
+            samples=bool(drawn),
+            greedy=len(drawn) < len(settings),
+            top_k=1 << (top_k - 1).bit_length() if top_k else 0,
+            top_p=any(s.top_p < 1 for s in drawn),
+            min_p=any(s.min_p > 0 for s in drawn),
+            bias=any(s.logit_bias for s in settings),
+            penalties=any(s.reads_history for s in settings),
+        )
+
+
 class Sampling:
-    """How the tokens of R requests are drawn: each has settings and a random stream of its own.
+    """How the tokens of R requests are drawn: for each a row of settings, and a random stream of its own.
+
+    All rows are computed alike, and a setting that does nothing changes no bit. So a request's distribution does not
+    depend on the settings of the others.
 
     Args:
         settings: of each request; its stream is that of its seed.
@@ -184,48 +182,138 @@ class Sampling:
     """
 
     def __init__(self, settings: Sequence[SamplingSettings], device: torch.device | str = "cpu") -> None:
-        self.settings = list(settings)
-        self.streams = RandomStreams(torch.tensor([s.seed for s in settings], dtype=torch.long, device=device))
-        self.temperatures = torch.tensor([s.temperature for s in settings], device=device)
-        """[R] float32."""
-        self.greedy = all(s.greedy for s in settings)
-        """True where every distribution is one-hot."""
-        self.plain_greedy = self.greedy and not any(s.logit_bias or s.reads_history for s in settings)
-        """True where every token is the argmax of the target's own logits."""
-        self.reads_history = any(s.reads_history for s in settings)
-        """True where some distribution depends on which tokens came before, beyond the model itself."""
-        self._groups: dict[SamplingSettings, list[int]] = {}
-        for request, own in enumerate(settings):
-            self._groups.setdefault(replace(own, seed=0), []).append(request)
+        self.warpers = Warpers.of(settings)
+        self.seeds = torch.tensor([s.seed for s in settings], dtype=torch.long, device=device)
+        self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.long, device=device)
+        numbers = [
+            (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+            for s in settings
+        ]
+        self.numbers = torch.tensor(numbers, dtype=torch.float32, device=device).reshape(-1, 6).T.contiguous()
+        """[6, R]: temperature, top_p, min_p, repetition, presence and frequency penalty."""
+        self.bias: Tensor | None = None
+        """[R, V] float32, made when it is first needed: only logits tell V."""
+        self._biases = [s.logit_bias for s in settings]
 
     @staticmethod
     def alike(settings: SamplingSettings, requests: int, device: torch.device | str = "cpu") -> Sampling:
         """The same settings for all; request r draws from the stream `seed + r`."""
         return Sampling([replace(settings, seed=seed_of(settings.seed, r)) for r in range(requests)], device)
 
-    def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
-        """`warp_logits` of [R, n, V], each request by its own settings."""
-        return self._by_group(warp_logits, logits, history)
+    @property
+    def greedy(self) -> bool:
+        """True if every distribution is one-hot."""
+        return not self.warpers.samples
 
-    def probs(self, logits: Tensor, history: History | None = None) -> Tensor:
-        """`target_probs` of [R, n, V], each request by its own settings."""
-        return self._by_group(target_probs, logits, history)
+    @property
+    def plain_greedy(self) -> bool:
+        """True if every token is the argmax of the target's own logits."""
+        warpers = self.warpers
+        return not (warpers.samples or warpers.bias or warpers.penalties)
+
+    @property
+    def temperatures(self) -> Tensor:
+        """[R] float32."""
+        return self.numbers[0]
+
+    @property
+    def streams(self) -> RandomStreams:
+        """Of every request."""
+        return RandomStreams(self.seeds)
 
     def choices(self, logits: Tensor, positions: Tensor, history: History | None = None) -> Tensor:
         """One choice of the target at every row [R, n]: the argmax, or a draw with the number of the row's position."""
+        if self.plain_greedy:
+            return logits.argmax(-1)
         if self.greedy:
             return self.warp(logits, history).argmax(-1)
         return draw(self.probs(logits, history), self.streams.uniform(positions, RandomStreams.RESIDUAL))
 
-    def _by_group(self, apply: Callable[..., Tensor], logits: Tensor, history: History | None) -> Tensor:
-        if len(self._groups) == 1:
-            return apply(logits, next(iter(self._groups)), history)
-        done = torch.empty(logits.shape, device=logits.device)
-        for settings, members in self._groups.items():
-            rows = torch.tensor(members, device=logits.device)
-            theirs = None if history is None else History(history.in_text[rows], history.seen[rows])
-            done[rows] = apply(logits[rows], settings, theirs)
-        return done
+    def probs(self, logits: Tensor, history: History | None = None) -> Tensor:
+        """The distributions that tokens are drawn from: logits [R, n, V] to probabilities [R, n, V].
+
+        One-hot at temperature 0. Order as in transformers: bias and penalties, temperature, top-k, top-p, min-p.
+        """
+        logits = self.warp(logits, history)
+        if self.greedy:
+            return _one_hot(logits)
+        temperature = self.numbers[0][:, None, None]
+        scaled = logits / temperature.masked_fill(temperature == 0, 1.0)
+        probs = (self._filter(scaled) if self.warpers.top_k or self.warpers.top_p else scaled).softmax(-1)
+        if self.warpers.min_p:
+            probs = self._drop_improbable(probs)
+        return torch.where(temperature == 0, _one_hot(logits), probs) if self.warpers.greedy else probs
+
+    def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
+        """Logits [R, n, V] after bias and penalties, in float32; the argmax of these is the greedy choice."""
+        logits = logits.float()
+        if self.warpers.bias:
+            if self.bias is None:
+                self.bias = self._bias_rows(logits.shape[-1])
+            logits = logits + self.bias[:, None]
+        return self._penalise(logits, history) if self.warpers.penalties else logits
+
+    def _penalise(self, logits: Tensor, history: History | None) -> Tensor:
+        assert history is not None
+        repetition, presence, frequency = (numbers[:, None, None] for numbers in self.numbers[3:])
+        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(history.seen, penalised, logits)
+        logits = logits - presence * (history.in_text > 0).float()
+        return logits - frequency * history.in_text
+
+    def _filter(self, logits: Tensor) -> Tensor:
+        """Minus infinity for the tokens that top-k and then top-p drop."""
+        if self.warpers.top_k:
+            most = min(self.warpers.top_k, logits.shape[-1])
+            index = (self.top_k.clamp(1, most) - 1)[:, None, None].expand(*logits.shape[:-1], 1)
+            least_kept = logits.topk(most, dim=-1).values.gather(-1, index)  # [R, n, 1]
+            least_kept = least_kept.masked_fill((self.top_k == 0)[:, None, None], -torch.inf)
+            logits = logits.masked_fill(logits < least_kept, -torch.inf)
+        if self.warpers.top_p:
+            top_p = self.numbers[1][:, None, None]
+            ordered, index = logits.sort(dim=-1, descending=True)
+            shares = ordered.softmax(-1)
+            before = shares.cumsum(-1) - shares  # 0 for the most probable token, which always stays
+            ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
+            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+        return logits
+
+    def _drop_improbable(self, probs: Tensor) -> Tensor:
+        """Without the tokens that min-p drops."""
+        min_p = self.numbers[2][:, None, None]
+        kept = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+        return torch.where(min_p > 0, kept / kept.sum(-1, keepdim=True), probs)
+
+    def load(self, settings: Sequence[SamplingSettings], vocab_size: int) -> Warpers:
+        """Make these the settings of the first requests, in place; returns what they need."""
+        new = Sampling(settings, self.seeds.device)
+        count = len(settings)
+        self.seeds[:count], self.top_k[:count], self.numbers[:, :count] = new.seeds, new.top_k, new.numbers
+        if new.warpers.bias:
+            if self.bias is None:
+                self.bias = torch.zeros(len(self.seeds), vocab_size, device=self.seeds.device)
+            self.bias[:count] = new._bias_rows(vocab_size)
+        return new.warpers
+
+    def view(self, requests: int, warpers: Warpers) -> Sampling:
+        """The first requests, in the same memory."""
+        part = copy.copy(self)
+        part.warpers, part.numbers = warpers, self.numbers[:, :requests]
+        part.seeds, part.top_k = self.seeds[:requests], self.top_k[:requests]
+        part.bias = None if self.bias is None else self.bias[:requests]
+        return part
+
+    def _bias_rows(self, vocab_size: int) -> Tensor:
+        rows = torch.zeros(len(self._biases), vocab_size)
+        for row, bias in zip(rows, self._biases, strict=True):
+            for token, value in bias.items():
+                row[token] = value
+        return rows.to(self.seeds.device)
+
+
+def _one_hot(logits: Tensor) -> Tensor:
+    """Probability 1 for the largest of the logits [..., V]."""
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
 
 
 def _mix(x: Tensor) -> Tensor:

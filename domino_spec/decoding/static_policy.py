@@ -1,21 +1,24 @@
-"""How many drafts a static cycle verifies: chosen on the host, from the last cycle that it has heard of.
+"""How many drafts a static cycle verifies: chosen on the host, from the last cycle whose result it has read.
 
-An ordinary cycle is cut between drafting and verification, which takes a look at what was drafted. A static one
-verifies the best few of its drafts, as many as would have paid one cycle earlier, and tells the host how confident the
-draft was of them all. Numbers come from a small set, since each has a graph of its own.
+An ordinary cycle is cut between drafting and verification, for which the host must see what was drafted. A static one
+verifies the best few of its drafts, as many as would have paid one cycle earlier, and its result says how confident the
+draft was of them all. Numbers come from a small set, because each has a graph of its own.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from domino_spec.decoding.adapt import DraftPolicy
+from domino_spec.decoding.adapt import DraftPolicy, best_first, keep_drafts
 from domino_spec.decoding.costs import sizes_up_to
 from domino_spec.decoding.cycle import Proposal, Verdict
-from domino_spec.decoding.graphs.cycles import Flight, Heard, best_drafts
+
+if TYPE_CHECKING:
+    from domino_spec.decoding.graphs.cycles import PendingCycle, StaticResult
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,36 @@ class LateChoice:
         offered = self._size(wanted)
         return Choice(offered, min(self._best, offered), True)
 
-    def learn(self, flight: Flight, heard: Heard) -> None:
+    def learn(self, cycle: PendingCycle, result: StaticResult) -> None:
         """Take in what a cycle offered, what of it was accepted, and how long it took."""
-        rows = [r for r, accepted in enumerate(heard.accepted) if accepted >= 0]
+        rows = [r for r, accepted in enumerate(result.num_accepted) if accepted >= 0]
         if self._policy is None or not rows:
             return
-        offer = self._offer(flight, heard, rows)
-        if not flight.drafted and flight.shape.offered > 0:
+        offer = self._offer(cycle, result, rows)
+        if not cycle.drafted and cycle.shape.offered > 0:
             self._policy.look(offer)
             return
-        proposal = best_drafts(offer, flight.shape.verified)
-        if flight.drafted and offer.draft_probs is None and not flight.shape.kind.samples:
+        proposal = best_drafts(offer, cycle.shape.verified)
+        if cycle.drafted and offer.draft_probs is None and not cycle.shape.warpers.samples:
             self._best = self._size(self._policy.cut(offer).tokens.shape[1])
-        accepted = torch.tensor([heard.accepted[r] for r in rows])
+        accepted = torch.tensor([result.num_accepted[r] for r in rows])
         tokens = torch.zeros(len(rows), proposal.tokens.shape[1] + 1, dtype=torch.long)
-        path = None if heard.path is None else heard.path[rows]
+        path = None if result.path is None else result.path[rows]
         verdict = Verdict(tokens, accepted, None, torch.zeros_like(accepted), accepted >= 0, path)
-        self._policy.observe(proposal, verdict, heard.seconds, drafted=flight.drafted)
+        self._policy.observe(proposal, verdict, result.seconds, drafted=cycle.drafted)
 
-    def _offer(self, flight: Flight, heard: Heard, rows: list[int]) -> Proposal:
-        counts = torch.tensor([heard.num_offered[r] for r in rows])
-        tokens = torch.zeros(len(rows), flight.offered, dtype=torch.long)
-        return Proposal(tokens, counts, confidence=None if heard.confidence is None else heard.confidence[rows])
+    def _offer(self, cycle: PendingCycle, result: StaticResult, rows: list[int]) -> Proposal:
+        counts = torch.tensor([result.num_offered[r] for r in rows])
+        tokens = torch.zeros(len(rows), cycle.offered, dtype=torch.long)
+        return Proposal(tokens, counts, confidence=None if result.confidence is None else result.confidence[rows])
 
     def _size(self, count: int) -> int:
         """The least of the numbers in use that holds so many drafts."""
         return self._sizes[min(bisect_left(self._sizes, count), len(self._sizes) - 1)]
+
+
+def best_drafts(proposal: Proposal, count: int) -> Proposal:
+    """The `count` best drafts of every request."""
+    if proposal.tokens.shape[1] <= count:
+        return proposal
+    return keep_drafts(proposal, best_first(proposal)[:, :count])

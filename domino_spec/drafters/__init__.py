@@ -1,5 +1,5 @@
-"""Every drafting method behind one protocol.
+"""Every drafting method behind one protocol (`decoding.cycle.Drafter`).
 
-A drafter proposes; it never decides. It owns whatever it caches between cycles as a value that `start` makes and
-`advance` replaces, so the loop can treat all methods alike.
+A drafter proposes; it never decides. What it keeps between cycles is in a cache that the loop holds and hands to it, so
+the loop treats all methods alike.
 """

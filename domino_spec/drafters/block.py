@@ -1,7 +1,10 @@
-"""`domino` and `dflash`: blocks drafted in parallel by the backbone, then corrected token by token by the head.
+"""Blocks drafted in parallel by the backbone, then corrected token by token by the head: a chain, or a tree.
 
-One cycle is one backbone pass over the anchor and the masks, one LM-head product, and one rollout of the head
-(paper section 4). `dflash` is the same without the head: a DFlash checkpoint, or a Domino draft with its head off.
+One cycle is one backbone pass over the anchor and the masks, one LM-head product, and one run of the head over its
+logits (paper section 4). Methods `domino` and `dflash` take the most probable token of each slot, or sample it; the
+others (`domino-tree`, `dflash-tree`, `domino-best-first`) take the best few prefixes, each with a GRU state of its own.
+`dflash` is the same without the head, from a DFlash checkpoint or a Domino draft: the slots' probabilities are then
+multiplied.
 """
 
 from __future__ import annotations
@@ -12,41 +15,55 @@ import torch
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Proposal, State, Verdict
+from domino_spec.decoding.rows import RowCache
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
 from domino_spec.ops.rollout import head_rollout, head_tree
 from domino_spec.ops.trees import best_first_tree
 from domino_spec.settings import UserError
-from domino_spec.target.cache import RequestRows
+
+BUILDERS = ("depth", "best-first", "quota")
+"""Orders in which trees grow (`ops/`)."""
 
 
-@dataclass
-class ContextCache(RequestRows):
-    """Keys and values of the context of every request, in memory allocated once."""
+@dataclass(frozen=True)
+class TreeShape:
+    """How a tree of drafts grows.
 
-    keys: Tensor
-    """[layers, R, kv_heads, capacity + behind, D]."""
-    values: Tensor
-    lengths: Tensor
-    """[R], valid rows: committed tokens without the anchor."""
-    extent: int | None = None
-    """Rows that the backbone reads, whatever the lengths are; None reads as many as the longest request needs, which
-    takes a look at the device."""
-    behind: int = 0
-    """Rows of a block, which may stand behind a request's own."""
+    Raises:
+        ValueError: an unknown builder, a budget or a width below 1, or a width for a builder that has none.
+    """
 
-    def view(self, start: int, stop: int, extent: int | None = None) -> ContextCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `extent`."""
-        keys, values = self.keys[:, start:stop], self.values[:, start:stop]
-        return ContextCache(keys, values, self.lengths[start:stop], extent, self.behind)
+    budget: int
+    """Drafts of a tree at most."""
+    width: int | None = None
+    """Of the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed. None is a
+    third of the budget, at least 4 (docs/log.md)."""
+    builder: str = "depth"
+    """Depth by depth with a fixed width; "best-first", as DominoTree and DDTree grow them; or a "quota" per depth."""
 
-    def clear(self, request: int) -> None:
-        """Forget a request."""
-        self.lengths[request] = 0
+    def __post_init__(self) -> None:
+        if self.builder not in BUILDERS:
+            raise ValueError(f"unknown builder {self.builder!r}; known builders are {', '.join(BUILDERS)}")
+        if self.builder == "depth" and self.width is None:
+            object.__setattr__(self, "width", max(4, -(-self.budget // 3)))
+        elif self.builder != "depth" and self.width is not None:
+            raise ValueError(f"builder {self.builder} has no width; only depth has one")
+        if self.budget < 1 or (self.width is not None and self.width < 1):
+            raise ValueError(f"a tree needs a budget and a width of at least 1, got {self.budget} and {self.width}")
 
-    def wipe(self, request: int, rows: int, first: int = 0) -> None:
-        """As of any cache."""
-        super().wipe(request, rows + self.behind, first)
+
+class ContextCache(RowCache):
+    """Keys and values of the context of every request: its committed tokens without the anchor.
+
+    Args:
+        keys: [layers, R, kv_heads, capacity + scratch_rows, D] of zeros.
+        scratch_rows: rows of a block, which `Backbone.over_cache` may write past a request's own.
+    """
+
+    def __init__(self, keys: Tensor, scratch_rows: int = 0) -> None:
+        self.keys, self.values, self.scratch_rows = keys, torch.zeros_like(keys), scratch_rows
+        self.lengths = torch.zeros(keys.shape[1], dtype=torch.long, device=keys.device)
 
 
 class BlockDrafter:
@@ -57,11 +74,12 @@ class BlockDrafter:
         use_head: False drafts from the base logits alone.
         candidates: K, how many of the best base logits the head corrects; None corrects all.
         samples: sample the drafts of requests above temperature 0, and report their probabilities; False chooses the
-            most probable token always.
+            most probable token always. A tree's drafts are always chosen.
         temperature: of sampled drafts; None for each request's own.
         min_confidence: leave out drafts whose path the draft itself believes in less than this (the product of its
             largest probabilities); 0 proposes always as many as asked for. A draft that will be rejected still costs a
             row of the verify pass.
+        tree: draft trees of this shape; None drafts chains.
 
     Raises:
         UserError: the head is asked for and the draft has none.
@@ -76,86 +94,97 @@ class BlockDrafter:
         samples: bool = False,
         temperature: float | None = None,
         min_confidence: float = 0.0,
+        tree: TreeShape | None = None,
     ) -> None:
         if use_head and draft.head is None:
             raise UserError(
                 "method domino needs a draft with a Domino head; this one is a plain DFlash draft (use dflash)"
             )
-        self.draft = draft
-        self.head = draft.head if use_head else None
-        self.candidates = candidates
-        self.samples = samples
-        self.temperature = temperature
-        self.min_confidence = min_confidence
+        assert tree is None or not samples, "siblings are chosen, not sampled"
+        self.draft, self.head = draft, draft.head if use_head else None
+        self.candidates, self.min_confidence, self.tree = candidates, min_confidence, tree
+        self.samples, self.temperature = samples, temperature
         self.feature_layers = draft.config.target_layer_ids
-        self.max_drafts = draft.config.max_drafts
+        self.max_depth = draft.config.max_drafts
+        """Drafts of a path at most."""
+        self.max_drafts = self.max_depth
+        if tree is not None:
+            self.max_drafts = tree.budget if tree.width is None else min(tree.budget, tree.width * self.max_depth)
 
     @property
     def static(self) -> bool:
-        """On a CPU the rollout looks where it can end early."""
+        """The host searches best-first trees, and on a CPU it ends a run of the head as early as it can."""
+        if self.tree is not None and self.tree.builder == "best-first":
+            return False
         return self.min_confidence == 0 or self.draft.device.type != "cpu"
 
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
-        config = self.draft.config
-        behind = self.draft.backbone.rows_behind
-        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity + behind, config.head_dim)
-        keys = torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device)
-        lengths = torch.zeros(requests, dtype=torch.long, device=keys.device)
-        return ContextCache(keys, torch.zeros_like(keys), lengths, behind=behind)
+        config, scratch_rows = self.draft.config, self.draft.backbone.rows_behind
+        shape = (
+            config.num_hidden_layers,
+            requests,
+            config.num_key_value_heads,
+            capacity + scratch_rows,
+            config.head_dim,
+        )
+        return ContextCache(torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device), scratch_rows)
 
-    def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
-        """Project features [R, n, F]."""
+    def read(self, cache: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+        """Project features [R, n, F] to context rows."""
         assert features is not None
         features = self.draft.read_features(features).to(self.draft.dtype)
-        self.draft.backbone.append_context(features, own.keys, own.values, own.lengths)
-        own.lengths += counts
+        self.draft.backbone.append_context(features, cache.keys, cache.values, cache.lengths)
+        cache.lengths += counts
 
-    def slots(self, state: State, own: ContextCache, num_drafts: int) -> Tensor:
-        """Hidden states of the slots that predict the first `num_drafts` drafts, [R, num_drafts, H].
+    def propose(self, state: State, cache: ContextCache, num_drafts: int) -> Proposal:
+        """A chain of `num_drafts` tokens for every request, or a tree of as many."""
+        if num_drafts == 0:
+            return Proposal.empty(len(state.lengths), state.lengths.device)
+        hidden = self.slots(state, cache, min(num_drafts, self.max_depth))
+        if self.tree is None:
+            return self._chain(state, hidden)
+        return self._tree(state, hidden, self.tree, num_drafts)
 
-        The backbone runs all slots, as trained, or ends the block with them where it was trained on shorter ones, too.
+    def slots(self, state: State, cache: ContextCache, num_drafts: int) -> Tensor:
+        """Hidden states of the slots that predict the first `num_drafts` drafts of a path, [R, num_drafts, H].
+
+        The backbone runs all slots, as in training. A draft that was trained on shorter blocks too runs only these.
         """
         draft, config = self.draft, self.draft.config
         anchors, first = state.anchors, config.first_draft_slot
         block_size = first + num_drafts if config.short_blocks else config.block_size
-        slots = torch.arange(block_size, device=anchors.device)
         hidden = draft.backbone.over_cache(
             draft.block_embeddings(anchors, block_size),
-            (state.lengths - 1)[:, None] + slots,
-            own.keys,
-            own.values,
-            own.lengths,
-            int(own.lengths.max()) if own.extent is None else own.extent,
+            (state.lengths - 1)[:, None] + torch.arange(block_size, device=anchors.device),
+            cache.keys,
+            cache.values,
+            cache.lengths,
+            int(cache.lengths.max()) if cache.fixed_extent is None else cache.fixed_extent,
         )
         return hidden[:, first : first + num_drafts]
 
-    def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
-        """A chain for every request."""
-        if num_drafts == 0:
-            return Proposal.empty(len(state.lengths), state.lengths.device)
-        draft, anchors = self.draft, state.anchors
-        hidden = self.slots(state, own, num_drafts)
-        uniform = None
+    def _chain(self, state: State, hidden: Tensor) -> Proposal:
+        draft, num_drafts, uniform = self.draft, hidden.shape[1], None
         if self.samples and not state.sampling.greedy:
-            positions = state.lengths[:, None] + torch.arange(num_drafts, device=anchors.device)
+            positions = state.lengths[:, None] + torch.arange(num_drafts, device=state.lengths.device)
             uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
         rollout = head_rollout(
             self.head,
             hidden,
             draft.base_logits(hidden),
-            draft.embed(anchors),
+            draft.embed(state.anchors),
             draft.choice_embedding,
             self.candidates,
             state.sampling.temperatures if self.temperature is None else self.temperature,
             uniform,
             self.min_confidence,
         )
+        if rollout.choices.shape[1] == 0:
+            return Proposal.empty(len(state.lengths), state.lengths.device)
         counts = torch.full_like(state.lengths, num_drafts)
         if rollout.confidence is not None:
             counts = (rollout.confidence >= self.min_confidence).sum(1)  # confidence only falls along a path
-        if rollout.choices.shape[1] == 0:
-            return Proposal.empty(len(anchors), anchors.device)
         return Proposal(
             tokens=draft.to_token_ids(rollout.choices),
             num_drafts=counts,
@@ -164,93 +193,22 @@ class BlockDrafter:
             confidence=rollout.confidence,
         )
 
-    def advance(self, own: ContextCache, verdict: Verdict) -> None:
-        """Project the features of what was committed."""
-        assert verdict.features is not None
-        counts = verdict.num_accepted + 1
-        rows = int(counts.max()) if own.extent is None else verdict.features.shape[1]
-        # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
-        own.lengths.copy_(torch.where(counts > 0, verdict.anchor_positions, own.lengths))
-        self.read(own, verdict.tokens, verdict.features[:, :rows], counts)
-
-
-# ----------------------------------------------------------------------
-# `domino-tree`, `dflash-tree` and `domino-best-first`: a tree of the prefixes that the draft believes in most.
-#
-# The same draft and the same backbone pass as the chain; then, instead of one most probable token per slot, the best
-# few prefixes, each with a GRU state of its own, in one of three orders (`kernels.trees`): depth by depth with a
-# fixed width (what the first two use), best first as DominoTree and DDTree grow them, or with a quota for each depth.
-# Without a head the slots' probabilities are multiplied.
-
-
-BUILDERS = ("depth", "best-first", "quota")
-"""Orders in which trees grow."""
-
-
-def default_width(budget: int) -> int:
-    """Prefixes that are extended at each depth: a third of the budget, at least 4 (docs/log.md)."""
-    return max(4, -(-budget // 3))
-
-
-class TreeDrafter:
-    """Proposes trees of *chosen* tokens.
-
-    Args:
-        block: the drafter of chains whose backbone pass is used; its candidates and least confidence hold here too.
-        budget: drafts of a tree at most.
-        width: of the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed.
-            None for `default_width`.
-        builder: of `BUILDERS`.
-
-    Raises:
-        ValueError: an unknown builder, a budget or a width below 1, or a width for a builder that has none.
-    """
-
-    samples = False
-
-    def __init__(self, block: BlockDrafter, budget: int, width: int | None = None, builder: str = "depth") -> None:
-        assert not block.samples, "siblings are chosen, not sampled"
-        if builder not in BUILDERS:
-            raise ValueError(f"unknown builder {builder!r}; known builders are {', '.join(BUILDERS)}")
-        if width is not None and builder != "depth":
-            raise ValueError(f"builder {builder} has no width; only depth has one")
-        if width is None and builder == "depth":
-            width = default_width(budget)
-        if budget < 1 or (width is not None and width < 1):
-            raise ValueError(f"a tree needs a budget and a width of at least 1, got {budget} and {width}")
-        self.block, self.width, self.builder = block, width, builder
-        self.feature_layers = block.feature_layers
-        # The cache makes room for so many rows.
-        self.max_drafts = budget if width is None else min(budget, width * block.max_drafts)
-
-    @property
-    def static(self) -> bool:
-        """Prefixes in order of their probability are searched on the host."""
-        return self.builder != "best-first" and self.block.static
-
-    def allocate(self, requests: int, capacity: int) -> ContextCache:
-        """The context caches of the chain's drafter."""
-        return self.block.allocate(requests, capacity)
-
-    def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
-        """As the chain's drafter."""
-        self.block.read(own, tokens, features, counts)
-
-    def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
-        """A tree of up to `num_drafts` tokens for every request."""
-        block, draft, anchors = self.block, self.block.draft, state.anchors
-        if num_drafts == 0:
-            return Proposal.empty(len(anchors), anchors.device)
-        hidden = block.slots(state, own, min(num_drafts, block.max_drafts))  # no path is longer
-        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.choice_embedding)
-        if self.builder == "best-first":
-            tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
+    def _tree(self, state: State, hidden: Tensor, shape: TreeShape, num_drafts: int) -> Proposal:
+        draft = self.draft
+        given = (self.head, hidden, draft.base_logits(hidden), draft.embed(state.anchors), draft.choice_embedding)
+        if shape.builder == "best-first":
+            tree = best_first_tree(*given, self.candidates, num_drafts, self.min_confidence)
         else:
-            width = None if self.width is None else min(self.width, num_drafts)
-            tree = head_tree(*given, block.candidates, num_drafts, width, block.min_confidence)
+            width = None if shape.width is None else min(shape.width, num_drafts)
+            tree = head_tree(*given, self.candidates, num_drafts, width, self.min_confidence)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 
-    def advance(self, own: ContextCache, verdict: Verdict) -> None:
-        """The chain's drafter's caches move on along the accepted path."""
-        self.block.advance(own, verdict)
+    def advance(self, cache: ContextCache, verdict: Verdict) -> None:
+        """Project the features of what was committed."""
+        assert verdict.features is not None
+        counts = verdict.num_accepted + 1
+        rows = int(counts.max()) if cache.fixed_extent is None else verdict.features.shape[1]
+        # The text of a request that has ended does not grow; nor may its context, or it would outgrow the cache.
+        cache.lengths.copy_(torch.where(counts > 0, verdict.anchor_positions, cache.lengths))
+        self.read(cache, verdict.tokens, verdict.features[:, :rows], counts)

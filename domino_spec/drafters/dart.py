@@ -14,8 +14,7 @@ Shapes: R requests, S slots, K best tokens of each, W prefixes that are extended
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -34,39 +33,15 @@ FLOOR = 1e-10
 """Added to every probability before its logarithm; all as published."""
 
 
-@dataclass
-class DartCache:
-    """What is kept of the requests between two cycles."""
+class DartCache(PairCache):
+    """The pairs of every request, and where its last cycle began."""
 
-    pairs: PairCache
-    round_start: Tensor
-    """[R], position of the last cycle's anchor; 0 at first."""
+    request_fields: ClassVar[tuple[str, ...]] = (*PairCache.request_fields, "round_start")
 
-    def view(self, start: int, stop: int) -> DartCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
-        return DartCache(self.pairs.view(start, stop), self.round_start[start:stop])
-
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, which is lost."""
-        self.pairs.move(source, destination)
-        self.round_start[destination] = self.round_start[source]
-
-    def clear(self, request: int) -> None:
-        """Forget a request."""
-        self.pairs.clear(request)
-        self.round_start[request] = 0
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of a request's first rows, [..., rows, D] each."""
-        return self.pairs.rows_of(request, rows)
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own."""
-        self.pairs.put_rows(request, rows, stored)
-
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero a request's memory."""
-        self.pairs.wipe(request, rows)
+    def __init__(self, draft: SingleLayerDraft, requests: int, capacity: int, scratch_rows: int) -> None:
+        super().__init__(draft, requests, capacity, scratch_rows)
+        self.round_start = torch.zeros_like(self.lengths)
+        """[R], position of the last cycle's anchor; 0 at first."""
 
 
 class DartTree(NamedTuple):
@@ -128,45 +103,44 @@ class DartDrafter:
 
     def allocate(self, requests: int, capacity: int) -> DartCache:
         """Memory for pairs, and behind them for the masks."""
-        pairs = PairCache.allocate(self.draft, requests, capacity + self.draft.config.num_masks)
-        return DartCache(pairs, torch.zeros_like(pairs.lengths))
+        return DartCache(self.draft, requests, capacity, self.draft.config.num_masks)
 
-    def read(self, own: DartCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+    def read(self, cache: DartCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Add the pairs of known text."""
         assert features is not None
-        own.pairs.append(self.draft, features, tokens, counts)
+        cache.append(self.draft, features, tokens, counts)
 
-    def slots(self, own: PairCache, num_masks: int) -> Tensor:
+    def slots(self, cache: PairCache, num_masks: int) -> Tensor:
         """Logits of the last committed pair and of `num_masks` masks behind it, [R, num_masks + 1, V].
 
         The masks' keys and values are written behind the committed ones, where the next pairs will take their place.
         """
-        draft, requests = self.draft, len(own.lengths)
+        draft, requests = self.draft, len(cache.lengths)
         masks, residual = draft.mask_pairs(requests, num_masks)
-        rows = Rows(own, (own.lengths - 1).clamp(min=0))
-        offsets = torch.arange(num_masks + 1, device=own.lengths.device)
-        causal = torch.ones(len(offsets), len(offsets), dtype=torch.bool, device=own.lengths.device).tril()
+        rows = Rows(cache, (cache.lengths - 1).clamp(min=0))
+        offsets = torch.arange(num_masks + 1, device=cache.lengths.device)
+        causal = torch.ones(len(offsets), len(offsets), dtype=torch.bool, device=cache.lengths.device).tril()
         out = draft.extend(
-            torch.cat((own.last, masks.to(own.last.dtype)), dim=1),
-            torch.cat((own.last_feature, residual.to(own.last_feature.dtype)), dim=1),
+            torch.cat((cache.last, masks.to(cache.last.dtype)), dim=1),
+            torch.cat((cache.last_feature, residual.to(cache.last_feature.dtype)), dim=1),
             rows.first[:, None] + offsets,
             rows.writer(0),
             rows.mask(causal.expand(requests, -1, -1)),
         )
         return draft.logits(out)
 
-    def propose(self, state: State, own: DartCache, num_drafts: int) -> Proposal:
+    def propose(self, state: State, cache: DartCache, num_drafts: int) -> Proposal:
         """A tree for every request; requests whose text has one token, and so no feature yet, get none."""
-        ready, device = own.pairs.lengths > 0, state.tokens.device
+        ready, device = cache.lengths > 0, state.tokens.device
         if num_drafts == 0 or not ready.any():
             return Proposal.empty(len(ready), device)
         # No path is longer than the tree has nodes, and a mask does not see those behind it.
-        best = self.slots(own.pairs, min(self.draft.config.num_masks, num_drafts - 1)).topk(self.top)
+        best = self.slots(cache, min(self.draft.config.num_masks, num_drafts - 1)).topk(self.top)
         tree = search_tree(
             self.draft.to_token_ids(best.indices).cpu().numpy(),
             best.values.float().softmax(-1).cpu().double().numpy(),
             self.ngrams,
-            self._context(state, own).cpu().numpy(),
+            self._context(state, cache).cpu().numpy(),
             num_drafts,
             self.beam,
             self.stop_token_ids,
@@ -174,17 +148,17 @@ class DartDrafter:
         tokens, parents = torch.from_numpy(tree.tokens).to(device), torch.from_numpy(tree.parents).to(device)
         return Proposal(tokens, tokens.shape[1] * ready, parents)
 
-    def _context(self, state: State, own: DartCache) -> Tensor:
-        """The tokens before the first slot that the N-gram model may see, -1 where there are none: [R, C]."""
+    def _context(self, state: State, cache: DartCache) -> Tensor:
+        """The tokens before the first slot that the N-gram model may see, -1 if there are none: [R, C]."""
         count = 0 if self.ngrams is None else self.ngrams.order - 1
         index = state.lengths[:, None] + torch.arange(-count, 0, device=state.tokens.device)
-        known = index >= (own.round_start[:, None] if self.round_context else 0)
+        known = index >= (cache.round_start[:, None] if self.round_context else 0)
         return torch.where(known, state.tokens.gather(1, index.clamp(min=0)), -1)
 
-    def advance(self, own: DartCache, verdict: Verdict) -> None:
+    def advance(self, cache: DartCache, verdict: Verdict) -> None:
         """Pairs of what was committed; the masks are forgotten."""
-        advance_pairs(self.draft, own.pairs, verdict)
-        own.round_start.copy_(verdict.anchor_positions)
+        advance_pairs(self.draft, cache, verdict)
+        cache.round_start.copy_(verdict.anchor_positions)
 
 
 def search_tree(
@@ -206,18 +180,18 @@ def search_tree(
         tokens: [R, S, K] absolute ids, the best of each slot.
         probs: [R, S, K], their probabilities among the K.
         ngrams: None leaves its term out.
-        context: [R, C] committed tokens in reading order, -1 where there are none; C = order - 1, or 0 without it.
+        context: [R, C] committed tokens in reading order, -1 if there are none; C = order - 1, or 0 without it.
         budget: drafts of the tree at most.
         beam: W, prefixes of a level that are extended.
         stop_token_ids: tokens that end an answer.
 
     Returns:
-        The `budget` best of all prefixes scored. Where two are equal, the one scored first is better, so that a prefix
+        The `budget` best of all prefixes scored. If two are equal, the one scored first is better, so that a prefix
         is never kept without those it extends.
     """
     requests, slots, top = tokens.shape
     log_probs = np.log(probs + FLOOR)
-    # With the floor a sure token adds a little more than 0; a child must not rank above its parent.
+    # With the floor a token of probability 1 adds a little more than 0; a child must not rank above its parent.
     scores, level_tokens = np.minimum(log_probs[:, 0], 0.0), tokens[:, 0]  # [R, W * K] of one level
     pool = [(level_tokens, scores, np.full_like(level_tokens, -1))]
     contexts, size = context[:, None], 0  # [R, W, C] of the prefixes extended last, and prefixes of earlier levels

@@ -27,7 +27,7 @@ TOTAL = 60
 """Rows of a verify pass, the anchor's included: the published default."""
 DEPTH, TOP_K = 7, 10
 """The published defaults for 60, used for every total: the paper gives none for 16, and DominoTree's comparison at 16
-kept them. A wide beam costs little where the total is small, since levels that cannot reach the tree are not run."""
+kept them. A wide beam costs little if the total is small, because levels that cannot reach the tree are not run."""
 
 Expand = Callable[[Tensor, Tensor], Tensor]
 """Nodes' choices [R, W], and for each the place of its parent among the nodes expanded before [R, W], to logits
@@ -42,8 +42,8 @@ class Eagle3Drafter:
         total: rows of a verify pass, the anchor's included: a nominal 16 proposes 15 drafts, 60 proposes 59.
         depth: how often a level is expanded; the longest path has `depth + 1` drafts.
         top_k: children of a node, and nodes of a level that are expanded. 1 makes a chain.
-        prune: do not expand nodes whose descendants cannot reach the tree: scores only fall along a path. It changes
-            nothing in the result. None does so on CPU; elsewhere it would take a look at the device at every level.
+        prune: do not expand nodes whose descendants cannot reach the tree: scores only fall along a path. The
+            result is the same. None prunes on a CPU alone: elsewhere the host would wait for the device at every level.
 
     Raises:
         UserError: the draft is another method's.
@@ -76,33 +76,33 @@ class Eagle3Drafter:
 
     def allocate(self, requests: int, capacity: int) -> PairCache:
         """Memory for pairs, and behind them for the nodes of a tree that are expanded."""
-        return PairCache.allocate(self.draft, requests, capacity + self.depth * self.top_k)
+        return PairCache(self.draft, requests, capacity, self.depth * self.top_k)
 
-    def read(self, own: PairCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
+    def read(self, cache: PairCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Add the pairs of known text."""
         assert features is not None
-        own.append(self.draft, features, tokens, counts)
+        cache.append(self.draft, features, tokens, counts)
 
-    def propose(self, state: State, own: PairCache, num_drafts: int) -> Proposal:
+    def propose(self, state: State, cache: PairCache, num_drafts: int) -> Proposal:
         """A tree for every request; requests whose text has one token, and so no feature yet, get none."""
-        ready = own.lengths > 0
+        ready = cache.lengths > 0
         if num_drafts == 0 or not ready.any():
             return Proposal.empty(len(ready), ready.device)
-        branches = Branches(self.draft, own)
+        branches = Branches(self.draft, cache)
         first = self.draft.logits(branches.out)[:, 0]
         tree = grow_tree(first, branches.expand, num_drafts, self.depth, self.top_k, self.prune)
         return Proposal(self.draft.to_token_ids(tree.choices), tree.num_drafts * ready, tree.parents)
 
-    def advance(self, own: PairCache, verdict: Verdict) -> None:
+    def advance(self, cache: PairCache, verdict: Verdict) -> None:
         """Pairs of what was committed; what drafting wrote behind the committed pairs is forgotten."""
-        advance_pairs(self.draft, own, verdict)
+        advance_pairs(self.draft, cache, verdict)
 
 
 class Branches:
     """The draft's layer over a growing tree, behind the committed pairs of a cache.
 
-    Every node that is expanded becomes a pair of its own: its token, and its parent's output in the feature's place. It
-    sees the committed pairs, the nodes it descends from, and itself, and stands one position behind its parent.
+    Every node that is expanded becomes a pair: its token, and its parent's output in the feature's place. It sees the
+    committed pairs, the nodes it descends from, and itself, and stands one position behind its parent.
     """
 
     def __init__(self, draft: SingleLayerDraft, cache: PairCache) -> None:
@@ -152,7 +152,7 @@ def grow_tree(first: Tensor, expand: Expand, budget: int, depth: int, top_k: int
     for _ in range(depth):
         if prune and size >= budget:
             enough = torch.cat([part[1] for part in pool], dim=1).topk(budget).values[:, -1:]
-            # Where a descendant could only be as good as what is there, what is there comes first.
+            # If a descendant can only be as good as a node that is there, the node that is there comes first.
             worth = int((scores > enough).sum(1).max())
             if worth == 0:
                 break
@@ -176,7 +176,7 @@ def _children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def _rerank(choices: Tensor, scores: Tensor, parents: Tensor, budget: int) -> Tree:
     """The `budget` best nodes in their order, with parents renumbered; each [R, M], parents before children."""
-    # Stable: a parent is never worse than its child, and comes first where both are equal, so parents are kept too.
+    # Stable: a parent is never worse than its child, and comes first if both are equal, so parents are kept too.
     kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
     above = parents.gather(1, kept)
     renumbered = torch.where(above < 0, -1, torch.searchsorted(kept, above))

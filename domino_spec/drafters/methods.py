@@ -1,7 +1,7 @@
 """Drafting methods by name: which draft each takes, what it can be told, and how its drafter is made.
 
 This is the only list of them: the command line, the bench, the demo and the server read it. PyTorch and the drafters
-are imported when one is made, since `domino-spec --help` needs neither.
+are imported when a drafter is made, because `domino-spec --help` needs neither.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from domino_spec.decoding.cycle import Drafter
-    from domino_spec.decoding.watch import DraftWatch
+    from domino_spec.decoding.request import DraftWatch
     from domino_spec.draft.load import AnyDraft
-    from domino_spec.drafters.block import BlockDrafter
     from domino_spec.drafters.ngram_counts import NgramModel
 
 _log = logging.getLogger(__name__)
@@ -28,9 +27,9 @@ _log = logging.getLogger(__name__)
 TREE_BUDGET = 11
 """Drafts of a tree by default: with the anchor, as many rows as one tile of the native products holds with AVX-512."""
 LARGEST_TREE = 512
-"""Drafts of a tree at most, whatever is asked for: caches make room for all of them."""
+"""Drafts of a tree at most, whatever the user asks for: caches make room for all of them."""
 SMALLEST_TREE = 2
-"""Drafts of a tree where many requests share a CPU's rows."""
+"""Drafts of a tree if many requests share a CPU's rows."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,11 @@ class Method:
 
     make: Callable[[Ingredients], Drafter]
     title: str
-    """How a race calls the target that drafts so."""
+    """What a race calls the target with this method."""
     kinds: tuple[str, ...] = ()
-    """Kinds of draft that serve it (`kind_of`), the one it was made for first; none where it needs no draft."""
+    """Kinds of draft that serve it (`kind_of`), the one it was made for first; none if it needs no draft."""
     settings: tuple[str, ...] = ()
-    """Arguments of `make_drafter` that it reads; the others mean nothing to it."""
+    """Arguments of `make_drafter` that it reads; it ignores the others."""
     samples: bool = False
     """Whether it can sample its drafts above temperature 0; the others choose them at any temperature."""
 
@@ -80,25 +79,21 @@ def _lookup(given: Ingredients) -> Drafter:
     return PromptLookup()
 
 
-def _chain(given: Ingredients, use_head: bool = True) -> BlockDrafter:
+def _block(given: Ingredients, use_head: bool = True, tree: str | None = None) -> Drafter:
+    """A chain, or a tree that grows in the order `tree` (of `block.BUILDERS`)."""
     from domino_spec.draft.domino import Draft
-    from domino_spec.drafters.block import BlockDrafter
+    from domino_spec.drafters.block import BlockDrafter, TreeShape
 
     assert isinstance(given.draft, Draft)
     return BlockDrafter(
         given.draft,
         use_head=use_head,
         candidates=given.candidates,
-        samples=given.samples,
+        samples=given.samples and tree is None,
         temperature=given.draft_temperature,
         min_confidence=given.min_confidence,
+        tree=None if tree is None else TreeShape(given.tree_budget, builder=tree),
     )
-
-
-def _tree(given: Ingredients, use_head: bool = True, builder: str = "depth") -> Drafter:
-    from domino_spec.drafters.block import TreeDrafter
-
-    return TreeDrafter(_chain(given, use_head), given.tree_budget, builder=builder)
 
 
 def _lookup_first(given: Ingredients, inner: Drafter) -> Drafter:
@@ -131,30 +126,32 @@ METHODS: dict[str, Method] = {
     "none": Method(_plain, "the target alone"),
     "ngram": Method(_lookup, "with prompt look-up", (), ("num_drafts",)),
     "dflash": Method(
-        lambda given: _chain(given, use_head=False), "with its draft, head off", ("dflash", "domino"), _SAMPLED, True
+        lambda given: _block(given, use_head=False), "with its draft, head off", ("dflash", "domino"), _SAMPLED, True
     ),
-    "domino": Method(_chain, "with its Domino draft", ("domino",), _SAMPLED, True),
+    "domino": Method(_block, "with its Domino draft", ("domino",), _SAMPLED, True),
     "domino+ngram": Method(
-        lambda given: _lookup_first(given, _chain(given)),
+        lambda given: _lookup_first(given, _block(given)),
         "with its Domino draft and prompt look-up",
         ("domino",),
         _BLOCK,
     ),
     "dflash-tree": Method(
-        lambda given: _tree(given, use_head=False),
+        lambda given: _block(given, use_head=False, tree="depth"),
         "with its draft, head off, a tree of drafts",
         ("dflash", "domino"),
         _BLOCK,
     ),
-    "domino-tree": Method(_tree, "with its Domino draft, a tree of drafts", ("domino",), _BLOCK),
+    "domino-tree": Method(
+        lambda given: _block(given, tree="depth"), "with its Domino draft, a tree of drafts", ("domino",), _BLOCK
+    ),
     "domino-best-first": Method(
-        lambda given: _tree(given, builder="best-first"),
+        lambda given: _block(given, tree="best-first"),
         "with its Domino draft, a tree of drafts, best first",
         ("domino",),
         _BLOCK,
     ),
     "domino-tree+ngram": Method(
-        lambda given: _lookup_first(given, _tree(given)),
+        lambda given: _lookup_first(given, _block(given, tree="depth")),
         "with its Domino draft, a tree of drafts, and prompt look-up",
         ("domino",),
         _BLOCK,
@@ -192,10 +189,10 @@ def check_settings(methods: Sequence[str], given: Iterable[str]) -> None:
 
     Args:
         methods: keys of `METHODS`.
-        given: arguments of `make_drafter` that somebody asked for.
+        given: arguments of `make_drafter` that the user gave.
 
     Raises:
-        UserError: naming the first of them, and the methods that it is for.
+        UserError: naming the first of them, and the methods that read it.
     """
     for setting in given:
         if not any(setting in known_method(method).settings for method in methods):
@@ -206,11 +203,11 @@ def check_settings(methods: Sequence[str], given: Iterable[str]) -> None:
 
 
 def why_nothing_is_drafted(method: str, asked: bool, num_drafts: int | None = None) -> str | None:
-    """The reason why nothing will be drafted, as a clause; None where something will.
+    """The reason why nothing will be drafted, as a clause; None if something will.
 
     Args:
         method: a key of `METHODS`.
-        asked: whether somebody asked for this method; else it is what `default_method` gives without a draft.
+        asked: whether the user asked for this method; else `default_method` chose it without a draft.
         num_drafts: see `make_drafter`.
     """
     if method == "none":
@@ -235,9 +232,9 @@ def check_draft(method: str, draft: AnyDraft | None) -> None:
 
 
 def default_method(draft: AnyDraft | None, sample_drafts: bool | None = None) -> str:
-    """A tree of what the draft is, or a chain where drafts are to be sampled; `none` without a draft.
+    """The tree method of the draft's kind, or its chain method if drafts are to be sampled; `none` without a draft.
 
-    The choice does not look at the number of requests: at temperature > 0 it decides which text a seed gives.
+    The choice does not depend on the number of requests: at temperature > 0 it decides which text a seed gives.
     """
     if draft is None:
         return "none"
@@ -246,8 +243,8 @@ def default_method(draft: AnyDraft | None, sample_drafts: bool | None = None) ->
 
 
 def watch_for(method: str) -> DraftWatch | None:
-    """What watches over a method's draft; None where it has none: a look-up that finds nothing is no fault."""
-    from domino_spec.decoding.watch import DraftWatch
+    """Counts how often a draft is accepted; None for a method without one: a look-up that finds nothing is no fault."""
+    from domino_spec.decoding.request import DraftWatch
 
     return DraftWatch(method) if known_method(method).kinds else None
 
@@ -278,9 +275,9 @@ def make_drafter(
             nothing is sampled.
         draft_temperature: of sampled drafts; None for each request's own.
         min_confidence: see `BlockDrafter`.
-        num_drafts: of a tree, 512 at most; None is what pays: 11 for one request, fewer where several share a CPU's
-            rows. A chain is as long as its draft allows. A warning says it where fewer can be drafted.
-        ngrams: of method dart, which goes without where there are none.
+        num_drafts: of a tree, 512 at most; None is what pays: 11 for one request, fewer if several share a CPU's
+            rows. A chain is as long as its draft allows. If fewer can be drafted, a warning says so.
+        ngrams: for method dart; None drafts without them.
 
     Raises:
         UserError: an unknown method, one whose draft is missing or of another kind, or a setting out of range.

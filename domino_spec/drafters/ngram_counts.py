@@ -46,7 +46,7 @@ class NgramSource(Settings):
     source: str
     """What was counted."""
     tokenizer: str | None = None
-    """Fingerprint of the tokenizer; None where the target has none."""
+    """Fingerprint of the tokenizer; None if the target has none."""
     target_fingerprint: str | None = None
     """The target that wrote the texts; another one with the same tokenizer may use them too."""
 
@@ -87,7 +87,7 @@ class NgramModel:
         Args:
             texts: token ids.
             order: tokens of the longest n-grams.
-            eos: put behind every text; None where texts hold their own end.
+            eos: put behind every text; None if texts hold their end.
             vocab_size: V; None for what the texts need.
             source: what they are, for the file.
             tokenizer: see `NgramSource`, and so is `target_fingerprint`.
@@ -122,7 +122,7 @@ class NgramModel:
         """How likely each child follows its context.
 
         Args:
-            contexts: [..., C] tokens in reading order, of which the last `order - 1` matter; -1 where there is none.
+            contexts: [..., C] tokens in reading order, of which the last `order - 1` matter; -1 if there is none.
             children: [..., K] tokens.
 
         Returns:

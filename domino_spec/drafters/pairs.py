@@ -10,74 +10,45 @@ Shapes: R requests, n new pairs, H hidden, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Verdict
+from domino_spec.decoding.rows import RowCache
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 
 
-@dataclass
-class PairCache:
-    """The pairs of every request, in memory allocated once; rows behind them are for drafting and mean nothing."""
+class PairCache(RowCache):
+    """The pairs of every request; rows behind them are for drafting, and mean nothing.
 
-    keys: Tensor
-    """[R, kv_heads, capacity, D], rotated."""
-    values: Tensor
-    lengths: Tensor
-    """[R], committed pairs: tokens without one. A prompt of one token has none."""
-    last: Tensor
-    """[R, 1, 2H], each request's last pair, as attention reads it."""
-    last_feature: Tensor
-    """[R, 1, H], its feature before the norm."""
+    Args:
+        draft: whose pairs they are.
+        requests: R.
+        capacity: rows of each request.
+        scratch_rows: rows behind them that drafting may write.
+    """
 
-    @staticmethod
-    def allocate(draft: SingleLayerDraft, requests: int, capacity: int) -> PairCache:
-        """Memory for so many requests of `capacity` rows, all empty."""
+    request_fields: ClassVar[tuple[str, ...]] = ("last", "last_feature")
+
+    def __init__(self, draft: SingleLayerDraft, requests: int, capacity: int, scratch_rows: int) -> None:
         config = draft.config
-        shape = (requests, config.num_key_value_heads, capacity, config.head_dim)
-        keys = torch.zeros(shape, dtype=draft.dtype, device=draft.device)
-        nothing = torch.zeros(requests, dtype=torch.long, device=keys.device)
-        last = keys.new_zeros(requests, 1, 2 * config.hidden_size)
-        return PairCache(keys, torch.zeros_like(keys), nothing, last, keys.new_zeros(requests, 1, config.hidden_size))
-
-    def view(self, start: int, stop: int) -> PairCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory."""
-        everything = (self.keys, self.values, self.lengths, self.last, self.last_feature)
-        return PairCache(*(tensor[start:stop] for tensor in everything))
-
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, whose pairs are lost."""
-        rows = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[destination, :, :rows] = stored[source, :, :rows]
-        for tensor in (self.lengths, self.last, self.last_feature):
-            tensor[destination] = tensor[source]
-
-    def clear(self, request: int) -> None:
-        """Forget a request."""
-        self.lengths[request] = 0
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of a request's first rows, [..., rows, D] each."""
-        return tuple(stored[request, :, :rows].clone() for stored in (self.keys, self.values))
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own; its last pair is known once more are read."""
-        for own, kept in zip((self.keys, self.values), stored, strict=True):
-            own[request, :, :rows] = kept[..., :rows, :]
-        self.lengths[request] = rows
-
-    def wipe(self, request: int, rows: int) -> None:
-        """Zero a request's memory, of which drafting may have used a little more than `rows`."""
-        for stored in (self.keys, self.values, self.last, self.last_feature):
-            stored[request] = 0
+        shape = (requests, config.num_key_value_heads, capacity + scratch_rows, config.head_dim)
+        self.scratch_rows = scratch_rows
+        self.keys = torch.zeros(shape, dtype=draft.dtype, device=draft.device)
+        """[R, kv_heads, capacity, D], rotated."""
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(requests, dtype=torch.long, device=self.keys.device)
+        """[R], committed pairs: tokens without one. A prompt of one token has none."""
+        self.last = self.keys.new_zeros(requests, 1, 2 * config.hidden_size)
+        """[R, 1, 2H], each request's last pair, as attention reads it."""
+        self.last_feature = self.keys.new_zeros(requests, 1, config.hidden_size)
+        """[R, 1, H], its feature before the norm."""
 
     def append(self, draft: SingleLayerDraft, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Add pairs behind the committed ones; the first `counts` [R] of each request are meant.
+        """Add pairs behind the committed ones; the first `counts` [R] of each request are valid.
 
         Args:
             draft: whose pairs they are.
@@ -97,7 +68,7 @@ class PairCache:
 
 
 class Rows:
-    """Rows of a cache from each request's `first` [R] on, to be written and looked at."""
+    """Rows of a cache from each request's `first` [R] on, to be written and attended to."""
 
     def __init__(self, cache: PairCache, first: Tensor) -> None:
         self._cache, self.first = cache, first
@@ -123,28 +94,28 @@ class Rows:
         """`write` at `offset`, for `SingleLayerDraft.extend`."""
         return lambda new: self.write(new, offset)
 
-    def mask(self, own: Tensor) -> Tensor:
-        """What pairs may look at: every row before `first`, and of the m rows from there on what `own` says.
+    def mask(self, among: Tensor) -> Tensor:
+        """What pairs may attend to: every row before `first`, and of the m rows from there on what `among` says.
 
         Args:
-            own: [R, n, m] bool.
+            among: [R, n, m] bool.
 
         Returns:
             [R, 1, n, extent], for the extent that `write` returned last.
         """
         if self._equal:
-            return F.pad(own, (self._longest, 0), value=True)[:, None]
-        count = own.shape[2]
-        place = torch.arange(self._longest + count, device=own.device) - self.first[:, None, None]  # [R, 1, extent]
-        inside = own.gather(2, place.clamp(0, count - 1).expand(-1, own.shape[1], -1))
+            return F.pad(among, (self._longest, 0), value=True)[:, None]
+        count = among.shape[2]
+        place = torch.arange(self._longest + count, device=among.device) - self.first[:, None, None]  # [R, 1, extent]
+        inside = among.gather(2, place.clamp(0, count - 1).expand(-1, among.shape[1], -1))
         return ((place < 0) | ((place < count) & inside))[:, None]
 
 
-def advance_pairs(draft: SingleLayerDraft, own: PairCache, verdict: Verdict) -> None:
+def advance_pairs(draft: SingleLayerDraft, cache: PairCache, verdict: Verdict) -> None:
     """Add the pairs of what was committed: features of the anchor and the accepted drafts, each with its next token."""
     assert verdict.features is not None
     counts = verdict.num_accepted + 1
     fresh = int(counts.max())
-    # The text of a request that has ended stays where it is; so must its pairs, or they would outgrow the cache.
-    own.lengths.copy_(verdict.anchor_positions)
-    own.append(draft, verdict.features[:, :fresh], verdict.tokens[:, :fresh], counts)
+    # The text of a request that has ended does not grow; nor may its pairs, or they would outgrow the cache.
+    cache.lengths.copy_(verdict.anchor_positions)
+    cache.append(draft, verdict.features[:, :fresh], verdict.tokens[:, :fresh], counts)

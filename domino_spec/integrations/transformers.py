@@ -2,8 +2,8 @@
 
     model.generate(**inputs, custom_generate=draft.custom_generate, max_new_tokens=100)
 
-transformers prepares inputs and settings as always and hands them over; this module reads the settings that change the
-text and refuses, by name, those that our loop would not honour.
+transformers prepares inputs and settings as usual and passes them on. This module reads the settings that change the
+text, and refuses by name those that our loop would ignore.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.decoding.engine import decode
-from domino_spec.decoding.request import Limits
+from domino_spec.decoding.request import DraftWatch, Limits
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.decoding.watch import DraftWatch
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 
@@ -80,7 +79,7 @@ def generate_with(
     `watch` as for `Engine`.
 
     Raises:
-        UserError: a setting that our loop would not honour.
+        UserError: a setting that our loop would ignore.
     """
     for criterion in stopping_criteria:
         if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
@@ -119,8 +118,8 @@ def generate_with(
 def calling_streamer() -> BaseStreamer | None:
     """The `streamer` argument of the `generate` call that is two frames up.
 
-    transformers 5.17 to 5.23 drops the streamer when `custom_generate` is a function (it keeps only arguments that
-    `_sample` lacks), so the only place that still has it is the calling frame.
+    transformers 5.17 to 5.23 drops the streamer if `custom_generate` is a function (it keeps only arguments that
+    `_sample` lacks), so only the calling frame still has it.
     """
     frame: Any = sys._getframe(2)
     streamer = frame.f_locals.get("streamer")

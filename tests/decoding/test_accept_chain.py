@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from domino_spec.decoding.cycle import Proposal, accept_chain
-from domino_spec.decoding.sampling import RandomStreams, SamplingSettings, draw, target_probs
+from domino_spec.decoding.sampling import RandomStreams, SamplingSettings, draw
 from domino_spec.ops.acceptance import match_chain
+from tests.tiny import target_probs
 
 GRID = 100
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import Proposal, State, Verdict, commit, start, tree_ancestors, verify, walk_tree
-from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.request import Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.lookup import PlainDecoding
@@ -16,6 +15,7 @@ from tests.tiny import (
     as_target,
     assert_close,
     plain_greedy,
+    prefill,
     random_prompts,
     run,
     tiny_model,

@@ -10,7 +10,7 @@ import torch
 
 from domino_spec.api import generate
 from domino_spec.decoding.cycle import Proposal
-from domino_spec.decoding.watch import FIRST_LOOK, USELESS, DraftWatch, upper_bound
+from domino_spec.decoding.request import FIRST_LOOK, USELESS, DraftWatch, upper_bound
 from tests.decoding.graphs.static_engines import Knows, decoded, engine_of, requests_of
 from tests.tiny import VOCAB, as_target, plain_greedy, random_prompts, tiny_draft, tiny_model
 

@@ -50,7 +50,7 @@ def test_cached_context_appended_in_pieces_gives_the_same_block(draft, features)
     """Unequal numbers of accepted rows per request, rejected rows written and then overwritten."""
     config = draft.config
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, 3 * ROWS, config.head_dim)
-    own = ContextCache(torch.zeros(shape), torch.zeros(shape), torch.zeros(2, dtype=torch.long))
+    own = ContextCache(torch.zeros(shape))
     done = torch.tensor([0, 0])
     for counts in ([4, 2], [1, 5], [6, 4]):
         n = max(counts)

@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import start
-from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.request import Limits
 from domino_spec.drafters.block import BlockDrafter
 from domino_spec.settings import UserError
-from tests.tiny import VOCAB, Beside, Oracle, assert_close, plain_greedy, random_prompts, run, tiny_draft, whose
+from tests.tiny import (
+    VOCAB,
+    Beside,
+    Oracle,
+    assert_close,
+    plain_greedy,
+    prefill,
+    random_prompts,
+    run,
+    tiny_draft,
+    whose,
+)
 
 
 @torch.inference_mode()

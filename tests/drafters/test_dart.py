@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import Proposal, start
-from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.dart import DartDrafter, search_tree
 from domino_spec.drafters.ngram_counts import NgramModel
@@ -28,6 +27,7 @@ from tests.tiny import (
     as_target,
     assert_close,
     plain_greedy,
+    prefill,
     random_prompts,
     run,
     tiny_model,
@@ -204,7 +204,7 @@ class Watched(Beside):
     def propose(self, state, own, num_drafts):
         verified = super().propose(state, own, num_drafts)
         # A second time: what the first pass left behind the committed pairs must not matter.
-        self.slots.append(self.drafter.slots(own.pairs, self.drafter.draft.config.num_masks))
+        self.slots.append(self.drafter.slots(own, self.drafter.draft.config.num_masks))
         return verified
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import Proposal, start, tree_ancestors
-from domino_spec.decoding.engine import prefill
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.eagle3 import Eagle3Drafter, grow_tree
 from domino_spec.settings import UserError
@@ -23,6 +22,7 @@ from tests.tiny import (
     TreeOracle,
     as_target,
     plain_greedy,
+    prefill,
     random_prompts,
     run,
     tiny_model,

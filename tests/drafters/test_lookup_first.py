@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import Proposal, start
-from domino_spec.decoding.engine import prefill
-from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.lookup import LookupFirst
-from tests.tiny import plain_greedy, random_prompts, run, tiny_draft
+from tests.tiny import plain_greedy, prefill, random_prompts, run, tiny_draft, tree_of
 
 
 class Counting(BlockDrafter):
@@ -105,7 +104,7 @@ COPY = [8, 9, 10, 11, 5, 6, 7] * 2
 def test_in_one_batch_a_copy_is_a_chain_beside_the_trees_of_the_others(target, min_confidence):
     """Also where the copy is longer than every tree, or nobody else proposes anything at all."""
     prompts = [random_prompts([9])[0], REPEATING, *random_prompts([4, 6], seed=5)]
-    tree = TreeDrafter(BlockDrafter(tiny_draft(target), min_confidence=min_confidence), budget=11)
+    tree = tree_of(BlockDrafter(tiny_draft(target), min_confidence=min_confidence), budget=11)
     mixed = first_proposal(target, LookupFirst(tree), prompts)
     alone = first_proposal(target, tree, prompts)
     assert drafts(mixed, 1) == chain(COPY[:11])
@@ -119,13 +118,13 @@ def test_in_one_batch_a_copy_is_a_chain_beside_the_trees_of_the_others(target, m
 
 def test_copies_alone_do_not_run_the_draft_of_a_tree(target):
     inner = Counting(tiny_draft(target))
-    proposal = first_proposal(target, LookupFirst(TreeDrafter(inner, budget=11)), [REPEATING, [1, 2, *[7] * 6]])
+    proposal = first_proposal(target, LookupFirst(tree_of(inner, budget=11)), [REPEATING, [1, 2, *[7] * 6]])
     assert [drafts(proposal, r) for r in (0, 1)] == [chain(COPY[:11]), chain([7] * 11)]
     assert inner.calls == 0
 
 
 def test_copies_and_trees_write_the_plain_text(model, target):
     prompts = [REPEATING, *random_prompts([6, 3], seed=8)]
-    tree = TreeDrafter(BlockDrafter(tiny_draft(target)), budget=11)
+    tree = tree_of(BlockDrafter(tiny_draft(target)), budget=11)
     generations = run(target, LookupFirst(tree, shortest=1), prompts, 24)
     assert [g.token_ids for g in generations] == [plain_greedy(model, p, 24) for p in prompts]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
-from domino_spec.decoding.sampling import SamplingSettings, target_probs
+from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory, load_draft
 from domino_spec.engines.hooks import Hook
@@ -21,6 +21,7 @@ from domino_spec.settings import UserError
 from domino_spec.target.load import embedded_target_directory, load_target
 from tests import tiny
 from tests.engines.vllm_engine import by_text, engine, our_drafts, recorded, save_pair, tiny_llama
+from tests.tiny import target_probs
 
 EVERY_SECOND = torch.arange(0, tiny.VOCAB, 2)
 COUNT = 24
@@ -100,7 +101,9 @@ def exact_distributions(llama, prompt: list[int]) -> list[torch.Tensor]:
 
     @torch.inference_mode()
     def following(texts: torch.Tensor) -> torch.Tensor:
-        return torch.cat([target_probs(llama(part).logits[:, -1], SAMPLED) for part in texts.split(600)]).double()
+        return torch.cat(
+            [target_probs(llama(part).logits[:, -1:], SAMPLED)[:, 0] for part in texts.split(600)]
+        ).double()
 
     texts, weights, marginals = torch.tensor([prompt]), torch.ones(1, dtype=torch.double), []
     for _ in range(3):

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from domino_spec.decoding.cycle import start
-from domino_spec.decoding.engine import prefill
 from domino_spec.draft.config import HeadConfig
 from domino_spec.draft.domino import DominoHead
-from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.ops import reference, rollout, trees
 from domino_spec.ops.embedding import EmbeddingTable
 from domino_spec.ops.native import steps as cpu
 from domino_spec.ops.native.rollout import head_rollout_cpu, head_tree_cpu, takes
-from tests.tiny import random_prompts, tiny_draft
+from tests.tiny import prefill, random_prompts, tiny_draft, tree_of
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 
@@ -166,7 +165,7 @@ def test_drafters_draft_in_c_what_they_draft_in_pytorch(target, monkeypatch, tre
     """Through a draft vocabulary, whose indices are not token ids."""
     draft = tiny_draft(target, head_sizes=(32, 16), draft_vocab_ids=torch.arange(0, target.vocab_size, 2))
     block = BlockDrafter(draft, candidates=candidates, min_confidence=confidence)
-    drafter = TreeDrafter(block, 9) if tree else block
+    drafter = tree_of(block, 9) if tree else block
     state = prefill(target, random_prompts([5, 2, 9]), drafter, 3, None)
     answers = []
 

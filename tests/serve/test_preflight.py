@@ -112,7 +112,7 @@ def test_the_memory_it_names_is_the_memory_that_the_engine_takes(tmp_path, monke
         save_any_draft(tiny.tiny_draft(target, draft_vocab_ids=vocabulary), tmp_path / "draft")
         draft = load_draft(tmp_path / "draft", target)
     engine = make_engine(target, draft, slots=4, capacity=2048, num_drafts=4, method=method)
-    truly = held(target.model, target.lm_head_weight, engine._state, engine._own)
+    truly = held(target.model, target.lm_head_weight, engine.state, engine.cache)
     if isinstance(draft, Draft):
         truly += held(draft, draft.ends.lm_head) + draft.ends.lm_head.nbytes  # the packed copy has no attribute here
     named: dict[str, int] = {}

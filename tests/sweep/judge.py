@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.lookup import PlainDecoding, PromptLookup
 from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
 from tests import tiny
 from tests.sweep import families
+from tests.tiny import tree_of
 
 COUNT = 24
 SEEDS = 8
@@ -111,7 +112,7 @@ def compare(family: str, target: Target, theirs: PreTrainedModel, texts: list[li
             drafts = one_line(family, error)
         else:
             drafters["domino"] = lambda: BlockDrafter(draft)
-            drafters["domino-tree"] = lambda: TreeDrafter(BlockDrafter(draft), 11)
+            drafters["domino-tree"] = lambda: tree_of(BlockDrafter(draft), 11)
         for name, make in drafters.items():
             try:
                 generations = tiny.run(target, make(), PROMPTS, COUNT)

@@ -7,7 +7,7 @@ import torch
 
 from domino_spec.decoding.cycle import Proposal
 from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.drafters.block import BlockDrafter, TreeDrafter
+from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.dart import DartDrafter
 from domino_spec.drafters.eagle3 import Eagle3Drafter
 from domino_spec.drafters.lookup import LookupFirst, PlainDecoding, PromptLookup
@@ -23,6 +23,7 @@ from tests.tiny import (
     run,
     tiny_draft,
     tiny_single_layer,
+    tree_of,
 )
 
 TOKENS, HORIZON = 36, 9
@@ -35,9 +36,9 @@ MAKE = {
     "dflash": lambda draft, target: BlockDrafter(draft, use_head=False),
     "domino": lambda draft, target: BlockDrafter(draft),
     "confident": lambda draft, target: BlockDrafter(draft, min_confidence=0.2),
-    "domino-tree": lambda draft, target: TreeDrafter(BlockDrafter(draft), 9),
+    "domino-tree": lambda draft, target: tree_of(BlockDrafter(draft), 9),
     "domino+ngram": lambda draft, target: LookupFirst(BlockDrafter(draft)),
-    "domino-tree+ngram": lambda draft, target: LookupFirst(TreeDrafter(BlockDrafter(draft), 8)),
+    "domino-tree+ngram": lambda draft, target: LookupFirst(tree_of(BlockDrafter(draft), 8)),
     # Random drafts, right now and then because their trees are wide.
     "eagle3": lambda draft, target: Eagle3Drafter(tiny_single_layer(target, "eagle3"), total=21),
     "dart": lambda draft, target: DartDrafter(tiny_single_layer(target, "dart"), None, total=20),

@@ -1,1 +1,1 @@
-"""Static cycles, which never look at the device; CUDA captures them as graphs. The default path imports none of it."""
+"""Static cycles: the host never waits for the device, and CUDA runs them as graphs. Not on the default path."""

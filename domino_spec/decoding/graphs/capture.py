@@ -1,8 +1,8 @@
-"""CUDA graphs of static cycles: captured when a shape is first met, replayed ever after.
+"""CUDA graphs of static cycles: a shape is captured when it is first needed, and replayed from then on.
 
-A cycle that has nobody active changes nothing (`decoding.static`), so that is what runs before a capture: kernels are
-compiled, workspaces allocated and libraries set up outside of the graph. Where a capture fails, cycles run eagerly from
-then on, and one line says why.
+Before a capture the cycle runs without active requests, which changes nothing (`cycles`): so kernels are compiled,
+workspaces allocated and libraries set up outside of the graph. If a capture fails, cycles run eagerly from then on, and
+one line in the log says why.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ WARM_UPS = 2
 
 
 class Captured(Protocol):
-    """Something that does again what was captured."""
+    """A captured cycle."""
 
     def replay(self) -> object:
-        """Do it."""
+        """Run it again."""
         ...
 
 
 def capturable(device: torch.device) -> bool:
-    """Whether there are graphs on a device."""
+    """Whether a device has graphs."""
     return device.type == "cuda"
 
 
 def why_not(target: Target) -> str | None:
-    """What is known to keep a target's passes from being captured; None where nothing is.
+    """Why a target's passes cannot be captured, as far as it is known beforehand; None if nothing is known.
 
-    Work on another device is not recorded by a capture, nor does it fail one: it would be missing from every replay.
+    A capture does not record work on another device, and does not fail at it: every replay would lack that work.
     """
     model = target.model
     devices = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors} | {target.device}
@@ -51,7 +51,7 @@ def why_not(target: Target) -> str | None:
 
 
 def warm_up(cycle: Callable[[], None], device: torch.device) -> None:
-    """Run a cycle a few times, on CUDA on a stream beside the one in use, as captures ask for it."""
+    """Run a cycle a few times; on CUDA on another stream than the current one, which captures require."""
     if device.type != "cuda":
         cycle()
         return
@@ -75,11 +75,11 @@ def capture(cycle: Callable[[], None], pool: Any, device: torch.device) -> Captu
 
 
 class Graphs:
-    """Runs cycles, by graphs where the device has them.
+    """Runs cycles, by graphs if the device has them.
 
     Args:
         target: whose passes are a part of the cycles.
-        active: [slots] bool, whom a cycle decodes; nobody while one is warmed up.
+        active: [slots] bool, the requests that a cycle decodes; none while one is warmed up.
     """
 
     def __init__(self, target: Target, active: Tensor) -> None:
@@ -95,7 +95,7 @@ class Graphs:
         return len(self._graphs)
 
     def runner(self, shape: Hashable, cycle: Callable[[], None]) -> Callable[[], object]:
-        """What runs a cycle of a shape: its graph, captured now where there is none yet, or the cycle itself."""
+        """What runs a cycle of a shape: its graph, which is captured now if there is none yet, or the cycle itself."""
         if self.captures and shape not in self._graphs:
             self._capture(shape, cycle)
         graph = self._graphs.get(shape)
@@ -112,7 +112,7 @@ class Graphs:
             self._active.copy_(active)
         try:
             self._graphs[shape] = capture(cycle, self._pool, self._device)
-        except Exception as error:  # whatever a module does that a graph cannot hold
+        except Exception as error:  # a module may do anything that a graph cannot hold
             self._give_up(_reason(error))
 
     def _give_up(self, reason: str) -> None:
@@ -121,7 +121,7 @@ class Graphs:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, and the module that it came from."""
+    """An error's message, and the module that raised it."""
     module, frame = None, error.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")

@@ -1,39 +1,47 @@
-"""The static cycle: propose, verify, commit and advance, without a look at the device and in memory allocated before.
+"""Static cycles: propose, verify, commit and advance in memory allocated before, while the host never waits inside.
 
-Every shape in it depends on a `Shape` alone: how many slots, how many rows of context (the *extent*: a bucket that
-holds the longest text, whose further rows are masked), how many drafts, and what the requests' settings need. So the
-function that runs eagerly on a CPU is, on CUDA, captured as one graph per shape and replayed; what changes between
-cycles, the settings, limits and stop tokens of those being decoded, lies in tensors that are filled in place.
+Every tensor shape in a cycle depends on its `Shape` alone: how many slots, how many rows of context (the *extent*: a
+bucket that holds the longest text, whose further rows are masked), how many drafts, and which warpers the requests'
+settings need. So on CUDA each shape becomes one CUDA graph, which is captured once and replayed; the CPU version runs
+the same function eagerly and exists for tests. What changes between cycles (settings, limits and stop tokens of the
+requests) lies in tensors that are filled in place.
 
-The host hears of a cycle while the next one runs. So the device itself decides when a request has ended (a stop token,
-its limit, values that are not finite): it is no longer *active*, and commits nothing more. A cycle with nobody active
-changes nothing. What only the host can see, stop strings and cancelled requests, costs one cycle for nothing.
+The host reads what a cycle decided while the next one runs. So the device itself decides whether a request has ended (a
+stop token, its limit, values that are not finite): it is no longer *active*, and commits nothing more. A cycle without
+active requests changes nothing. Stop strings and cancelled requests, which only the host can see, cost one cycle.
+
+The engine reaches all of this through `static_cycles` and `StaticCycles.step`.
 
 Shapes: R requests, N drafts that are verified, O drafts that are offered.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.adapt import best_first, keep_drafts
+from domino_spec.decoding.adapt import DraftPolicy
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, verify
 from domino_spec.decoding.graphs.capture import Graphs
-from domino_spec.decoding.graphs.sampling import Kind, SettingsTable
-from domino_spec.decoding.request import Slot
+from domino_spec.decoding.request import CycleResult, Slot
+from domino_spec.decoding.rows import RowCache
+from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
+from domino_spec.decoding.static_policy import LateChoice, best_drafts
 from domino_spec.target.model import Target
+
+_log = logging.getLogger(__name__)
 
 STEP = 256
 """Least distance of two extents, in rows."""
 MOST_STOPS = 16
 """Stop tokens of a request that the device looks for; the host sees the others, a cycle late."""
-_ACCEPTED, _DRAFTS, _OFFERED, _SOUND, _ENDED, _TOKENS = range(6)
+_ACCEPTED, _DRAFTS, _OFFERED, _FINITE, _ENDED, _TOKENS = range(6)
 """Columns of what a cycle decided; tokens are followed by the path."""
 
 
@@ -49,39 +57,33 @@ class Shape:
     """Drafts that the drafter is asked for; 0 skips drafting."""
     verified: int
     """The best of them, which the target verifies."""
-    kind: Kind
-    """Of the requests' settings."""
+    warpers: Warpers
+    """That the requests' settings need."""
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a cycle decided, on the host; a list has an entry for each of R requests."""
+class StaticResult(CycleResult):
+    """What a static cycle decided, with what the policy learns from."""
 
-    accepted: list[int]
-    """Accepted drafts, without the bonus; -1 for those that had ended before."""
-    num_drafts: list[int]
-    num_offered: list[int]
-    sound: list[bool]
-    ended: list[bool]
+    num_offered: list[int] = ()  # type: ignore[assignment]
+    ended: list[bool] = ()  # type: ignore[assignment]
     """Whether the device has seen a request's end in this cycle."""
-    tokens: list[list[int]]
-    """As `Verdict.tokens`."""
-    confidence: Tensor | None
+    confidence: Tensor | None = None
     """[R, O], of what was offered; see `Proposal`."""
-    path: Tensor | None
+    path: Tensor | None = None
     """[R, N + 1], see `Verdict`."""
-    seconds: float
+    seconds: float = 0.0
     """Of the cycle, on its device."""
 
 
-class Flight:
-    """A cycle that was started and not yet heard of.
+class PendingCycle:
+    """A cycle that was started and whose result the host has not read yet.
 
     Args:
         shape: of the cycle.
-        slots: whom it decodes, in the order of its rows.
-        drafted: whether the drafts that it offered were meant to be verified.
-        buffers: where it tells what it decided: [slots, columns] int64 and [slots, O] float32.
+        slots: its requests, in the order of its rows.
+        drafted: whether the drafts that it offered were to be verified.
+        buffers: on the host, for what it decided: [slots, columns] int64 and [slots, O] float32.
         layout: drafts that it offered and verified, whether with confidences, whether trees.
         timer: of the cycle.
     """
@@ -103,24 +105,51 @@ class Flight:
         """Drafts of a request, at most, that the drafter came up with."""
         return self._layout[0]
 
-    def hear(self) -> Heard:
-        """Wait until the cycle has told what it decided."""
+    def wait(self) -> StaticResult:
+        """Wait until the cycle has written down what it decided."""
         seconds = self._timer.wait()
         count, (offered, verified, has_confidence, is_tree) = len(self.slots), self._layout
         decided, confidence = (b[:count] for b in self._buffers)
         columns = decided[:, :_TOKENS].T.tolist()
         most = (decided.shape[1] - _TOKENS) // 2
-        return Heard(
-            accepted=columns[_ACCEPTED],
-            num_drafts=columns[_DRAFTS],
-            num_offered=columns[_OFFERED],
-            sound=[bool(s) for s in columns[_SOUND]],
-            ended=[bool(e) for e in columns[_ENDED]],
+        return StaticResult(
+            slots=self.slots,
             tokens=decided[:, _TOKENS : _TOKENS + verified + 1].tolist(),
+            num_accepted=columns[_ACCEPTED],
+            num_drafts=columns[_DRAFTS],
+            finite=[bool(value) for value in columns[_FINITE]],
+            num_offered=columns[_OFFERED],
+            ended=[bool(value) for value in columns[_ENDED]],
             confidence=confidence[:, :offered].clone() if has_confidence else None,
             path=decided[:, _TOKENS + most :][:, : verified + 1].clone() if is_tree else None,
             seconds=seconds,
         )
+
+
+def is_static(drafter: Drafter) -> bool:
+    """Whether a drafter can be part of a static cycle; one without an attribute `static` cannot.
+
+    Its `propose` and `advance` then never wait for the device, and what they allocate has shapes that depend on the
+    number of requests, the extent and `num_drafts` alone. Requests with `num_accepted` -1 have ended: `advance` leaves
+    theirs alone.
+    """
+    return bool(getattr(drafter, "static", False))
+
+
+def static_cycles(
+    target: Target,
+    drafter: Drafter,
+    state: State,
+    cache: RowCache,
+    num_drafts: int,
+    matching_rule: bool = False,
+    policy: DraftPolicy | None = None,
+) -> StaticCycles | None:
+    """The static cycles of an engine; None, and a warning, if its drafter cannot be part of one. See `StaticCycles`."""
+    if not is_static(drafter):
+        _log.warning("cycles are ordinary ones, which wait for the host: the drafter works there in part")
+        return None
+    return StaticCycles(target, drafter, state, cache, num_drafts, matching_rule, policy)
 
 
 class StaticCycles:
@@ -130,122 +159,160 @@ class StaticCycles:
         target: the frozen model.
         drafter: one that `is_static`.
         state: of all slots.
-        own: the drafter's caches for all slots.
+        cache: the drafter's, for all slots.
         num_drafts: offered in a cycle at most.
         matching_rule: see `verify`.
+        policy: see `Engine`.
     """
 
     def __init__(
-        self, target: Target, drafter: Drafter, state: State, own: Any, num_drafts: int, matching_rule: bool = False
+        self,
+        target: Target,
+        drafter: Drafter,
+        state: State,
+        cache: RowCache,
+        num_drafts: int,
+        matching_rule: bool = False,
+        policy: DraftPolicy | None = None,
     ) -> None:
         self.target, self.drafter, self.matching_rule = target, drafter, matching_rule
         slots, device = len(state.tokens), target.device
-        self._state, self._own = state, own
-        self._table = SettingsTable(slots, target.vocab_size, device)
+        self.state, self.cache = state, cache
+        self.sampling = Sampling([SamplingSettings()] * slots, device)
+        """A row of settings for each slot, filled in place."""
         self._limits = torch.ones(slots, dtype=torch.long, device=device)
         self._stops = torch.full((slots, MOST_STOPS), -1, device=device)
         columns = _TOKENS + 2 * (num_drafts + 1)
-        self._decided = torch.zeros(slots, columns, dtype=torch.long, device=device)
+        self.decided = torch.zeros(slots, columns, dtype=torch.long, device=device)
+        """What a cycle decided, in columns."""
         self._confidence = torch.zeros(slots, num_drafts, device=device)
         pinned = device.type == "cuda"
-        # Two, filled in turn: the host reads one while a cycle tells the other.
-        self._told = [(_on_host(self._decided, pinned), _on_host(self._confidence, pinned)) for _ in range(2)]
+        # Two, filled in turn: the host reads one while a cycle fills the other.
+        self._on_host = [(_on_host(self.decided, pinned), _on_host(self._confidence, pinned)) for _ in range(2)]
         self._layouts: dict[Shape, tuple[int, int, bool, bool]] = {}
         self._loaded: list[Slot] = []
-        self._kind = Kind()
-        self._flights = 0
-        self.rest(0, slots)
+        self._warpers = Warpers()
+        self._choice = LateChoice(policy, num_drafts)
+        self.launched = 0
+        """Cycles so far."""
+        self.pending: PendingCycle | None = None
+        self._last: StaticResult | None = None
+        for place in range(slots):
+            self.park(place)
         self.graphs = Graphs(target, state.active)
 
-    def rest(self, first: int, last: int) -> None:
-        """Give slots that nobody has, `first .. last - 1`, something harmless to decode: a cycle may look at them."""
-        state = self._state
-        state.active[first:last] = False
-        state.tokens[first:last, 0] = 0
-        state.lengths[first:last] = 1
-        state.cache.lengths[first:last] = 0
-        for place in range(first, last):
-            self._own.clear(place)
+    def takes(self, slots: Sequence[Slot]) -> bool:
+        """Whether these requests go on by static cycles: none of them wants log-probabilities, or one is pending."""
+        return self.pending is not None or all(slot.request.top_logprobs is None for slot in slots)
 
-    def load(self, slots: list[Slot]) -> Kind:
-        """Make the settings and limits of the first slots those of these requests; returns what they need."""
-        if slots != self._loaded:
-            self._loaded, settings = list(slots), [slot.request.settings for slot in slots]
-            self._kind = Kind.of(settings)
-            self._table.load(settings)
-            limits = [slot.request.limits.max_new_tokens for slot in slots]
-            self._limits[: len(slots)].copy_(torch.tensor(limits))
-            stops = torch.full((len(slots), MOST_STOPS), -1)
-            for row, slot in zip(stops, slots, strict=True):
-                ids = sorted(slot.ending.stop_token_ids)[:MOST_STOPS]
-                row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-            self._stops[: len(slots)].copy_(stops)
-        return self._kind
+    def step(self, slots: Sequence[Slot]) -> StaticResult | None:
+        """Start a cycle of the first slots; returns the result of the cycle before, None if there is none.
 
-    def launch(self, slots: list[Slot], late: Flight | None, offered: int, verified: int, drafted: bool) -> Flight:
+        If one of them wants log-probabilities, the cycle before is only waited for.
+        """
+        before, self.pending = self.pending, None
+        if self._last is not None:
+            for slot, accepted, ended in zip(self._last.slots, self._last.num_accepted, self._last.ended, strict=True):
+                assert slot.generation.finish_reason or (accepted >= 0 and not ended), "it would stand still for ever"
+        if all(slot.request.top_logprobs is None for slot in slots):
+            # The policy has no say if a request samples its drafts: their number would decide its text.
+            samples = self.drafter.samples and any(not slot.request.settings.greedy for slot in slots)
+            choice = self._choice.choose(len(slots), asked=not samples)
+            self.pending = self.launch(list(slots), before, choice.offered, choice.verified, choice.drafted)
+        if before is None:
+            return None
+        self._last = before.wait()
+        self._choice.learn(before, self._last)
+        return self._last
+
+    def park(self, place: int) -> None:
+        """Give a slot without a request something harmless to decode: a cycle may read it."""
+        state = self.state
+        state.active[place] = False
+        state.tokens[place, 0] = 0
+        state.lengths[place] = 1
+        state.cache.lengths[place] = 0
+        self.cache.clear(place)
+
+    def launch(
+        self, slots: list[Slot], before: PendingCycle | None, offered: int, verified: int, drafted: bool
+    ) -> PendingCycle:
         """Start a cycle of the first slots.
 
         Args:
-            slots: whom it decodes.
-            late: the cycle before, if nobody has heard of it yet.
+            slots: its requests.
+            before: the cycle before, if its result was not read yet.
             offered: drafts to ask the drafter for.
             verified: how many of them to verify.
-            drafted: see `Flight`.
+            drafted: see `PendingCycle`.
         """
-        kind = self.load(slots)
-        unheard = 0 if late is None else late.shape.verified + 1
-        rows = max(slot.length for slot in slots) + unheard + verified
+        warpers = self._load(slots)
+        not_read = 0 if before is None else before.shape.verified + 1
+        rows = max(slot.length for slot in slots) + not_read + verified
         shape = Shape(
             min(_power_of_two(len(slots)), len(self._limits)),
-            min(extent_of(rows), self._state.cache.capacity),
+            min(extent_of(rows), self.state.cache.capacity),
             offered,
             verified,
-            kind,
+            warpers,
         )
-        buffers = self._told[self._flights % 2]
-        self._flights += 1
+        buffers = self._on_host[self.launched % 2]
+        self.launched += 1
         run = self.graphs.runner(shape, partial(self.cycle, shape))
         timer = _Timer(self.target.device)
         run()
         timer.stop()
-        for told, own in zip(buffers, (self._decided, self._confidence), strict=True):
-            told.copy_(own, non_blocking=True)
-        timer.told()
-        return Flight(shape, list(slots), drafted, buffers, self._layouts[shape], timer)
+        for on_host, on_device in zip(buffers, (self.decided, self._confidence), strict=True):
+            on_host.copy_(on_device, non_blocking=True)
+        timer.copied()
+        return PendingCycle(shape, slots, drafted, buffers, self._layouts[shape], timer)
+
+    def _load(self, slots: list[Slot]) -> Warpers:
+        """Make the settings and limits of the first slots those of these requests; returns the warpers they need."""
+        if slots != self._loaded:
+            self._loaded, count = slots, len(slots)
+            self._warpers = self.sampling.load([slot.request.settings for slot in slots], self.target.vocab_size)
+            self._limits[:count].copy_(torch.tensor([slot.request.limits.max_new_tokens for slot in slots]))
+            stops = torch.full((count, MOST_STOPS), -1)
+            for row, slot in zip(stops, slots, strict=True):
+                ids = sorted(slot.ending.stop_token_ids)[:MOST_STOPS]
+                row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+            self._stops[:count].copy_(stops)
+        return self._warpers
 
     def cycle(self, shape: Shape) -> None:
-        """Decode the first slots that are active by one cycle; this is what is captured."""
-        sampling = self._table.view(shape.requests, shape.kind)
-        state = self._state.view(0, shape.requests, sampling, shape.extent)
-        own = self._own.view(0, shape.requests, shape.extent)
+        """Decode the active ones of the first slots by one cycle; this is what is captured."""
+        sampling = self.sampling.view(shape.requests, shape.warpers)
+        state = self.state.view(0, shape.requests, sampling, shape.extent)
+        cache = self.cache.view(0, shape.requests, shape.extent)
         offer = proposal = Proposal.empty(shape.requests, state.tokens.device)
         if shape.offered > 0:
-            offer = self.drafter.propose(state, own, shape.offered)
+            offer = self.drafter.propose(state, cache, shape.offered)
             proposal = best_drafts(offer, shape.verified)
         verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
         verdict = replace(verdict, num_accepted=torch.where(state.active, verdict.num_accepted, -1))
         commit(state, verdict)
-        self.drafter.advance(own, verdict)
-        self._tell(shape, offer, proposal, verdict, self._end(state, verdict))
+        self.drafter.advance(cache, verdict)
+        self._write_down(shape, offer, proposal, verdict, self._end(state, verdict))
 
     def _end(self, state: State, verdict: Verdict) -> Tensor:
-        """Who ended in this cycle, [R]; they are active no longer."""
+        """Which requests ended in this cycle, [R]; they are no longer active."""
         requests, width = verdict.tokens.shape
         fresh = torch.arange(width, device=verdict.tokens.device) <= verdict.num_accepted[:, None]
         stops = (verdict.tokens[..., None] == self._stops[:requests, None]).any(-1)
         full = state.lengths - state.prompt_lengths >= self._limits[:requests]
-        ended = state.active & ((stops & fresh).any(1) | full | ~verdict.sound)
+        ended = state.active & ((stops & fresh).any(1) | full | ~verdict.finite)
         state.active &= ~ended
         return ended
 
-    def _tell(self, shape: Shape, offer: Proposal, proposal: Proposal, verdict: Verdict, ended: Tensor) -> None:
-        """Write down what was decided, for the host."""
-        decided = self._decided[: shape.requests]
+    def _write_down(self, shape: Shape, offer: Proposal, proposal: Proposal, verdict: Verdict, ended: Tensor) -> None:
+        """Write what was decided into the tensors that are copied to the host."""
+        decided = self.decided[: shape.requests]
         for column, values in (
             (_ACCEPTED, verdict.num_accepted),
             (_DRAFTS, proposal.num_drafts),
             (_OFFERED, offer.num_drafts),
-            (_SOUND, verdict.sound),
+            (_FINITE, verdict.finite),
             (_ENDED, ended),
         ):
             decided[:, column].copy_(values)
@@ -259,17 +326,10 @@ class StaticCycles:
         self._layouts[shape] = (offered, width - 1, offer.confidence is not None, is_tree)
 
 
-def best_drafts(proposal: Proposal, count: int) -> Proposal:
-    """The `count` best drafts of every request."""
-    if proposal.tokens.shape[1] <= count:
-        return proposal
-    return keep_drafts(proposal, best_first(proposal)[:, :count])
-
-
 def extent_of(rows: int) -> int:
     """The bucket that holds so many rows: a multiple of 256, and of a quarter of the largest power of two below.
 
-    A cycle reads at most a quarter more than it needs to, beyond 1024 rows, and there are few buckets.
+    Beyond 1024 rows a cycle reads at most a quarter more than it needs to, and there are few buckets.
     """
     step = max(STEP, (1 << (max(rows - 1, 1).bit_length() - 1)) // 4)
     return -(-rows // step) * step
@@ -284,14 +344,14 @@ def _on_host(like: Tensor, pinned: bool) -> Tensor:
 
 
 class _Timer:
-    """Measures a cycle on its device, and waits for what it tells."""
+    """Measures a cycle on its device, and waits for the copies of what it decided."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds = 0.0
         if self._cuda:
             self._started, self._stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._told = torch.cuda.Event()
+            self._copied = torch.cuda.Event()
             self._started.record()
         else:
             self._began = time.perf_counter()
@@ -303,14 +363,14 @@ class _Timer:
         else:
             self._seconds = time.perf_counter() - self._began
 
-    def told(self) -> None:
-        """So are the copies of what it decided."""
+    def copied(self) -> None:
+        """The copies of what it decided are on their way."""
         if self._cuda:
-            self._told.record()
+            self._copied.record()
 
     def wait(self) -> float:
         """Wait for the copies; seconds of the cycle."""
         if self._cuda:
-            self._told.synchronize()
+            self._copied.synchronize()
             return self._started.elapsed_time(self._stopped) / 1000
         return self._seconds

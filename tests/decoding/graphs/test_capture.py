@@ -13,7 +13,7 @@ from domino_spec.decoding.graphs import capture as static_graphs
 from domino_spec.decoding.graphs import cycles as static_module
 from domino_spec.decoding.graphs.capture import why_not
 from domino_spec.decoding.graphs.cycles import Shape
-from domino_spec.decoding.graphs.sampling import Kind
+from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
 from domino_spec.drafters.methods import make_drafter
 from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
@@ -83,7 +83,7 @@ def test_no_family_of_targets_looks_at_the_device(kind, monkeypatch):
 
 def watch(engine: Engine, monkeypatch) -> set[Shape]:
     """Raise where a static cycle looks at the device; the shapes of cycles are added to what is returned."""
-    cycle, seen = engine._static.cycle, set()
+    cycle, seen = engine.static.cycle, set()
 
     def watched(shape: Shape) -> None:
         seen.add(shape)
@@ -91,7 +91,7 @@ def watch(engine: Engine, monkeypatch) -> set[Shape]:
             forbid_lists(patched)
             cycle(shape)
 
-    monkeypatch.setattr(engine._static, "cycle", watched)
+    monkeypatch.setattr(engine.static, "cycle", watched)
     return seen
 
 
@@ -99,11 +99,11 @@ def test_what_watches_sees_the_looks_of_ordinary_cycles(target):
     engine = engine_of(target, drafter_of(target, "domino"), static=False)
     engine.submit(requests_of(PROMPTS[:1], [9])[0])
     engine.step()
-    batch = engine._batch
+    state, cache = engine.state.view(0, 1, Sampling([SamplingSettings()])), engine.cache.view(0, 1)
     with NoLooks(), pytest.raises(Looked):
-        engine.drafter.propose(batch.state, batch.own, 3)
+        engine.drafter.propose(state, cache, 3)
     with NoLooks(), pytest.raises(Looked):
-        engine.target.forward(batch.state.tokens[:, :3], batch.state.cache)
+        engine.target.forward(state.tokens[:, :3], state.cache)
     for look in (lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: torch.tensor([1]), lambda t: int(t[0])):
         with NoLooks(), pytest.raises(Looked):
             look(torch.arange(3))
@@ -116,17 +116,17 @@ def test_shapes_and_memory_are_the_same_in_every_cycle(target, method):
     engine = engine_of(target, drafter)
     generations = [engine.submit(r) for r in requests_of(PROMPTS[:3], [8, 40, 40])]
     engine.step()
-    static = engine._static
-    shape = Shape(3, 80, drafter.max_drafts, drafter.max_drafts, Kind())
+    static = engine.static
+    shape = Shape(3, 80, drafter.max_drafts, drafter.max_drafts, Warpers())
     held = places_of(engine)
     traces, accepted, active = [], [], []
     for _ in range(6):
         with torch.inference_mode(), Trace() as trace:
             static.cycle(shape)
         traces.append(trace.steps)
-        accepted.append(tuple(static._decided[:3, 0].tolist()))
-        active.append(engine._state.active.sum().item())
-        engine._late = None  # nobody hears of these cycles
+        accepted.append(tuple(static.decided[:3, 0].tolist()))
+        active.append(engine.state.active.sum().item())
+        static.pending = None  # nobody waits for these cycles
     assert all(trace == traces[0] for trace in traces) and len(traces[0]) > 100
     assert len(set(active)) > 1 or method != "knows", "one has ended meanwhile"
     assert len(set(accepted)) > 1 or method != "knows"
@@ -135,16 +135,9 @@ def test_shapes_and_memory_are_the_same_in_every_cycle(target, method):
 
 def places_of(engine: Engine) -> list[int]:
     """Where in memory everything is that a cycle writes or reads beside the weights."""
-    state, static = engine._state, engine._static
-    kept = [state.tokens, state.lengths, state.prompt_lengths, state.active, state.cache.lengths]
-    kept += [state.cache.keys, state.cache.values, static._decided, static._confidence, static._limits, static._stops]
-    kept += [
-        static._table.seeds,
-        static._table.numbers,
-        static._table.top_k,
-        *(t for pair in static._told for t in pair),
-    ]
-    kept += [t for t in vars(engine._own).values() if isinstance(t, torch.Tensor)]
+    static = engine.static
+    holders = (engine.state, engine.state.cache, engine.cache, static, static.sampling)
+    kept = [t for holder in holders for t in vars(holder).values() if isinstance(t, torch.Tensor)]
     return [t.data_ptr() for t in kept]
 
 
@@ -152,13 +145,13 @@ def places_of(engine: Engine) -> list[int]:
 def test_cycles_after_the_end_change_nothing(target, method):
     engine = engine_of(target, drafter_of(target, method))
     generations = [engine.submit(r) for r in requests_of(PROMPTS[:3], [5, 9, 2])]
-    while engine._state.active.any() or not engine._running:
+    while engine.state.active.any() or not engine.static.launched:
         engine.step()
     before = kept_of(engine)
-    assert engine._late is not None, "all have ended, and nobody has heard of the last yet"
+    assert engine.static.pending is not None, "all have ended, and the result of the last was not read yet"
     with torch.inference_mode():
         for _ in range(3):
-            engine._static.cycle(engine._late.shape)
+            engine.static.cycle(engine.static.pending.shape)
     for was, now in zip(before, kept_of(engine), strict=True):
         assert torch.equal(was, now)
     assert not [g for g in generations if g.num_tokens > 9]
@@ -166,9 +159,8 @@ def test_cycles_after_the_end_change_nothing(target, method):
 
 def kept_of(engine: Engine) -> list[torch.Tensor]:
     """Copies of all that is committed."""
-    state, copies = engine._state, []
-    caches = [state.cache] + ([engine._own] if hasattr(engine._own, "keys") else [])
-    for cache in caches:
+    state, copies = engine.state, []
+    for cache in (state.cache, engine.cache):
         copies += [cache.lengths.clone()]
         for request, rows in enumerate(cache.lengths.tolist()):
             copies += cache.rows_of(request, rows)
@@ -185,7 +177,7 @@ class Tape:
 
     def __init__(self, cycle, pool, device) -> None:
         self.cycle, self.replays = cycle, 0
-        active = cycle.func.__self__._state.active
+        active = cycle.func.__self__.state.active
         before = active.clone()
         active.fill_(False)
         try:
@@ -213,8 +205,8 @@ def test_a_shape_is_captured_once_and_replayed_by_whoever_comes_later(target, me
     engine = engine_of(target, drafter_of(target, method))
     first = decoded(engine, requests)
     captured = len(tapes)
-    assert captured == len(engine._static.graphs) > 2
-    assert sum(tape.replays for tape in tapes) == engine._static._flights > 2 * captured
+    assert captured == len(engine.static.graphs) > 2
+    assert sum(tape.replays for tape in tapes) == engine.static.launched > 2 * captured
     again = decoded(engine, requests_of(PROMPTS, COUNTS, [dict(seed=9)] * len(PROMPTS)))
     assert len(tapes) == captured, "other requests in the same slots need no other graphs"
     ordinary = decoded(engine_of(target, drafter_of(target, method), static=False), requests)
@@ -225,10 +217,10 @@ def test_other_settings_are_filled_in_and_other_kinds_captured(target, tapes):
     engine = engine_of(target, drafter_of(target, "domino"))
     ordinary = engine_of(target, drafter_of(target, "domino"), static=False)
     kinds = []
-    for settings in (dict(temperature=0.8), dict(temperature=1.3, min_p=0.1), dict(temperature=1.0, top_k=4), {}):
+    for settings in (dict(temperature=0.8), dict(temperature=1.3), dict(temperature=1.0, top_k=4), {}):
         requests = requests_of(PROMPTS[:3], [15] * 3, [settings] * 3)
         assert told(decoded(engine, requests)) == told(decoded(ordinary, requests))
-        kinds.append({tape.cycle.args[0].kind for tape in tapes})
+        kinds.append({tape.cycle.args[0].warpers for tape in tapes})
     assert kinds[0] == kinds[1] and [len(k) for k in kinds] == [1, 1, 2, 3]
 
 
@@ -250,7 +242,7 @@ def test_a_module_that_cannot_be_captured_is_named_in_one_line_and_decodes_eager
     assert told(ours) == told(decoded(engine_of(target, drafter_of(target, "domino"), static=False), requests))
     lines = [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
     assert len(lines) == 1 and "Peeks" in lines[0] and "look at the device" in lines[0]
-    assert len(engine._static.graphs) == 0 and not engine._static.graphs.captures
+    assert len(engine.static.graphs) == 0 and not engine.static.graphs.captures
 
 
 def experts(implementation: str) -> Target:
@@ -306,4 +298,4 @@ def test_targets_whose_passes_are_known_not_to_be_captured_are_not_tried(target,
     assert "keeps weights of" in why_not(offloaded)
     with caplog.at_level(logging.WARNING):
         engine = engine_of(spread, drafter_of(spread, "none"))
-    assert len(caplog.records) == 1 and not engine._static.graphs.captures and not tapes
+    assert len(caplog.records) == 1 and not engine.static.graphs.captures and not tapes

@@ -8,10 +8,9 @@ import random
 import pytest
 import torch
 
-from domino_spec.decoding.cycle import Proposal, is_static
+from domino_spec.decoding.cycle import Proposal
 from domino_spec.decoding.graphs import cycles as static_module
-from domino_spec.decoding.graphs.cycles import extent_of
-from domino_spec.decoding.graphs.sampling import Kind, SettingsTable
+from domino_spec.decoding.graphs.cycles import extent_of, is_static
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.decoding.request import Limits, Request
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, path_history
@@ -72,7 +71,7 @@ def test_texts_and_figures_are_those_of_ordinary_cycles(target, method, settings
     assert told(ours) == told(ordinary)
     for name in ("verify_passes", "drafts", "committed_tokens", "prompt_tokens"):
         assert getattr(engines[1].stats, name) == getattr(engines[0].stats, name)
-    assert engines[0]._static is None and engines[1]._static._flights > 0
+    assert engines[0].static is None and engines[1].static.launched > 0
 
 
 def test_requests_with_settings_of_their_own_are_decoded_together(target):
@@ -170,16 +169,16 @@ def test_log_probabilities_take_ordinary_cycles_and_static_ones_go_on_after_them
         going = engine.submit(requests_of([PROMPTS[0]], [40])[0])
         for _ in range(5):
             engine.step()
-        flights = engine._static._flights if engine._static else 0
+        flights = engine.static.launched if engine.static else 0
         limits = Limits(6, stop_token_ids=ENDLESS)
         wanting = engine.submit(Request(PROMPTS[1], limits=limits, top_logprobs=2))
         while not wanting.finish_reason:
             engine.step()
         assert len(wanting.logprobs) == 6 and not going.finish_reason
-        assert not static or engine._static._flights == flights > 0
+        assert not static or engine.static.launched == flights > 0
         while engine.busy:
             engine.step()
-        assert not static or engine._static._flights > flights
+        assert not static or engine.static.launched > flights
         texts.append(told([going, wanting]))
     assert texts[0] == texts[1]
 
@@ -205,7 +204,7 @@ def test_what_searches_on_the_host_has_ordinary_cycles_and_says_so(target, caplo
     assert not is_static(drafter_of(target, "domino", min_confidence=0.1)), "on a CPU"
     with caplog.at_level(logging.WARNING):
         engine = engine_of(target, drafter_of(target, "domino-best-first"))
-    assert engine._static is None and "ordinary" in caplog.text
+    assert engine.static is None and "ordinary" in caplog.text
 
 
 class Moody:
@@ -271,7 +270,7 @@ def test_settings_in_a_table_give_the_same_distributions_bit_for_bit():
         dict(logit_bias={1: 5.0, 8: -3.0}),
     ]
     settings = [SamplingSettings(seed=i, **s) for i, s in enumerate(several)]
-    count, table = len(settings), SettingsTable(len(settings) + 2, VOCAB, torch.device("cpu"))
+    count, table = len(settings), Sampling([SamplingSettings()] * (len(settings) + 2))
     logits = torch.randn(count, 4, VOCAB) * 3
     logits[:, :, 10] = logits[:, :, 20]  # equal ones
     tokens, lengths = torch.randint(0, VOCAB, (count, 30)), torch.full((count,), 20)
@@ -280,13 +279,12 @@ def test_settings_in_a_table_give_the_same_distributions_bit_for_bit():
     positions = lengths[:, None] + torch.arange(4)
     for part in (slice(0, count), slice(1, 5), slice(6, 8), slice(0, 1)):
         own = settings[part]
-        table.load(own)
-        ours, theirs = table.view(len(own), Kind.of(own)), Sampling(own)
+        ours, theirs = table.view(len(own), table.load(own, VOCAB)), Sampling(own)
         past = type(history)(history.in_text[part], history.seen[part])
-        assert (ours.greedy, ours.plain_greedy, ours.reads_history) == (
+        assert (ours.greedy, ours.plain_greedy, ours.warpers) == (
             theirs.greedy,
             theirs.plain_greedy,
-            theirs.reads_history,
+            theirs.warpers,
         )
         assert torch.equal(ours.probs(logits[part], past), theirs.probs(logits[part], past))
         assert torch.equal(ours.warp(logits[part], past), theirs.warp(logits[part], past))

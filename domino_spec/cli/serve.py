@@ -178,9 +178,7 @@ def _check_values(
     draft_name: str | None, engine: str, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
 ) -> str | None:
     """Refuse values that cannot be served, before anything is loaded; returns why nothing is drafted, or None."""
-    from domino_spec.serve.address import bind, check_api_key, check_host
-    from domino_spec.serve.memory import check_slots
-    from domino_spec.serve.preflight import choose_device
+    from domino_spec.serve.preflight import bind, check_api_key, check_host, check_slots, choose_device
     from domino_spec.target.text import check_characters
 
     texts = [("host", endpoint.host), ("served-model-name", endpoint.served_model_name), ("api-key", endpoint.api_key)]
@@ -318,8 +316,8 @@ def _serve_here(
     drafting_off: str | None,
 ) -> None:
     """Serve on this package's engine until a signal ends it."""
-    from domino_spec.serve.address import bind, url
     from domino_spec.serve.app import Service, Settings
+    from domino_spec.serve.preflight import bind, url
     from domino_spec.serve.server import Server, make_engine
 
     bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken

@@ -51,22 +51,27 @@ class Progress:
     """When, by `time.perf_counter`."""
 
 
+@dataclass(eq=False)
 class Job:
-    """A request on its way; of its attributes the event loop reads `progress` and what `progress` speaks of.
+    """A request in the runner. The event loop reads `progress`, and of `generation` no more than `progress` covers."""
 
-    Args:
-        request: what is asked for.
-        changed: set whenever `progress` has.
-    """
+    request: Request
+    changed: asyncio.Event
+    """Set whenever `progress` has changed."""
+    generation: Generation
+    stop: StopStrings
+    submitted: float
+    """By `time.perf_counter`, as the other times."""
+    progress: Progress
+    taken_up: float | None = None
+    """When the engine got it."""
 
-    def __init__(self, request: Request, changed: asyncio.Event) -> None:
-        self.request, self.changed = request, changed
-        self.generation = Generation(list(request.prompt_ids))
-        self.stop = StopStrings(request.limits.stop)
-        self.submitted = time.perf_counter()
-        self.taken_up: float | None = None
-        """When the engine got it."""
-        self.progress = Progress(at=self.submitted)
+
+def make_job(request: Request, changed: asyncio.Event) -> Job:
+    """A job that is submitted now."""
+    now = time.perf_counter()
+    generation, stop = Generation(list(request.prompt_ids)), StopStrings(request.limits.stop)
+    return Job(request, changed, generation, stop, now, Progress(at=now))
 
 
 class Runner:
@@ -137,7 +142,7 @@ class Runner:
             places = self.engine.slots + self.max_queue - len(self._queue) - len(self._running)
             if len(requests) > places:
                 raise QueueFull
-            jobs = [Job(request, changed) for request in requests]
+            jobs = [make_job(request, changed) for request in requests]
             self._queue.extend(jobs)
             self._condition.notify()
         return jobs

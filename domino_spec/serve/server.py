@@ -21,7 +21,7 @@ from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.methods import default_method, make_drafter, watch_for
 from domino_spec.serve.app import Service
-from domino_spec.serve.memory import check_room, check_slots
+from domino_spec.serve.preflight import check_room, check_slots
 from domino_spec.serve.runner import STOPPED
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target

@@ -14,23 +14,21 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_spec.decoding.request import Generation
 from domino_spec.serve.protocol import Answer, AnyRequest, ApiError, Choice, Usage
-from domino_spec.serve.runner import CRASHED, STOPPED, Job, Progress
+from domino_spec.serve.runner import CRASHED, STOPPED, Job
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot hold."""
-
-
-def failure(progress: Progress) -> ApiError | None:
-    """What to tell a client whose request ended without an answer; None if it did not."""
-    match progress.finish_reason:
-        case "error":
-            message = "the model's output for this request is not finite; other requests are not affected"
-            return ApiError(500, message, code="output_not_finite", retry=False)
-        case "crashed":
-            return ApiError(500, "the engine has failed; the server must be restarted", code=CRASHED)
-        case "stopped":
-            return ApiError(503, "the server is stopping", code=STOPPED, retry_after=5)
-    return None
+FAILURES: dict[str, dict[str, Any]] = {
+    "error": {
+        "status": 500,
+        "message": "the model's output for this request is not finite; other requests are not affected",
+        "code": "output_not_finite",
+        "retry": False,
+    },
+    CRASHED: {"status": 500, "message": "the engine has failed; the server must be restarted", "code": CRASHED},
+    STOPPED: {"status": 503, "message": "the server is stopping", "code": STOPPED, "retry_after": 5},
+}
+"""Reasons for which a job ends without an answer, and the `ApiError` that says so."""
 
 
 class TokenTexts:
@@ -186,9 +184,8 @@ class Answers:
             ApiError: which says why.
         """
         for job in self.jobs:
-            error = failure(job.progress)
-            if error is not None:
-                raise error
+            if job.progress.finish_reason in FAILURES:
+                raise ApiError(**FAILURES[job.progress.finish_reason])
 
     def whole(self) -> Answer:
         """The answer as one object, once it is finished."""

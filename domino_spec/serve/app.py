@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,8 @@ from domino_spec.serve.middleware import (
     on_crash,
     on_http_error,
     on_leave,
+    on_refused,
+    on_user_error,
 )
 from domino_spec.serve.protocol import (
     AnyRequest,
@@ -45,7 +47,7 @@ from domino_spec.serve.protocol import (
     invalid,
     parse,
 )
-from domino_spec.serve.runner import Closed, Job, QueueFull, Runner
+from domino_spec.serve.runner import Refused, Runner
 from domino_spec.settings import UserError
 from domino_spec.target.text import encode_prompt
 
@@ -128,6 +130,8 @@ class Service:
                 ApiError: on_api_error,
                 HTTPException: on_http_error,
                 ClientDisconnect: on_leave,
+                UserError: on_user_error,
+                Refused: on_refused,
                 Exception: on_crash,
             },
             lifespan=self._lifespan,
@@ -172,7 +176,7 @@ class Service:
         asked: AnyRequest = parse(kind, await _body(request), self._served)
         request.state.details["stream"] = asked.stream
         requests, prefixes = await asyncio.to_thread(self._engine_requests, asked)
-        jobs = self._submit(requests, changed)
+        jobs = self.runner.submit(requests, changed)
         answers = Answers(asked, jobs, prefixes, self.engine.target.fingerprint, self._tokens)
         return _Reply(self.runner, answers, changed, asked.stream, arrived, self.settings.timeout)
 
@@ -215,20 +219,6 @@ class Service:
         if not ids:
             raise invalid(param, "the prompt is empty")
         return ids, prompt if asked.echo else ""
-
-    def _submit(self, requests: Sequence[EngineRequest], changed: asyncio.Event) -> list[Job]:
-        try:
-            return self.runner.submit(requests, changed)
-        except UserError as error:
-            raise invalid(None, str(error)) from None
-        except QueueFull:
-            waiting = self.runner.num_waiting
-            message = f"the queue is full: {waiting} requests wait for one of {self.engine.slots} slots; try again"
-            raise ApiError(429, message, code="queue_full", retry_after=1) from None
-        except Closed:
-            if self.runner.error is not None:
-                raise ApiError(503, "the engine has failed; the server must be restarted", code="crashed") from None
-            raise ApiError(503, "the server is stopping", code="stopped", retry_after=5) from None
 
 
 @dataclass

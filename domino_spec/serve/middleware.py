@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from domino_spec.serve.protocol import ApiError
-from domino_spec.serve.runner import Job, Progress, Runner
+from domino_spec.serve.protocol import ApiError, invalid
+from domino_spec.serve.runner import CRASHED, STOPPED, Crashed, Job, Progress, QueueFull, Runner
 
 GONE = 499
 """The status in the log of a request whose client has left."""
@@ -102,6 +102,20 @@ async def on_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler of `ApiError`."""
     assert isinstance(error, ApiError)
     return error_response(error)
+
+
+async def on_user_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler of what the engine cannot do."""
+    return error_response(invalid(None, str(error)))
+
+
+async def on_refused(request: Request, error: Exception) -> Response:
+    """Starlette's handler of what the runner does not take."""
+    if isinstance(error, QueueFull):
+        return error_response(ApiError(429, str(error), code="queue_full", retry_after=1))
+    if isinstance(error, Crashed):
+        return error_response(ApiError(503, str(error), code=CRASHED))
+    return error_response(ApiError(503, str(error), code=STOPPED, retry_after=5))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from domino_spec.decoding.sampling import ALMOST_ZERO, INT64, SamplingSettings
-from domino_spec.settings import Fault, first_fault, require
+from domino_spec.settings import Fault, first_fault, shortened
 from domino_spec.target.text import Message, check_characters
 
 MOST_CHOICES = 128
@@ -175,14 +175,16 @@ def _nothing(value: object) -> object:
 
 def _token_ids(ids: list[int], info: ValidationInfo[Any]) -> list[int]:
     size = info.context.vocab_size
-    require(not ids or 0 <= min(ids) <= max(ids) < size, f"expected token ids of the vocabulary of {size}")
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        wrong = next(i for i in ids if not 0 <= i < size)
+        raise ValueError(f"expected token ids of the vocabulary of {size}, found {shortened(wrong)}")
     return ids
 
 
 def _biases(biases: dict[str, float], info: ValidationInfo) -> dict[str, float]:
     for name in biases:
         if not (name.isascii() and name.isdigit() and len(name) < 20):
-            raise ValueError(f"expected token ids as keys, found {name[:20]!r}")
+            raise ValueError(f"expected token ids as keys, found {shortened(name)}")
         _token_ids([int(name)], info)
     return biases
 
@@ -232,7 +234,7 @@ class _TextPart(_Object):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise PydanticCustomError("part_type", "Input should be an object with a type")
         if part["type"] != "text":
-            raise PydanticCustomError("unsupported_value", "Input should be of type text, which is all that is read")
+            raise PydanticCustomError("unsupported_value", "Input should be a part of type text")
         return part
 
 
@@ -277,7 +279,7 @@ class _Request(_Object):
     seed: Annotated[Whole, Field(ge=-INT64, le=INT64 - 1)] | None = None
     """Choice i is drawn with this seed plus i."""
     stop: Annotated[
-        list[Annotated[Text, Field(min_length=1)]],
+        list[Annotated[str, Field(min_length=1), AfterValidator(_text)]],
         Field(max_length=MOST_STOP_STRINGS),
         BeforeValidator(_list_of_strings),
     ] = []

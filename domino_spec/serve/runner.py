@@ -35,7 +35,11 @@ class QueueFull(Refused):
 
 
 class Closed(Refused):
-    """The engine takes no requests any more: it drains, or it has failed."""
+    """The engine takes no requests any more, because it drains."""
+
+
+class Crashed(Refused):
+    """The engine has failed."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,13 @@ class Runner:
         for request in requests:
             self.engine.check(request)
         with self._condition:
-            if self.error is not None or self.draining or self._stopping:
-                raise Closed
-            places = self.engine.slots + self.max_queue - len(self._queue) - len(self._running)
-            if len(requests) > places:
-                raise QueueFull
+            if self.error is not None:
+                raise Crashed("the engine has failed; the server must be restarted")
+            if self.draining or self._stopping:
+                raise Closed("the server is stopping")
+            slots, waiting = self.engine.slots, len(self._queue)
+            if len(requests) > slots + self.max_queue - waiting - len(self._running):
+                raise QueueFull(f"the queue is full: {waiting} requests wait for one of {slots} slots; try again")
             jobs = [make_job(request, changed) for request in requests]
             self._queue.extend(jobs)
             self._condition.notify()

@@ -21,8 +21,8 @@ class Hook:
 
     path: str
     """`module:name` or `module:Class.name`."""
-    parameters: tuple[str, ...] | None = None
-    """Names of its parameters in order, as `inspect.signature` gives them; None where only its existence matters."""
+    parameters: str | None = None
+    """Names of its parameters in order, separated by commas; None if only its existence matters."""
 
 
 def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]]) -> None:
@@ -64,11 +64,11 @@ def check_hook(hook: Hook) -> str | None:
     if hook.parameters is None:
         return None
     try:
-        parameters = tuple(inspect.signature(found).parameters)
+        parameters = ", ".join(inspect.signature(found).parameters)
     except (TypeError, ValueError):
         return f"{hook.path.replace(':', '.')} can no longer be called"
     if parameters != hook.parameters:
-        return f"{hook.path.replace(':', '.')} takes ({', '.join(parameters)}), not ({', '.join(hook.parameters)})"
+        return f"{hook.path.replace(':', '.')} takes ({parameters}), not ({hook.parameters})"
     return None
 
 

@@ -117,9 +117,9 @@ def _engine(plan: Plan, device: torch.device | None) -> str:
         return f"{plan.engine} {version}"
     on_cpu = device is None or device.type == "cpu"
     if plan.engine == "vllm":
-        from domino_spec.engines.vllm import table
+        from domino_spec.engines.vllm.install import HOOKS_V1, HOOKS_V2
 
-        check_hooks("vllm", version, table.V1 if on_cpu else table.V2)
+        check_hooks("vllm", version, HOOKS_V1 if on_cpu else HOOKS_V2)
     else:
         from domino_spec.engines.sglang import check_engine
 

@@ -7,7 +7,7 @@ import pytest
 from domino_spec.engines.hooks import Hook, check_hook, check_hooks, known_release
 from domino_spec.settings import UserError
 
-GOOD = Hook("json:JSONDecoder.decode", ("self", "s", "_w"))
+GOOD = Hook("json:JSONDecoder.decode", "self, s, _w")
 
 
 def test_an_engine_as_expected_is_let_through() -> None:
@@ -20,10 +20,10 @@ def test_an_engine_as_expected_is_let_through() -> None:
         (Hook("json.gone:loads"), "json.gone.loads is missing"),
         (Hook("json:JSONDecoder.gone"), "json.JSONDecoder.gone is missing"),
         (
-            Hook("json:JSONDecoder.decode", ("self", "text")),
+            Hook("json:JSONDecoder.decode", "self, text"),
             "json.JSONDecoder.decode takes (self, s, _w), not (self, text)",
         ),
-        (Hook("json.decoder:NaN", ("self",)), "json.decoder.NaN can no longer be called"),
+        (Hook("json.decoder:NaN", "self"), "json.decoder.NaN can no longer be called"),
     ],
 )
 def test_what_moved_is_named(hook: Hook, phrase: str) -> None:

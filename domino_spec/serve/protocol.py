@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
     ValidationError,
@@ -40,37 +41,19 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": NOTHING,
-    "tool_choice": ("none",),
-    "functions": NOTHING,
-    "function_call": ("none",),
+    **dict.fromkeys(("tools", "functions", "audio", "suffix", "use_beam_search", "bad_words"), NOTHING),
+    **dict.fromkeys(
+        ("guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "regex", "ebnf"), NOTHING
+    ),
+    **dict.fromkeys(("include_stop_str_in_output", "continue_final_message", "chat_template", "documents"), NOTHING),
+    **dict.fromkeys(("web_search_options", "reasoning_effort", "guided_json", "json_schema"), ()),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "add_special_tokens"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": NOTHING,
-    "web_search_options": (),
-    "reasoning_effort": (),
-    "suffix": NOTHING,
-    "use_beam_search": NOTHING,
     "length_penalty": (1,),
     "min_tokens": (0,),
-    "bad_words": NOTHING,
-    "guided_json": (),
-    "guided_regex": NOTHING,
-    "guided_choice": NOTHING,
-    "guided_grammar": NOTHING,
-    "structured_outputs": NOTHING,
-    "json_schema": (),
-    "regex": NOTHING,
-    "ebnf": NOTHING,
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": NOTHING,
-    "add_generation_prompt": (True,),
-    "continue_final_message": NOTHING,
-    "add_special_tokens": (),
-    "chat_template": NOTHING,
-    "documents": NOTHING,
 }
 """Fields of OpenAI's API and of other servers that would change the answer, with the values that ask for nothing."""
 
@@ -181,7 +164,14 @@ def _token_ids(ids: list[int], info: ValidationInfo[Any]) -> list[int]:
     return ids
 
 
-def _biases(biases: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+def _no_more_than_tokens(biases: Any, info: ValidationInfo[Any]) -> Any:
+    """Bounds the number of errors that pydantic collects."""
+    if isinstance(biases, dict) and len(biases) > info.context.vocab_size:
+        raise ValueError(f"expected at most {info.context.vocab_size} token ids, found {len(biases)}")
+    return biases
+
+
+def _biases(biases: dict[str, float], info: ValidationInfo[Any]) -> dict[str, float]:
     for name in biases:
         if not (name.isascii() and name.isdigit() and len(name) < 20):
             raise ValueError(f"expected token ids as keys, found {shortened(name)}")
@@ -189,7 +179,7 @@ def _biases(biases: dict[str, float], info: ValidationInfo) -> dict[str, float]:
     return biases
 
 
-def _prompts(value: Any, info: ValidationInfo) -> list[str] | list[list[int]]:
+def _prompts(value: Any, info: ValidationInfo[Any]) -> list[str] | list[list[int]]:
     """A text, several texts, token ids, or several lists of them."""
     if isinstance(value, list) and value and not isinstance(value[0], str):
         several = value if isinstance(value[0], list) else [value]
@@ -214,6 +204,7 @@ Count = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
 Choices = Annotated[Whole, Field(ge=1, le=MOST_CHOICES)]
 Logprobs = Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, AfterValidator(_text)]
 Unasked = Annotated[Any, AfterValidator(_nothing)]
@@ -243,7 +234,7 @@ class _Message(_Object):
     tool_calls: Unasked = None
     function_call: Unasked = None
     audio: Unasked = None
-    content: Annotated[list[_TextPart], BeforeValidator(_parts)]
+    content: Annotated[list[_TextPart], FailFast(), BeforeValidator(_parts)]
 
 
 class _TemplateOptions(_Object):
@@ -275,15 +266,16 @@ class _Request(_Object):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)] = {}
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_no_more_than_tokens), AfterValidator(_biases)] = {}
     seed: Annotated[Whole, Field(ge=-INT64, le=INT64 - 1)] | None = None
     """Choice i is drawn with this seed plus i."""
     stop: Annotated[
         list[Annotated[str, Field(min_length=1), AfterValidator(_text)]],
+        FailFast(),
         Field(max_length=MOST_STOP_STRINGS),
         BeforeValidator(_list_of_strings),
     ] = []
-    stop_token_ids: Annotated[list[Whole], AfterValidator(_token_ids)] = []
+    stop_token_ids: Annotated[list[Whole], FailFast(), AfterValidator(_token_ids)] = []
     """Beside the target's own."""
     ignore_eos: bool = False
     stream: bool = False
@@ -342,7 +334,7 @@ class ChatCompletionRequest(_Request):
 
     chat = True
 
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], FailFast(), Field(min_length=1)]
     logprobs: bool = False
     top_logprobs: Logprobs | None = None
     chat_template_kwargs: _TemplateOptions = _TemplateOptions()

@@ -73,7 +73,7 @@ class Settings:
     """Seconds that a request may take, its waiting included; None for any."""
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
-    """Web pages whose scripts may ask."""
+    """Web pages whose scripts may send requests."""
     method: str = ""
     """How the engine drafts, for /metrics."""
     drafting_off: str | None = None
@@ -83,10 +83,10 @@ class Settings:
 
 
 class Service:
-    """One engine behind HTTP; `app` is the ASGI application, `runner` the engine's thread.
+    """One engine behind HTTP. `app` is the ASGI application, `runner` holds the engine's thread.
 
     Args:
-        engine: nobody else may call it from now on.
+        engine: nothing else may call it from now on.
         settings: see there.
 
     Raises:
@@ -181,7 +181,7 @@ class Service:
         return _Reply(self.runner, answers, changed, asked.stream, arrived, self.settings.timeout)
 
     def _engine_requests(self, asked: AnyRequest) -> tuple[list[EngineRequest], list[str]]:
-        """Every prompt as often as choices are wanted, and what each answer echoes.
+        """One request per prompt and choice, and the text that each answer begins with (echo).
 
         Raises:
             ApiError: a prompt cannot be encoded, or is too long.

@@ -105,12 +105,12 @@ async def on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def on_user_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of what the engine cannot do."""
+    """Starlette's handler of requests that the engine cannot decode."""
     return error_response(invalid(None, str(error)))
 
 
 async def on_refused(request: Request, error: Exception) -> Response:
-    """Starlette's handler of what the runner does not take."""
+    """Starlette's handler of requests that the runner does not take."""
     if isinstance(error, QueueFull):
         return error_response(ApiError(429, str(error), code="queue_full", retry_after=1))
     if isinstance(error, Crashed):

@@ -71,11 +71,11 @@ class Plan:
 
 
 def preflight(plan: Plan) -> list[Finding]:
-    """What can be known about a plan without loading weights, part by part."""
+    """What is known about a plan without loading weights, part by part."""
     findings: list[Finding] = []
 
     def ask(part: str, question: Callable[[], Any], say: Callable[[Any], str] = str) -> Any:
-        """The answer to a question, and a finding about it; None where it is an error."""
+        """The answer to a question, and a finding about it; None if it is an error."""
         try:
             answer = question()
             findings.append(Finding(part, say(answer)))
@@ -102,7 +102,7 @@ def preflight(plan: Plan) -> list[Finding]:
 
 
 def _engine(plan: Plan, device: torch.device | None) -> str:
-    """What decodes, its inner hooks checked.
+    """The engine that decodes; a plug-in's hooks are checked.
 
     Raises:
         UserError: it is not installed, or not as the plug-in expects it.
@@ -147,7 +147,7 @@ def _device_sentence(device: torch.device) -> str:
 
 
 def _outline_target(name: str) -> TargetOutline:
-    """The target without its weights. Its tokenizer is loaded, too: nothing can be served without it."""
+    """The target without its weights. Its tokenizer is loaded too, since nothing can be served without it."""
     outline = outline_target(name)
     load_tokenizer(target_source(name), f"target {name}")
     return outline
@@ -184,7 +184,7 @@ def _draft_sentence(draft: AnyDraft) -> str:
 
 
 def _method(plan: Plan, draft: AnyDraft) -> str:
-    """What the method does with the draft, above all with its head."""
+    """What the method does with the draft and its head."""
     if plan.engine != LOCAL:
         from domino_spec.engines.launch import check_served
 
@@ -205,7 +205,7 @@ def _method(plan: Plan, draft: AnyDraft) -> str:
 
 
 def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: AnyDraft | None) -> Finding:
-    """Weights and caches, against what the device has left."""
+    """Weights and caches, compared with what the device has left."""
     target = outline.target
     dtype = target.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
     if plan.dtype == "auto" and device.type == "cpu":
@@ -239,7 +239,7 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
 
 
 def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: int, draft: AnyDraft | None) -> Finding:
-    """Weights, and the least of caches that makes sense: one text of full length. An engine takes all it is given."""
+    """Weights, and the caches of one text of full length. More memory is used as the engine's own options say."""
     tokens = plan.capacity or target.max_length
     needs = {"target": weights}
     caches: list[Any] = [target.new_cache(1, tokens)]
@@ -254,13 +254,13 @@ def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: in
 
 GIB = 2**30
 MOST_SLOTS = 1024
-"""Even for a tiny target, it takes minutes to measure what passes of more requests cost."""
+"""Even for a tiny target, measuring the cost of passes with more requests takes minutes."""
 ROOM = 0.9
 """The part of what is available that weights and caches may take; activations need the rest."""
 
 
 def check_slots(slots: int) -> None:
-    """Refuse a number of slots that makes no sense.
+    """Refuse a number of slots out of range.
 
     Raises:
         UserError: saying what does.
@@ -270,7 +270,7 @@ def check_slots(slots: int) -> None:
 
 
 def cache_needs(target: Target, drafter: Drafter, slots: int, capacity: int, prefix_bytes: int) -> dict[str, int]:
-    """Bytes by purpose of what an engine keeps of its requests, from the caches of one slot."""
+    """Bytes of an engine's caches by purpose, computed from the caches of one slot."""
     rows = capacity + cycle_room(drafter)
     one = bytes_of((target.new_cache(1, rows), drafter.allocate(1, rows)))
     needs = {f"caches of {slots} slots of {capacity:,} tokens": slots * one}
@@ -289,7 +289,7 @@ def check_room(target: Target, drafter: Drafter, slots: int, capacity: int, pref
 
 
 def memory_finding(needs: Mapping[str, int], device: torch.device) -> Finding:
-    """What is needed, in bytes by purpose, against what the device has left. It works if nobody says how much."""
+    """What is needed, in bytes by purpose, against what the device has left. If that is not known, it works."""
     total, available = sum(needs.values()), free_memory(device)
     parts = ", ".join(f"{purpose} {_gib(count)}" for purpose, count in needs.items())
     sentence = f"{_gib(total)} GiB needed ({parts})"
@@ -328,7 +328,7 @@ def _packed_bytes(module: nn.Module, lm_head: Tensor, device: torch.device) -> i
 
 
 def check_host(host: str) -> None:
-    """Refuse what is neither an address nor written as a name.
+    """Refuse what is neither an IP address nor a well-formed host name.
 
     Raises:
         UserError: it is neither.
@@ -358,7 +358,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_api_key(host: str, api_key: str | None) -> None:
-    """Refuse an address that others reach without a key.
+    """Refuse an address that other machines reach without a key.
 
     Raises:
         UserError: there is no API key.
@@ -370,7 +370,7 @@ def check_api_key(host: str, api_key: str | None) -> None:
 
 
 def bind(host: str, port: int, api_key: str | None) -> socket.socket:
-    """A socket that nobody can connect to yet; port 0 takes a free one.
+    """A bound socket that does not listen yet; port 0 takes a free one.
 
     Raises:
         UserError: the address cannot be had, or others reach it and there is no API key.

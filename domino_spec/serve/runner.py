@@ -1,7 +1,7 @@
-"""The engine's thread: the only one that touches the engine, between the server's event loop and the decoding loop.
+"""The engine's thread, the only one that touches the engine: it stands between the event loop and the decoding loop.
 
 Requests wait here, in a queue of bounded length, and go to the engine when it has a free slot. After every step the
-event loop is told how far each request has come; a `Generation` only grows, so what it was told stays true.
+thread reports to the event loop how far each request has come. A `Generation` only grows, so a report stays true.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from domino_spec.target.text import StopStrings
 _log = logging.getLogger(__name__)
 
 CRASHED, STOPPED = "crashed", "stopped"
-"""How requests end beside `Generation.finish_reason`: the engine failed; the server stops and cannot wait."""
+"""How jobs end besides `Generation.finish_reason`: the engine failed, or the server stopped before they were done."""
 
 
 class Refused(Exception):
-    """A request was not taken."""
+    """A request was not taken; the message says why."""
 
 
 class QueueFull(Refused):
-    """All slots are taken and so are all places in the queue."""
+    """No slot and no place in the queue is free."""
 
 
 class Closed(Refused):
@@ -96,7 +96,7 @@ class Runner:
         self.engine, self.max_queue, self._observe = engine, max_queue, observe
         self.draining = False
         self.error: BaseException | None = None
-        """What the engine's thread died of."""
+        """What ended the engine's thread, if it failed."""
         self._condition = threading.Condition()
         self._queue: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -110,12 +110,12 @@ class Runner:
     # The event loop's side
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to work; what happens is told to `loop`."""
+        """Start the thread, which reports to `loop`."""
         self._loop = loop
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step it is in, and with it whoever is still decoded."""
+        """End the thread after its current step; requests that are still decoded are dropped."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -154,7 +154,7 @@ class Runner:
         return jobs
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs that have not ended; their slots are free at the next step."""
+        """Drop jobs that have not ended; their slots are free at the next step."""
         with self._condition:
             for job in jobs:
                 if self._running.pop(id(job.generation), None) is not None:
@@ -164,7 +164,7 @@ class Runner:
             self._condition.notify()
 
     def fail_all(self, reason: str) -> None:
-        """End all jobs where they are."""
+        """End all jobs as they are, for this reason."""
         with self._condition:
             jobs = [*self._running.values(), *self._queue]
         self.cancel(jobs)
@@ -172,7 +172,7 @@ class Runner:
 
     def _apply(self, updates: list[tuple[Job, Progress]]) -> None:
         for job, progress in updates:
-            if job.progress.finish_reason is not None:  # ended here while the engine was at work on it
+            if job.progress.finish_reason is not None:  # it ended here while the engine was working on it
                 continue
             before, job.progress = job.progress, progress
             self._observe(job, before, progress)
@@ -181,13 +181,13 @@ class Runner:
     # The engine's side
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)  # OpenMP counts them per thread
+        torch.set_num_threads(self._threads)  # OpenMP has one count per thread
         if self.engine.target.device.type == "cuda":
-            torch.cuda.set_device(self.engine.target.device)  # so does CUDA remember the device
+            torch.cuda.set_device(self.engine.target.device)  # CUDA has one device per thread
         try:
             while self._exchange():
                 self._report(self.engine.step())
-        except BaseException as error:  # whatever it was, nobody may wait for it
+        except BaseException as error:  # whatever it was, no client may be left waiting
             _log.exception("the engine has failed; all requests end")
             with self._condition:
                 self.error = error
@@ -197,7 +197,7 @@ class Runner:
             self._tell([(job, _ended(job, CRASHED)) for job in jobs])
 
     def _exchange(self) -> bool:
-        """Wait for work, pass on who was cancelled and who comes next; False when the thread shall end."""
+        """Wait for work, pass cancelled and new requests to the engine; False if the thread is to end."""
         with self._condition:
             while not (self._stopping or self._queue or self._cancelled or self.engine.busy):
                 self._condition.wait()
@@ -216,7 +216,7 @@ class Runner:
         with self._condition:
             for generation in grown:
                 job = self._running.get(id(generation))
-                if job is None:  # cancelled while the step ran
+                if job is None:  # it was cancelled while the step ran
                     continue
                 shown = showable(generation, job.stop)
                 updates.append((job, Progress(generation.num_tokens, shown, generation.finish_reason, now)))

@@ -1,7 +1,7 @@
-"""What a plug-in relies on inside another engine, by name and signature, checked before it is relied on.
+"""The internals of another engine that a plug-in uses, by name and signature, checked before they are used.
 
-An engine's internals move between releases. A plug-in that finds them moved must stop the engine with a sentence: one
-that goes on would serve a draft that nobody accepts.
+An engine's internals change between releases. A plug-in that finds them changed must stop the engine with a sentence:
+if it went on, it would serve a draft whose tokens are never accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Hook:
 
 
 def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]]) -> None:
-    """Refuse an engine whose internals are not those that the plug-in was written against.
+    """Refuse an engine whose internals differ from those that the plug-in was written for.
 
     Args:
         engine: its name, for the messages.
@@ -51,12 +51,12 @@ def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]])
 
 
 def known_release(version: str, releases: Iterable[str]) -> str | None:
-    """The one of `releases` that a version is of: ``0.32.1.post1`` is of ``0.32``. None where it is of none."""
+    """The release that a version belongs to: ``0.32.1.post1`` belongs to ``0.32``. None if it is none of these."""
     return next((name for name in releases if version == name or version.startswith((name + ".", name + "+"))), None)
 
 
 def check_hook(hook: Hook) -> str | None:
-    """How a hook differs from what is installed, as a phrase, or None."""
+    """How a hook differs from what is installed, as a phrase; None if it does not."""
     try:
         found = resolve(hook.path)
     except (ImportError, AttributeError):

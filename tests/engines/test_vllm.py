@@ -196,7 +196,7 @@ def test_a_checkpoint_without_its_head_is_refused(llama, tmp_path):
 
 def test_a_hook_that_moved_stops_the_engine(llama, tmp_path, monkeypatch):
     target, draft = save_pair(tmp_path, llama)
-    moved = Hook("vllm.v1.spec_decode.dflash:DFlashProposer.load_model", ("self", "another"))
+    moved = Hook("vllm.v1.spec_decode.dflash:DFlashProposer.load_model", "self, another")
     monkeypatch.setattr(install, "HOOKS_V1", {"0.32": (moved,)})
     install.install.cache_clear()
     try:

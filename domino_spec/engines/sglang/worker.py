@@ -1,7 +1,7 @@
 """The draft in SGLang's decoding loop, eager and inside its CUDA graphs.
 
-`DFlashWorkerV2` already knows drafts that are more than an argmax: those with a candidate selector, which proposes
-tokens and says how probable each was. Our proposer takes the selector's place, greedy and sampled.
+`DFlashWorkerV2` supports drafts with a candidate selector, which proposes tokens and reports how probable each was.
+Our proposer takes the selector's place, for greedy and for sampled requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_worker(worker: Any) -> None:
-    """Refuse a platform that brings a worker of its own.
+    """Refuse a platform that has another worker.
 
     Raises:
         UserError: names it.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -24,19 +23,7 @@ from domino_spec.decoding.request import Limits
 from domino_spec.decoding.request import Request as EngineRequest
 from domino_spec.decoding.sampling import seed_of
 from domino_spec.serve.answers import Answers, TokenTexts
-from domino_spec.serve.middleware import (
-    CONTENT_TYPE,
-    GONE,
-    Metrics,
-    RequestMiddleware,
-    log_line,
-    on_api_error,
-    on_crash,
-    on_http_error,
-    on_leave,
-    on_refused,
-    on_user_error,
-)
+from domino_spec.serve.middleware import CONTENT_TYPE, GONE, HANDLED, Metrics, RequestMiddleware, log_line, on_error
 from domino_spec.serve.protocol import (
     AnyRequest,
     ApiError,
@@ -47,7 +34,7 @@ from domino_spec.serve.protocol import (
     invalid,
     parse,
 )
-from domino_spec.serve.runner import Refused, Runner
+from domino_spec.serve.runner import Runner
 from domino_spec.settings import UserError
 from domino_spec.target.text import encode_prompt
 
@@ -126,14 +113,7 @@ class Service:
                 Route("/metrics", self._metrics),
             ],
             middleware=[cors, around] if settings.cors_origins else [around],  # a page may read errors, too
-            exception_handlers={
-                ApiError: on_api_error,
-                HTTPException: on_http_error,
-                ClientDisconnect: on_leave,
-                UserError: on_user_error,
-                Refused: on_refused,
-                Exception: on_crash,
-            },
+            exception_handlers=dict.fromkeys(HANDLED, on_error),
             lifespan=self._lifespan,
         )
 

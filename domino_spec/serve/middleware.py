@@ -14,12 +14,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from domino_spec.serve.protocol import ApiError, invalid
-from domino_spec.serve.runner import CRASHED, STOPPED, Crashed, Job, Progress, QueueFull, Runner
+from domino_spec.serve.runner import CRASHED, STOPPED, Closed, Crashed, Job, Progress, QueueFull, Runner
+from domino_spec.settings import UserError
 
 GONE = 499
 """The status in the log of a request whose client has left."""
@@ -98,44 +100,31 @@ def error_response(error: ApiError) -> Response:
     return Response(json.dumps(error.record), error.status, error.headers, media_type="application/json")
 
 
-async def on_api_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of `ApiError`."""
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def on_user_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of requests that the engine cannot decode."""
-    return error_response(invalid(None, str(error)))
-
-
-async def on_refused(request: Request, error: Exception) -> Response:
-    """Starlette's handler of requests that the runner does not take."""
-    if isinstance(error, QueueFull):
-        return error_response(ApiError(429, str(error), code="queue_full", retry_after=1))
-    if isinstance(error, Crashed):
-        return error_response(ApiError(503, str(error), code=CRASHED))
-    return error_response(ApiError(503, str(error), code=STOPPED, retry_after=5))
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of its own errors: no such route, or another method."""
-    status = getattr(error, "status_code", 500)
-    message = {404: "there is no such route", 405: "this route does not take this method"}.get(status, str(error))
-    response = error_response(ApiError(status, f"{message}: {request.method} {request.url.path[:200]}"))
-    response.headers.update(getattr(error, "headers", None) or {})
-    return response
-
-
-async def on_leave(request: Request, error: Exception) -> Response:
-    """Starlette's handler of a client that has left; the response goes nowhere."""
-    request.state.details["status"] = GONE
-    return Response(status_code=GONE)
-
-
-async def on_crash(request: Request, error: Exception) -> Response:
-    """Starlette's handler of everything else, whose traceback goes to the log."""
+async def on_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler of every exception in `HANDLED`."""
+    match error:
+        case ApiError():
+            return error_response(error)
+        case UserError():  # the engine cannot decode the request
+            return error_response(invalid(None, str(error)))
+        case QueueFull():
+            return error_response(ApiError(429, str(error), code="queue_full", retry_after=1))
+        case Crashed():
+            return error_response(ApiError(503, str(error), code=CRASHED))
+        case Closed():
+            return error_response(ApiError(503, str(error), code=STOPPED, retry_after=5))
+        case ClientDisconnect():  # the response goes nowhere
+            request.state.details["status"] = GONE
+            return Response(status_code=GONE)
+        case HTTPException(status_code=status):  # Starlette's own: no such route, or another method
+            said = {404: "there is no such route", 405: "this route does not take this method"}.get(status, str(error))
+            response = error_response(ApiError(status, f"{said}: {request.method} {request.url.path[:200]}"))
+            response.headers.update(error.headers or {})
+            return response
     return error_response(ApiError(500, "the server failed to answer; its log says why", code="internal_error"))
+
+
+HANDLED = (ApiError, UserError, QueueFull, Crashed, Closed, ClientDisconnect, HTTPException, Exception)
 
 
 # Metrics

@@ -26,19 +26,15 @@ CRASHED, STOPPED = "crashed", "stopped"
 """How jobs end besides `Generation.finish_reason`: the engine failed, or the server stopped before they were done."""
 
 
-class Refused(Exception):
-    """A request was not taken; the message says why."""
-
-
-class QueueFull(Refused):
+class QueueFull(Exception):
     """No slot and no place in the queue is free."""
 
 
-class Closed(Refused):
+class Closed(Exception):
     """The engine takes no requests any more, because it drains."""
 
 
-class Crashed(Refused):
+class Crashed(Exception):
     """The engine has failed."""
 
 
@@ -136,7 +132,7 @@ class Runner:
 
         Raises:
             UserError: see `Engine.check`.
-            Refused: see its kinds.
+            QueueFull, Closed, Crashed: see there.
         """
         for request in requests:
             self.engine.check(request)

@@ -53,6 +53,8 @@ _EXPECTED = {
     "mapping_type": "mapping",
     "dict_type": "mapping",
     "dataclass_type": "mapping of settings",
+    "model_type": "mapping",
+    "list_type": "list",
     "too_short": "list of at least {min_length}",
     "too_long": "list of at most {max_length}",
     "string_too_short": "string of at least {min_length} characters",
@@ -85,15 +87,39 @@ def parse_settings(cls: type[S], values: object, where: str) -> S:
     try:
         return _adapter(cls).validate_json(text)  # type: ignore[arg-type,no-any-return]
     except ValidationError as error:
-        # A misspelt key is unknown, and its right name missing: the first says more.
-        first = {"unexpected_keyword_argument": 0, "missing": 1}
-        worst = min(error.errors(include_url=False), key=lambda one: first.get(one["type"], 2))
-        raise UserError(f"{where}: {_describe(worst, cls, json.loads(text))}") from None
+        raise UserError(f"{where}: {first_fault(error, cls, json.loads(text)).sentence}") from None
 
 
 @functools.cache
 def _adapter(cls: type[Settings]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What pydantic found wrong with values from outside."""
+
+    key: str
+    """Where it stands, such as `training.trackers[1]`; empty for the values as a whole."""
+    kind: str
+    """Pydantic's name of the kind of error."""
+    sentence: str
+    """The key, what was expected and what was found."""
+
+
+def first_fault(error: ValidationError, cls: Any, values: object) -> Fault:
+    """The fault to report first.
+
+    Args:
+        error: what pydantic raised.
+        cls: the dataclass or model that was to be built.
+        values: what it was to be built from.
+    """
+    # A misspelt key is unknown, and its right name missing: the first says more.
+    first = {"unexpected_keyword_argument": 0, "missing": 1}
+    worst = min(error.errors(include_url=False), key=lambda one: first.get(one["type"], 2))
+    key = _prefix(_keys(worst["loc"], worst["type"], values)).removesuffix(": ")
+    return Fault(key, worst["type"], _describe(worst, cls, values))
 
 
 def _integers(value: Any, key: str) -> Iterator[tuple[str, int]]:
@@ -107,7 +133,7 @@ def _integers(value: Any, key: str) -> Iterator[tuple[str, int]]:
             yield from _integers(item, f"{key}[{index}]")
 
 
-def _describe(error: ErrorDetails, cls: type[Settings], values: object) -> str:
+def _describe(error: ErrorDetails, cls: Any, values: object) -> str:
     """One of pydantic's errors about `values` as `key: expected this, found that`."""
     kind, path = error["type"], _keys(error["loc"], error["type"], values)
     if kind == "unexpected_keyword_argument":

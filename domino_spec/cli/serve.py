@@ -56,6 +56,21 @@ class Local:
     cors_origins: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Everything that the command was told."""
+
+    pair: Pair
+    draft: str | None
+    """The draft's name, the default one included; None for the target alone."""
+    method: str | None
+    """None for the draft's own."""
+    engine: str
+    endpoint: Endpoint
+    local: Local
+    machine: Machine
+
+
 endpoint_options = collected(
     Endpoint,
     "endpoint",
@@ -133,16 +148,17 @@ def serve(
     _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
     # `--draft none` means method none, for which the default target's own draft is not looked up.
     method = "none" if local.method is None and pair.draft == "none" else local.method
-    draft_name = pair.draft_for((method,))
+    asked = Asked(pair, pair.draft_for((method,)), method, engine, endpoint, local, machine)
     if engine == LOCAL:
         require_extra("serve", "serve")
     machine.prepare(pair.target)
-    drafting_off = _check_values(draft_name, engine, endpoint, local, method, machine)
+    drafting_off = _check_values(asked)
     if only_check:
-        return _check(context, pair, draft_name, engine, endpoint, local, method, machine, as_json)
-    if engine != LOCAL:
-        return _serve_elsewhere(context, pair, draft_name, engine, endpoint, machine, engine_arguments, only_print)
-    _serve_here(pair, draft_name, endpoint, local, machine, drafting_off)
+        _check(asked, as_json)
+    elif engine == LOCAL:
+        _serve_here(asked, drafting_off)
+    else:
+        _serve_elsewhere(asked, engine_arguments, only_print)
 
 
 def _check_options(
@@ -173,15 +189,12 @@ def _check_options(
         raise UserError("--print and --check are two things: give one")
 
 
-def _check_values(
-    draft_name: str | None, engine: str, endpoint: Endpoint, local: Local, method: str | None, machine: Machine
-) -> str | None:
+def _check_values(asked: Asked) -> str | None:
     """Refuse values that cannot be served, before anything is loaded; returns why nothing is drafted, or None."""
-    from domino_spec.serve.address import bind, check_api_key, check_host
-    from domino_spec.serve.memory import check_slots
-    from domino_spec.serve.preflight import choose_device
+    from domino_spec.serve.preflight import bind, check_api_key, check_host, check_slots, choose_device
     from domino_spec.target.text import check_characters
 
+    endpoint, local, method = asked.endpoint, asked.local, asked.method
     texts = [("host", endpoint.host), ("served-model-name", endpoint.served_model_name), ("api-key", endpoint.api_key)]
     for name, text in (*texts, *(("cors-origin", origin) for origin in local.cors_origins)):
         check_characters(text or "", f"--{name}")
@@ -189,17 +202,17 @@ def _check_values(
     check_api_key(endpoint.host, endpoint.api_key)
     if endpoint.num_drafts is not None and endpoint.num_drafts < 0:
         raise UserError(f"num_drafts must not be negative, got {endpoint.num_drafts}")
-    if engine == LOCAL or endpoint.slots < 1:  # another engine may take more
+    if asked.engine == LOCAL or endpoint.slots < 1:  # another engine may take more
         check_slots(endpoint.slots)
-    if engine != LOCAL:
+    if asked.engine != LOCAL:
         return None
     for option, seconds in (("--timeout", local.timeout), ("--drain-seconds", local.drain_seconds)):
         if not 0 <= seconds <= MOST_SECONDS:
             raise UserError(f"{option} must be between 0 and {MOST_SECONDS:,} seconds, got {seconds:g}")
     bind(endpoint.host, 0, endpoint.api_key).close()  # the port itself may be another server's until this one starts
-    if local.graphs and choose_device(machine.device).type != "cuda":
+    if local.graphs and choose_device(asked.machine.device).type != "cuda":
         raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
-    if method is None and draft_name is None:
+    if method is None and asked.draft is None:
         method = "none"
     if method is not None:  # else it is the draft's own
         check_settings([method], asked_for(*SETTINGS))
@@ -216,45 +229,33 @@ def _check_values(
     return drafting_off
 
 
-def _check(
-    context: click.Context,
-    pair: Pair,
-    draft_name: str | None,
-    engine: str,
-    endpoint: Endpoint,
-    local: Local,
-    method: str | None,
-    machine: Machine,
-    as_json: bool,
-) -> None:
+def _check(asked: Asked, as_json: bool) -> None:
     """Print what is found part by part; what stands in the way is the error."""
     from domino_spec.serve.preflight import Plan, preflight
 
+    endpoint, machine = asked.endpoint, asked.machine
+    every_candidate = asked.engine == "sglang" and not asked_for("candidates")
     findings = preflight(
         Plan(
-            engine=engine,
-            target=pair.target,
-            draft=draft_name,
-            method=method,
+            engine=asked.engine,
+            target=asked.pair.target,
+            draft=asked.draft,
+            method=asked.method,
             device=machine.device,
             dtype=machine.dtype,
             slots=endpoint.slots,
             capacity=endpoint.capacity,
-            candidates=None if engine == "sglang" and not asked_for("candidates") else endpoint.candidates or None,
+            candidates=None if every_candidate else endpoint.candidates or None,
             num_drafts=endpoint.num_drafts,
-            prefix_bytes=local.prefix_cache * 2**20,
-            allow_other_target=pair.allow_other_target,
+            prefix_bytes=asked.local.prefix_cache * 2**20,
+            allow_other_target=asked.pair.allow_other_target,
             settings=tuple(asked_for(*SETTINGS)),
         )
     )
     faults = [finding for finding in findings if not finding.works]
     if as_json:
-        print_json(
-            {
-                "works": not faults,
-                "findings": [{"part": f.part, "works": f.works, "sentence": f.sentence} for f in findings],
-            }
-        )
+        parts = [{"part": f.part, "works": f.works, "sentence": f.sentence} for f in findings]
+        print_json({"works": not faults, "findings": parts})
     else:
         for finding in findings:
             click.echo(f"{finding.part:<8} {finding.sentence}")
@@ -264,22 +265,14 @@ def _check(
         click.echo("It will work.")
 
 
-def _serve_elsewhere(
-    context: click.Context,
-    pair: Pair,
-    draft_name: str | None,
-    engine: str,
-    endpoint: Endpoint,
-    machine: Machine,
-    engine_arguments: tuple[str, ...],
-    only_print: bool,
-) -> None:
+def _serve_elsewhere(asked: Asked, engine_arguments: tuple[str, ...], only_print: bool) -> None:
     """Print another engine's command line and, unless that was all, become it."""
     from domino_spec.draft.load import draft_directory, read_any_draft
     from domino_spec.engines import launch
     from domino_spec.target.load import target_source
 
-    directory = None if draft_name is None else draft_directory(draft_name)
+    pair, engine, endpoint, machine = asked.pair, asked.engine, asked.endpoint, asked.machine
+    directory = None if asked.draft is None else draft_directory(asked.draft)
     draft = None if directory is None else read_any_draft(directory, outline=True)
     settings = launch.Settings(
         host=endpoint.host,
@@ -308,21 +301,15 @@ def _serve_elsewhere(
         command.run()
 
 
-def _serve_here(
-    pair: Pair,
-    draft_name: str | None,
-    endpoint: Endpoint,
-    local: Local,
-    machine: Machine,
-    drafting_off: str | None,
-) -> None:
+def _serve_here(asked: Asked, drafting_off: str | None) -> None:
     """Serve on this package's engine until a signal ends it."""
-    from domino_spec.serve.address import bind, url
     from domino_spec.serve.app import Service, Settings
+    from domino_spec.serve.preflight import bind, url
     from domino_spec.serve.server import Server, make_engine
 
+    pair, endpoint, local = asked.pair, asked.endpoint, asked.local
     bound = bind(endpoint.host, endpoint.port, endpoint.api_key)  # before anything is loaded: a port may be taken
-    target, draft = machine.load(pair.target, draft_name, pair.allow_other_target)
+    target, draft = asked.machine.load(pair.target, asked.draft, pair.allow_other_target)
     method = local.method or default_method(draft)
     check_settings([method], asked_for(*SETTINGS))
     if drafting_off is not None:

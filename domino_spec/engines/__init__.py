@@ -1,1 +1,1 @@
-"""Plug-ins that serve Domino drafts from vLLM and SGLang. Only their entry points and the server import them."""
+"""Plug-ins that serve Domino drafts from vLLM and SGLang; imported by entry points and `domino-spec serve` only."""

@@ -1,7 +1,7 @@
-"""What a plug-in relies on inside another engine, by name and signature, checked before it is relied on.
+"""The internals of another engine that a plug-in uses, by name and signature, checked before they are used.
 
-An engine's internals move between releases. A plug-in that finds them moved must stop the engine with a sentence: one
-that goes on would serve a draft that nobody accepts.
+An engine's internals change between releases. A plug-in that finds them changed must stop the engine with a sentence:
+if it went on, it would serve a draft whose tokens are never accepted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Hook:
 
     path: str
     """`module:name` or `module:Class.name`."""
-    parameters: tuple[str, ...] | None = None
-    """Names of its parameters in order, as `inspect.signature` gives them; None where only its existence matters."""
+    parameters: str | None = None
+    """Names of its parameters in order, separated by commas; None if only its existence matters."""
 
 
 def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]]) -> None:
-    """Refuse an engine whose internals are not those that the plug-in was written against.
+    """Refuse an engine whose internals differ from those that the plug-in was written for.
 
     Args:
         engine: its name, for the messages.
@@ -51,12 +51,12 @@ def check_hooks(engine: str, version: str, tables: Mapping[str, Sequence[Hook]])
 
 
 def known_release(version: str, releases: Iterable[str]) -> str | None:
-    """The one of `releases` that a version is of: ``0.32.1.post1`` is of ``0.32``. None where it is of none."""
+    """The release that a version belongs to: ``0.32.1.post1`` belongs to ``0.32``. None if it is none of these."""
     return next((name for name in releases if version == name or version.startswith((name + ".", name + "+"))), None)
 
 
 def check_hook(hook: Hook) -> str | None:
-    """How a hook differs from what is installed, as a phrase, or None."""
+    """How a hook differs from what is installed, as a phrase; None if it does not."""
     try:
         found = resolve(hook.path)
     except (ImportError, AttributeError):
@@ -64,11 +64,11 @@ def check_hook(hook: Hook) -> str | None:
     if hook.parameters is None:
         return None
     try:
-        parameters = tuple(inspect.signature(found).parameters)
+        parameters = ", ".join(inspect.signature(found).parameters)
     except (TypeError, ValueError):
         return f"{hook.path.replace(':', '.')} can no longer be called"
     if parameters != hook.parameters:
-        return f"{hook.path.replace(':', '.')} takes ({', '.join(parameters)}), not ({', '.join(hook.parameters)})"
+        return f"{hook.path.replace(':', '.')} takes ({parameters}), not ({hook.parameters})"
     return None
 
 

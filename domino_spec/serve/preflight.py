@@ -1,11 +1,14 @@
 """Will it serve? Answered from configurations and headers, before gigabytes are loaded.
 
-Target and draft are outlined on PyTorch's meta device, and the engine's own code is asked for its caches there, so what
-is said about memory is what will be allocated.
+Target and draft are outlined on PyTorch's meta device, and the engine's own code allocates its caches there, so the
+memory that is named is the memory that will be allocated. The last part binds the address.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from domino_spec import __version__
-from domino_spec.decoding.cycle import Drafter
+from domino_spec.decoding.cycle import Drafter, cycle_room
+from domino_spec.devices import free_memory
 from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft, draft_directory, fit_of, read_any_draft
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, kind_of, make_drafter
-from domino_spec.engines.hooks import check_hooks
-from domino_spec.engines.launch import ENGINES, check_served, installed_version
 from domino_spec.ops.native import steps as cpu
-from domino_spec.serve.memory import bytes_of, cache_needs, fits, memory_sentence
-from domino_spec.settings import UserError
+from domino_spec.settings import UserError, found
 from domino_spec.target.load import load_tokenizer, target_source
 from domino_spec.target.model import Target
 from domino_spec.target.native import can_pack
 from domino_spec.target.outline import TargetOutline, outline_target
+
+LOCAL = "local"
+"""The engine of this package; the others are plug-ins."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Plan:
     """What is to be served, and how."""
 
     engine: str
-    """local, or one of `launch.ENGINES`."""
+    """local, vllm or sglang."""
     target: str
     draft: str | None
     method: str | None
@@ -67,11 +71,11 @@ class Plan:
 
 
 def preflight(plan: Plan) -> list[Finding]:
-    """What can be known about a plan without loading weights, part by part."""
+    """What is known about a plan without loading weights, part by part."""
     findings: list[Finding] = []
 
     def ask(part: str, question: Callable[[], Any], say: Callable[[Any], str] = str) -> Any:
-        """The answer to a question, and a finding about it; None where it is an error."""
+        """The answer to a question, and a finding about it; None if it is an error."""
         try:
             answer = question()
             findings.append(Finding(part, say(answer)))
@@ -98,21 +102,24 @@ def preflight(plan: Plan) -> list[Finding]:
 
 
 def _engine(plan: Plan, device: torch.device | None) -> str:
-    """What decodes, its inner hooks checked.
+    """The engine that decodes; a plug-in's hooks are checked.
 
     Raises:
         UserError: it is not installed, or not as the plug-in expects it.
     """
-    if plan.engine not in ENGINES:
+    if plan.engine == LOCAL:
         return f"domino-spec {__version__}"
+    from domino_spec.engines.hooks import check_hooks
+    from domino_spec.engines.launch import installed_version
+
     version = installed_version(plan.engine)
     if plan.draft is None:
         return f"{plan.engine} {version}"
     on_cpu = device is None or device.type == "cpu"
     if plan.engine == "vllm":
-        from domino_spec.engines.vllm import table
+        from domino_spec.engines.vllm.install import HOOKS_V1, HOOKS_V2
 
-        check_hooks("vllm", version, table.V1 if on_cpu else table.V2)
+        check_hooks("vllm", version, HOOKS_V1 if on_cpu else HOOKS_V2)
     else:
         from domino_spec.engines.sglang import check_engine
 
@@ -140,7 +147,7 @@ def _device_sentence(device: torch.device) -> str:
 
 
 def _outline_target(name: str) -> TargetOutline:
-    """The target without its weights. Its tokenizer is loaded, too: nothing can be served without it."""
+    """The target without its weights. Its tokenizer is loaded too, since nothing can be served without it."""
     outline = outline_target(name)
     load_tokenizer(target_source(name), f"target {name}")
     return outline
@@ -177,8 +184,10 @@ def _draft_sentence(draft: AnyDraft) -> str:
 
 
 def _method(plan: Plan, draft: AnyDraft) -> str:
-    """What the method does with the draft, above all with its head."""
-    if plan.engine in ENGINES:
+    """What the method does with the draft and its head."""
+    if plan.engine != LOCAL:
+        from domino_spec.engines.launch import check_served
+
         drafts = check_served(plan.engine, draft, plan.num_drafts)
         method = f"{kind_of(draft)}, {drafts} drafts a cycle"
     else:
@@ -196,16 +205,16 @@ def _method(plan: Plan, draft: AnyDraft) -> str:
 
 
 def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: AnyDraft | None) -> Finding:
-    """Weights and caches, against what the device has left."""
+    """Weights and caches, compared with what the device has left."""
     target = outline.target
     dtype = target.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
     if plan.dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
     target.model.to(dtype)
-    weights = outline.weight_bytes if outline.quantization and outline.weight_bytes else _bytes(target.model)
+    weights = outline.weight_bytes if outline.quantization and outline.weight_bytes else _module_bytes(target.model)
     if draft is not None:
         draft = draft.to(dtype).bind(target)
-    if plan.engine in ENGINES:
+    if plan.engine != LOCAL:
         return _engine_memory(plan, device, target, weights, draft)
     copied = can_pack(device, dtype)
     needs = {"target": weights + copied * _packed_bytes(target.model, target.lm_head_weight, device)}
@@ -221,7 +230,7 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
         )
         own_rows = draft.ends.lm_head.nbytes if isinstance(draft, Draft) and draft.draft_vocab_ids is not None else 0
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if isinstance(draft, Draft) else 0
-        needs["draft"] = _bytes(draft) + own_rows + copied * packed
+        needs["draft"] = _module_bytes(draft) + own_rows + copied * packed
     from domino_spec.serve.server import slot_capacity
 
     tokens = slot_capacity(target.max_length, plan.capacity)
@@ -230,23 +239,80 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
 
 
 def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: int, draft: AnyDraft | None) -> Finding:
-    """Weights, and the least of caches that makes sense: one text of full length. An engine takes all it is given."""
+    """Weights, and the caches of one text of full length. More memory is used as the engine's own options say."""
     tokens = plan.capacity or target.max_length
     needs = {"target": weights}
     caches: list[Any] = [target.new_cache(1, tokens)]
     if draft is not None:
-        needs["draft"] = _bytes(draft)
+        needs["draft"] = _module_bytes(draft)
         caches.append(make_drafter(kind_of(draft), draft, requests=1, device=device).allocate(1, tokens))
     needs[f"caches of one text of {tokens:,} tokens"] = bytes_of(caches)
     return memory_finding(needs, device)
 
 
+# Memory
+
+GIB = 2**30
+MOST_SLOTS = 1024
+"""Even for a tiny target, measuring the cost of passes with more requests takes minutes."""
+ROOM = 0.9
+"""The part of what is available that weights and caches may take; activations need the rest."""
+
+
+def check_slots(slots: int) -> None:
+    """Refuse a number of slots out of range.
+
+    Raises:
+        UserError: saying what does.
+    """
+    if not 1 <= slots <= MOST_SLOTS:
+        raise UserError(f"slots must be between 1 and {MOST_SLOTS:,}, got {slots}")
+
+
+def cache_needs(target: Target, drafter: Drafter, slots: int, capacity: int, prefix_bytes: int) -> dict[str, int]:
+    """Bytes of an engine's caches by purpose, computed from the caches of one slot."""
+    rows = capacity + cycle_room(drafter)
+    one = bytes_of((target.new_cache(1, rows), drafter.allocate(1, rows)))
+    needs = {f"caches of {slots} slots of {capacity:,} tokens": slots * one}
+    return needs | ({"earlier turns": prefix_bytes} if prefix_bytes else {})
+
+
+def check_room(target: Target, drafter: Drafter, slots: int, capacity: int, prefix_bytes: int) -> None:
+    """Refuse what the target's device cannot hold.
+
+    Raises:
+        UserError: saying what is needed, what there is, and which options ask for less.
+    """
+    finding = memory_finding(cache_needs(target, drafter, slots, capacity, prefix_bytes), target.device)
+    if not finding.works:
+        raise UserError(f"{finding.sentence}: ask for fewer --slots, less --capacity or less --prefix-cache")
+
+
 def memory_finding(needs: Mapping[str, int], device: torch.device) -> Finding:
-    """What is needed, in bytes by purpose, against what the device has left."""
-    return Finding("memory", memory_sentence(needs, device), fits(needs, device))
+    """What is needed, in bytes by purpose, against what the device has left. If that is not known, it works."""
+    total, available = sum(needs.values()), free_memory(device)
+    parts = ", ".join(f"{purpose} {_gib(count)}" for purpose, count in needs.items())
+    sentence = f"{_gib(total)} GiB needed ({parts})"
+    if available is None:
+        return Finding("memory", f"{sentence}; how much is available is not known on this system")
+    fits = total <= ROOM * available
+    return Finding("memory", f"{sentence}, {_gib(available)} available{'' if fits else ': too little'}", fits)
 
 
-def _bytes(module: nn.Module) -> int:
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in caches of any kind."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(bytes_of, value))
+    return sum(map(bytes_of, vars(value).values())) if hasattr(value, "__dict__") else 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f}" if count >= 0.05 * GIB else f"{count / GIB:.2f}"
+
+
+def _module_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -256,3 +322,74 @@ def _packed_bytes(module: nn.Module, lm_head: Tensor, device: torch.device) -> i
         return lm_head.nbytes
     linears = sum(m.weight.nbytes for m in module.modules() if type(m) is nn.Linear and m.weight is not lm_head)
     return linears + lm_head.nbytes
+
+
+# Addresses
+
+
+def check_host(host: str) -> None:
+    """Refuse what is neither an IP address nor a well-formed host name.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        ipaddress.ip_address(host)
+        return
+    except ValueError:
+        pass
+    try:
+        labels = host.encode("idna").decode("ascii").removesuffix(".").split(".")
+    except UnicodeError:
+        labels = [""]
+    if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise UserError(f"--host: expected an address or a host name, such as 127.0.0.1, found {found(host)}")
+
+
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_api_key(host: str, api_key: str | None) -> None:
+    """Refuse an address that other machines reach without a key.
+
+    Raises:
+        UserError: there is no API key.
+    """
+    if not is_loopback(host) and not api_key:
+        raise UserError(
+            f"{host} is reached from other machines: give --api-key or DOMINO_SPEC_API_KEY, or leave out --host"
+        )
+
+
+def bind(host: str, port: int, api_key: str | None) -> socket.socket:
+    """A bound socket that does not listen yet; port 0 takes a free one.
+
+    Raises:
+        UserError: the address cannot be had, or others reach it and there is no API key.
+    """
+    check_host(host)
+    check_api_key(host, api_key)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = f"{host} port {port}" if port else host
+        raise UserError(f"cannot listen on {where}: {reason}; choose another --port or --host") from None
+    return bound
+
+
+def url(bound: socket.socket) -> str:
+    """Where clients find it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

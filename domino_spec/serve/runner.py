@@ -1,7 +1,7 @@
-"""The engine's thread: the only one that touches the engine, between the server's event loop and the decoding loop.
+"""The engine's thread, the only one that touches the engine: it stands between the event loop and the decoding loop.
 
 Requests wait here, in a queue of bounded length, and go to the engine when it has a free slot. After every step the
-event loop is told how far each request has come; a `Generation` only grows, so what it was told stays true.
+thread reports to the event loop how far each request has come. A `Generation` only grows, so a report stays true.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from domino_spec.target.text import StopStrings
 _log = logging.getLogger(__name__)
 
 CRASHED, STOPPED = "crashed", "stopped"
-"""How requests end beside `Generation.finish_reason`: the engine failed; the server stops and cannot wait."""
+"""How jobs end besides `Generation.finish_reason`: the engine failed, or the server stopped before they were done."""
 
 
-class Refused(Exception):
-    """A request was not taken."""
+class QueueFull(Exception):
+    """No slot and no place in the queue is free."""
 
 
-class QueueFull(Refused):
-    """All slots are taken and so are all places in the queue."""
+class Closed(Exception):
+    """The engine takes no requests any more, because it drains."""
 
 
-class Closed(Refused):
-    """The engine takes no requests any more: it drains, or it has failed."""
+class Crashed(Exception):
+    """The engine has failed."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,27 @@ class Progress:
     """When, by `time.perf_counter`."""
 
 
+@dataclass(eq=False)
 class Job:
-    """A request on its way; of its attributes the event loop reads `progress` and what `progress` speaks of.
+    """A request in the runner. The event loop reads `progress`, and of `generation` no more than `progress` covers."""
 
-    Args:
-        request: what is asked for.
-        changed: set whenever `progress` has.
-    """
+    request: Request
+    changed: asyncio.Event
+    """Set whenever `progress` has changed."""
+    generation: Generation
+    stop: StopStrings
+    submitted: float
+    """By `time.perf_counter`, as the other times."""
+    progress: Progress
+    taken_up: float | None = None
+    """When the engine got it."""
 
-    def __init__(self, request: Request, changed: asyncio.Event) -> None:
-        self.request, self.changed = request, changed
-        self.generation = Generation(list(request.prompt_ids))
-        self.stop = StopStrings(request.limits.stop)
-        self.submitted = time.perf_counter()
-        self.taken_up: float | None = None
-        """When the engine got it."""
-        self.progress = Progress(at=self.submitted)
+
+def make_job(request: Request, changed: asyncio.Event) -> Job:
+    """A job that is submitted now."""
+    now = time.perf_counter()
+    generation, stop = Generation(list(request.prompt_ids)), StopStrings(request.limits.stop)
+    return Job(request, changed, generation, stop, now, Progress(at=now))
 
 
 class Runner:
@@ -87,7 +92,7 @@ class Runner:
         self.engine, self.max_queue, self._observe = engine, max_queue, observe
         self.draining = False
         self.error: BaseException | None = None
-        """What the engine's thread died of."""
+        """What ended the engine's thread, if it failed."""
         self._condition = threading.Condition()
         self._queue: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -101,12 +106,12 @@ class Runner:
     # The event loop's side
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to work; what happens is told to `loop`."""
+        """Start the thread, which reports to `loop`."""
         self._loop = loop
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step it is in, and with it whoever is still decoded."""
+        """End the thread after its current step; requests that are still decoded are dropped."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -127,23 +132,25 @@ class Runner:
 
         Raises:
             UserError: see `Engine.check`.
-            Refused: see its kinds.
+            QueueFull, Closed, Crashed: see there.
         """
         for request in requests:
             self.engine.check(request)
         with self._condition:
-            if self.error is not None or self.draining or self._stopping:
-                raise Closed
-            places = self.engine.slots + self.max_queue - len(self._queue) - len(self._running)
-            if len(requests) > places:
-                raise QueueFull
-            jobs = [Job(request, changed) for request in requests]
+            if self.error is not None:
+                raise Crashed("the engine has failed; the server must be restarted")
+            if self.draining or self._stopping:
+                raise Closed("the server is stopping")
+            slots, waiting = self.engine.slots, len(self._queue)
+            if len(requests) > slots + self.max_queue - waiting - len(self._running):
+                raise QueueFull(f"the queue is full: {waiting} requests wait for one of {slots} slots; try again")
+            jobs = [make_job(request, changed) for request in requests]
             self._queue.extend(jobs)
             self._condition.notify()
         return jobs
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs that have not ended; their slots are free at the next step."""
+        """Drop jobs that have not ended; their slots are free at the next step."""
         with self._condition:
             for job in jobs:
                 if self._running.pop(id(job.generation), None) is not None:
@@ -153,7 +160,7 @@ class Runner:
             self._condition.notify()
 
     def fail_all(self, reason: str) -> None:
-        """End all jobs where they are."""
+        """End all jobs as they are, for this reason."""
         with self._condition:
             jobs = [*self._running.values(), *self._queue]
         self.cancel(jobs)
@@ -161,7 +168,7 @@ class Runner:
 
     def _apply(self, updates: list[tuple[Job, Progress]]) -> None:
         for job, progress in updates:
-            if job.progress.finish_reason is not None:  # ended here while the engine was at work on it
+            if job.progress.finish_reason is not None:  # it ended here while the engine was working on it
                 continue
             before, job.progress = job.progress, progress
             self._observe(job, before, progress)
@@ -170,13 +177,13 @@ class Runner:
     # The engine's side
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)  # OpenMP counts them per thread
+        torch.set_num_threads(self._threads)  # OpenMP has one count per thread
         if self.engine.target.device.type == "cuda":
-            torch.cuda.set_device(self.engine.target.device)  # so does CUDA remember the device
+            torch.cuda.set_device(self.engine.target.device)  # CUDA has one device per thread
         try:
             while self._exchange():
                 self._report(self.engine.step())
-        except BaseException as error:  # whatever it was, nobody may wait for it
+        except BaseException as error:  # whatever it was, no client may be left waiting
             _log.exception("the engine has failed; all requests end")
             with self._condition:
                 self.error = error
@@ -186,7 +193,7 @@ class Runner:
             self._tell([(job, _ended(job, CRASHED)) for job in jobs])
 
     def _exchange(self) -> bool:
-        """Wait for work, pass on who was cancelled and who comes next; False when the thread shall end."""
+        """Wait for work, pass cancelled and new requests to the engine; False if the thread is to end."""
         with self._condition:
             while not (self._stopping or self._queue or self._cancelled or self.engine.busy):
                 self._condition.wait()
@@ -205,7 +212,7 @@ class Runner:
         with self._condition:
             for generation in grown:
                 job = self._running.get(id(generation))
-                if job is None:  # cancelled while the step ran
+                if job is None:  # it was cancelled while the step ran
                     continue
                 shown = showable(generation, job.stop)
                 updates.append((job, Progress(generation.num_tokens, shown, generation.finish_reason, now)))

@@ -1,4 +1,4 @@
-"""Starting and stopping: an engine made ready, a socket, and uvicorn around both, which drains before it exits."""
+"""Starting and stopping: an engine that is ready to serve, and uvicorn around it, which drains before it exits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.methods import default_method, make_drafter, watch_for
 from domino_spec.serve.app import Service
-from domino_spec.serve.memory import check_room, check_slots
+from domino_spec.serve.preflight import check_room, check_slots
 from domino_spec.serve.runner import STOPPED
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
@@ -30,7 +30,7 @@ from domino_spec.target.text import encode_prompt
 DEFAULT_CAPACITY = 4096
 WARM_UP_TOKENS = 8
 WRITING_SECONDS = 5
-"""For the last bytes of answers, once the engine is done."""
+"""Seconds for the last bytes of answers, once the engine is done."""
 
 
 def make_engine(
@@ -47,20 +47,20 @@ def make_engine(
     static: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """An engine that is warm and, unless told otherwise, chooses the number of drafts by what passes cost here.
+    """An engine that is warm and chooses the number of drafts by the measured cost of passes, unless it is given.
 
     Args:
         target: the model served.
-        draft: None for plain decoding or prompt look-up.
+        draft: None for plain decoding or prompt lookup.
         slots: requests that are decoded together.
         capacity: tokens per slot; None for the target's length, `DEFAULT_CAPACITY` at most.
         method: a key of `methods.METHODS`; None for the draft's own.
         num_drafts: a fixed number per cycle; None adapts.
         candidates: see `make_drafter`.
-        costs_file: costs are read from it, or measured and written to it; None measures them every time.
-        prefix_bytes: memory for texts that ended, from which follow-up turns take what they begin with; 0 keeps none.
+        costs_file: where costs are read from, or written to once they are measured; None measures them every time.
+        prefix_bytes: memory for the caches of texts that ended, which follow-up turns continue; 0 keeps none.
         static: see `Engine`.
-        report: called with lines on the progress.
+        report: called with lines about the progress.
 
     Raises:
         UserError: a setting out of range, or a draft that does not serve the method.
@@ -92,7 +92,7 @@ def make_engine(
 
 
 def slot_capacity(longest: int, capacity: int | None) -> int:
-    """Tokens per slot: what is asked for, else the target's longest text, `DEFAULT_CAPACITY` at most.
+    """Tokens per slot: as asked for, else the target's longest text but at most `DEFAULT_CAPACITY`.
 
     Raises:
         UserError: the target has no room for so many.
@@ -104,7 +104,7 @@ def slot_capacity(longest: int, capacity: int | None) -> int:
 
 
 def read_costs(file: Path | None) -> CostModel | None:
-    """Costs that were measured before; None where there are none yet.
+    """Costs that were measured before; None if there are none yet.
 
     Raises:
         UserError: the file holds something else.
@@ -131,7 +131,7 @@ def _costs(target: Target, drafter: Drafter, slots: int, file: Path | None, repo
 
 
 def _warm_up(engine: Engine) -> None:
-    """Decode a few tokens in every slot, and forget it."""
+    """Decode a few tokens in every slot, and reset the counts."""
     prompt = [0] if engine.target.tokenizer is None else encode_prompt(engine.target.tokenizer, "Hello.", chat=False)
     room = engine.capacity - len(prompt)
     if room >= 1:
@@ -144,7 +144,7 @@ def _warm_up(engine: Engine) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which on SIGTERM or SIGINT lets running requests end and refuses new ones meanwhile.
+    """Uvicorn; on SIGTERM or SIGINT it waits for running requests and refuses new ones.
 
     Args:
         service: what is served.
@@ -155,7 +155,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, service: Service, *, drain_seconds: float = 30.0, on_ready: Callable[[], None] = lambda: None
     ) -> None:
-        # One line per request is the log's business; what uvicorn itself has to say are warnings.
+        # The middleware logs one line per request. Uvicorn logs its warnings only.
         config = uvicorn.Config(
             service.app,
             lifespan="on",
@@ -174,20 +174,20 @@ class Server(uvicorn.Server):
         asyncio.run(self.serve(sockets=[bound]))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn; then it is ready."""
+        """Start as uvicorn does, then say that it is ready."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first drains, the next ends all at once."""
+        """Handle a signal: the first drains, the next ends all requests at once."""
         if self._loop is None:  # not started yet
             self.should_exit = True
         else:
             self._loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Stop when the running requests have ended; called again, stop at once. For the event loop's thread."""
+        """Stop when the running requests have ended; called again, stop at once. To be called in the event loop."""
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
         else:

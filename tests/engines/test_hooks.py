@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import domino_spec
 from domino_spec.engines.hooks import Hook, check_hook, check_hooks, known_release
 from domino_spec.settings import UserError
 
-GOOD = Hook("json:JSONDecoder.decode", ("self", "s", "_w"))
+GOOD = Hook("json:JSONDecoder.decode", "self, s, _w")
 
 
 def test_an_engine_as_expected_is_let_through() -> None:
@@ -20,10 +24,10 @@ def test_an_engine_as_expected_is_let_through() -> None:
         (Hook("json.gone:loads"), "json.gone.loads is missing"),
         (Hook("json:JSONDecoder.gone"), "json.JSONDecoder.gone is missing"),
         (
-            Hook("json:JSONDecoder.decode", ("self", "text")),
+            Hook("json:JSONDecoder.decode", "self, text"),
             "json.JSONDecoder.decode takes (self, s, _w), not (self, text)",
         ),
-        (Hook("json.decoder:NaN", ("self",)), "json.decoder.NaN can no longer be called"),
+        (Hook("json.decoder:NaN", "self"), "json.decoder.NaN can no longer be called"),
     ],
 )
 def test_what_moved_is_named(hook: Hook, phrase: str) -> None:
@@ -53,3 +57,15 @@ def test_an_unknown_release_is_refused_with_the_known_ones() -> None:
 )
 def test_the_release_of_a_version(version: str, expected: str | None) -> None:
     assert known_release(version, ["0.32", "0.5.23"]) == expected
+
+
+def test_only_serve_imports_plug_ins_and_only_when_an_engine_is_asked_for() -> None:
+    package, users = Path(domino_spec.__file__).parent, set()
+    for file in package.rglob("*.py"):
+        name = str(file.relative_to(package))
+        if not name.startswith("engines"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("domino_spec.engines"):
+                    assert node.col_offset, f"{name} imports {node.module} when it is imported"
+                    users.add(name)
+    assert users == {"cli/serve.py", "serve/preflight.py"}

@@ -14,9 +14,9 @@ pytest.importorskip("vllm")
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import EMBEDDED_DRAFT, draft_directory, load_draft
+from domino_spec.engines.drafting import ALLOW_OTHER_TARGET
 from domino_spec.engines.hooks import Hook
-from domino_spec.engines.vllm import install, table
-from domino_spec.engines.vllm.settings import ALLOW_OTHER_TARGET
+from domino_spec.engines.vllm import install
 from domino_spec.settings import UserError
 from domino_spec.target.load import embedded_target_directory, load_target
 from tests import tiny
@@ -199,8 +199,8 @@ def test_a_checkpoint_without_its_head_is_refused(llama, tmp_path):
 
 def test_a_hook_that_moved_stops_the_engine(llama, tmp_path, monkeypatch):
     target, draft = save_pair(tmp_path, llama)
-    moved = Hook("vllm.v1.spec_decode.dflash:DFlashProposer.load_model", ("self", "another"))
-    monkeypatch.setattr(table, "V1", {"0.32": (moved,)})
+    moved = Hook("vllm.v1.spec_decode.dflash:DFlashProposer.load_model", "self, another")
+    monkeypatch.setattr(install, "HOOKS_V1", {"0.32": (moved,)})
     install.install.cache_clear()
     try:
         sentence = r"DFlashProposer\.load_model takes .*, not \(self, another\)"

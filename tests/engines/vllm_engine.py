@@ -143,7 +143,7 @@ def engine(
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, int, int, list[int]]]]:
     """What vLLM's drafter proposes meanwhile: request, position of the anchor, anchor, drafts."""
-    from domino_spec.engines.vllm.v1 import DominoProposer
+    from domino_spec.engines.vllm.proposer import DominoProposer
 
     records: list[tuple[str, int, int, list[int]]] = []
     original = DominoProposer.propose

@@ -12,8 +12,8 @@ import httpx
 import openai
 
 from domino_spec.decoding.engine import Engine
-from domino_spec.serve.address import bind, url
 from domino_spec.serve.app import Service, Settings
+from domino_spec.serve.preflight import bind, url
 from domino_spec.serve.server import Server, make_engine
 from tests import tiny
 

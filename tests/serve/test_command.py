@@ -17,7 +17,7 @@ import pytest
 
 from domino_spec.decoding.adapt import AdaptivePolicy
 from domino_spec.decoding.costs import CostModel
-from domino_spec.serve.address import bind, is_loopback
+from domino_spec.serve.preflight import bind, is_loopback
 from domino_spec.serve.server import make_engine
 from domino_spec.settings import UserError
 from tests.cli_fixtures import fail, make_draft_dir, make_target_dir  # noqa: F401

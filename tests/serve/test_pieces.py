@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 
 import pytest
 
 from domino_spec.decoding.request import Ending, Limits, Request, TokenLogprob, showable
-from domino_spec.decoding.sampling import SamplingSettings
-from domino_spec.serve.answers import Answers
-from domino_spec.serve.protocol import Ask
-from domino_spec.serve.runner import Job, Progress
-from domino_spec.serve.tokens import LEAST_LOGPROB, TokenTexts
+from domino_spec.serve.answers import LEAST_LOGPROB, Answers, TokenTexts
+from domino_spec.serve.protocol import ChatCompletionRequest, CompletionRequest, Served, parse
+from domino_spec.serve.runner import Progress, make_job
 from tests import tiny
 
 TEXT = "Straße, 東京 🙂 naïve.\nA second line; and STOP here."
@@ -27,10 +26,15 @@ def answers_while_growing(target, stop: tuple[str, ...], sizes: list[int], chat:
     """Yields the answers to one request after every cycle of so many tokens."""
     tokens = target.tokenizer(TEXT)["input_ids"]
     limits = Limits(len(tokens), stop)
-    job = Job(Request([1], limits=limits, top_logprobs=0), asyncio.Event())
-    ask = Ask(chat, ["x"], SamplingSettings(), stop=stop, top_logprobs=0, stream=True, include_usage=True)
-    texts = TokenTexts(target.tokenizer)
-    answers = Answers(ask, [job], model="m", fingerprint="f", tokens=texts, prefixes=[""])
+    job = make_job(Request([1], limits=limits, top_logprobs=0), asyncio.Event())
+    body = dict(model="m", stop=list(stop), stream=True, stream_options={"include_usage": True})
+    served = Served("m", 256, 100, 1)
+    if chat:
+        body |= dict(messages=[{"role": "user", "content": "x"}], logprobs=True)
+        asked = parse(ChatCompletionRequest, json.dumps(body).encode(), served)
+    else:
+        asked = parse(CompletionRequest, json.dumps(body | dict(prompt="x", logprobs=0)).encode(), served)
+    answers = Answers(asked, [job], [""], "f", TokenTexts(target.tokenizer))
     ending, rest = Ending(target, limits), itertools.cycle(sizes)
     generation = job.generation
     while tokens and generation.finish_reason is None:
@@ -50,7 +54,7 @@ def test_pieces_are_whole_characters_and_are_never_taken_back(target, chat, stop
     shown, tokens, last = "", [], None
     for answers in answers_while_growing(target, stop, sizes, chat):
         for chunk in answers.chunks():
-            last = chunk
+            last = chunk = json.loads(chunk.json_bytes())
             for choice in chunk["choices"]:
                 piece = choice["delta"].get("content", "") if chat else choice["text"]
                 shown += piece

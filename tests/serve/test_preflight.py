@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import load_draft, save_any_draft
-from domino_spec.serve import memory
 from domino_spec.serve import preflight as checking
 from domino_spec.serve.preflight import Finding, Plan, preflight
 from domino_spec.serve.server import make_engine
@@ -123,7 +122,7 @@ def test_the_memory_it_names_is_the_memory_that_the_engine_takes(tmp_path, monke
 
 
 def test_too_little_memory_stands_in_the_way(target_dir, draft_dir, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(checking, "free_memory", lambda device: 1000)
     finding = preflight(plan(target_dir, draft_dir))[-1]
     assert finding.part == "memory" and not finding.works and finding.sentence.endswith("too little")
 
@@ -137,7 +136,7 @@ def test_caches_that_memory_cannot_hold_are_refused_before_they_are_allocated(ta
         return new_cache(self, requests, rows)
 
     monkeypatch.setattr(type(target), "new_cache", noted)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**26)
+    monkeypatch.setattr(checking, "free_memory", lambda device: 2**26)
     with pytest.raises(UserError, match=r"caches of 1000 slots.*0.1 available.*ask for fewer --slots"):
         make_engine(target, None, slots=1000, capacity=200)
     with pytest.raises(UserError, match=r"earlier turns 4096.0.*less --prefix-cache"):

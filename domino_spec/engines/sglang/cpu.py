@@ -1,4 +1,4 @@
-"""What SGLang lacks for drafting where there is no GPU: it is let in, it attends, and it accepts sampled drafts."""
+"""What SGLang lacks for drafting on a CPU: permission, attention over a block, acceptance of sampled drafts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKEND = "torch_native"
 
 @contextmanager
 def admitted(asked: Any) -> Iterator[None]:
-    """While it lasts, SGLang's check of arguments takes a CPU for a platform that can draft.
+    """A context in which SGLang's check of arguments accepts that a CPU drafts.
 
     Raises:
         UserError: an attention backend that cannot verify a block on CPU.
@@ -40,7 +40,7 @@ def admitted(asked: Any) -> Iterator[None]:
 
 
 class _Drafting:
-    """A platform of SGLang that says of itself that it can draft."""
+    """A platform of SGLang that claims to support drafting."""
 
     def __init__(self, platform: Any) -> None:
         self._platform = platform
@@ -66,7 +66,7 @@ def _allow_backend() -> None:
 
 
 def prepare_process() -> None:
-    """Let the process that runs the models draft: attention over a block, and no streams."""
+    """Prepare the process that runs the models: attention over a block, and no streams."""
     _allow_backend()
     _attend_blocks()
     _ignore_streams()
@@ -112,7 +112,7 @@ def as_extend(forward_batch: Any) -> Any:
 
 
 def prepare_backbone(draft_model: Any) -> None:
-    """Keep the draft's attention from a kernel that only GPUs have."""
+    """Keep the draft's attention off a kernel that needs a GPU."""
     for layer in draft_model.layers:
         layer.self_attn.use_table_qk_norm_rope = False
 
@@ -120,7 +120,7 @@ def prepare_backbone(draft_model: Any) -> None:
 def accept_sampled(
     candidates: Tensor, logits: Tensor, candidate_ids: Tensor, draft_probs: Tensor, sampling_info: Any
 ) -> tuple[Tensor, Tensor]:
-    """Speculative sampling (`kernels.acceptance.sampled_chain`).
+    """Speculative sampling (`ops.acceptance.sampled_chain`).
 
     Args:
         candidates: [R, B], the anchor and its drafts.

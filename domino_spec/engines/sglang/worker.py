@@ -1,7 +1,7 @@
 """The draft in SGLang's decoding loop, eager and inside its CUDA graphs.
 
-`DFlashWorkerV2` already knows drafts that are more than an argmax: those with a candidate selector, which proposes
-tokens and says how probable each was. Our proposer takes the selector's place, greedy and sampled.
+`DFlashWorkerV2` supports drafts with a candidate selector, which proposes tokens and reports how probable each was.
+Our proposer takes the selector's place, for greedy and for sampled requests.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_gree
 from sglang.srt.speculative.dspark_components.dspark_draft import resolve_greedy_mask
 from torch import Tensor
 
+from domino_spec.draft.config import DraftConfig
+from domino_spec.engines.drafting import Drafts
 from domino_spec.engines.sglang import cpu
-from domino_spec.engines.sglang.proposer import Drafts, Proposer
-from domino_spec.engines.sglang.taps import tap_last_layer
+from domino_spec.engines.sglang.model import Proposer
 from domino_spec.settings import UserError
 
 _log = logging.getLogger(__name__)
 
 
 def check_worker(worker: Any) -> None:
-    """Refuse a platform that brings a worker of its own.
+    """Refuse a platform that has another worker.
 
     Raises:
         UserError: names it.
@@ -69,8 +70,8 @@ class DominoWorker(DFlashWorkerV2):
         """Draft outside a graph: tokens [R, B - 1], and what the sampled ones were drawn from for the verify pass."""
         hidden = draft_logits_output.hidden_states.view(bs, self.block_size, -1)
         drafts = self.proposer(hidden, anchor_token_ids, draft_temperatures(bs, sampling_info))
-        if drafts.draft_probs is not None:
-            self._selector_sample = (drafts.candidate_ids, drafts.draft_probs)
+        if drafts.probs is not None:
+            self._selector_sample = (drafts.candidate_ids, drafts.probs)
         return drafts.tokens
 
     def _maybe_build_draft_sampler(self) -> Any:
@@ -169,11 +170,59 @@ class GraphSampler:
     def q_out(self) -> Tensor:
         """How probable that was, [R, B - 1, K]."""
         sampled = self._sample()
-        assert sampled is not None and sampled.draft_probs is not None
-        return sampled.draft_probs
+        assert sampled is not None and sampled.probs is not None
+        return sampled.probs
 
     def _sample(self) -> Drafts | None:
         if self._temperatures is not None and self._sampled is None:
             requests = self._requests
             self._sampled = self.proposer(self._hidden[:requests], self._anchors[:requests], self._temperatures)
         return self._sampled
+
+
+def tap_last_layer(model: Any, settings: DraftConfig) -> None:
+    """Append the last layer's output to the features of every forward pass, for drafts that read it.
+
+    SGLang captures features before the layer that follows, and no layer follows the last one. Its final norm takes a
+    callback that is given the residual stream, which is that output.
+
+    Args:
+        model: SGLang's target model.
+        settings: of the draft; the last layer is the last of `target_layer_ids`.
+
+    Raises:
+        UserError: the target is built in a way in which it cannot be tapped.
+    """
+    from sglang.srt.layers.layer_boundary.residual import batch
+
+    decoder: Any = getattr(model, "model", None)
+    norm = getattr(decoder, "norm", None)
+    name = type(model).__name__
+    if norm is None or not hasattr(decoder, "layers_to_capture"):
+        raise UserError(f"this draft reads the target's last layer, which SGLang's {name} does not show")
+    if len(settings.target_layer_ids) == 1 or max(settings.target_layer_ids) != settings.target_layer_ids[-1]:
+        raise UserError("a draft that reads the target's last layer must name it behind others in target_layer_ids")
+    captured: list[Tensor] = []
+    final_norm = batch.final_norm
+
+    def norm_and_capture(
+        hidden_states: Any, forward_batch: Any, layernorm: Any, capture: Any = None, **rest: Any
+    ) -> Any:
+        if layernorm is norm and capture is None:
+            captured.clear()
+
+            def capture(residual: Tensor) -> None:
+                captured.append(residual.clone())
+
+        return final_norm(hidden_states, forward_batch, layernorm, capture, **rest)
+
+    def append(module: Any, arguments: Any, output: Any) -> Any:
+        if not isinstance(output, tuple) or not isinstance(output[1], list):
+            return output
+        if not captured:
+            raise RuntimeError(f"the last layer of SGLang's {name} could not be tapped, which this draft needs")
+        output[1].append(captured.pop())
+        return output
+
+    batch.final_norm = norm_and_capture
+    decoder.register_forward_hook(append)

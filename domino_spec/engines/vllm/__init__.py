@@ -3,15 +3,14 @@
     pip install .    # in a checkout of this package
     vllm serve TARGET --speculative-config '{"method": "dflash", "model": DRAFT, "num_speculative_tokens": N}'
 
-vLLM has the DFlash backbone (its attention over context and block, its cache) but no head. What is added to it:
+vLLM has the DFlash backbone (its attention over context and block, its cache) but no head. The plug-in adds it:
 
+- `install`: what is checked before anything is loaded, and how the plug-in gets into vLLM;
 - `model`: vLLM's DFlash model with the head's weights, which refuses to draft without them;
-- `step`: from hidden states and anchors to drafts, a plain function over `kernels.rollout`;
-- `v1`, `v2`: vLLM's two model runners, each with a subclass of its DFlash drafter that calls that step;
-- `settings`: what is checked before anything is loaded; `table`: what is relied on inside vLLM.
+- `proposer`, `speculator`: the DFlash drafters of vLLM's two model runners, as subclasses that draft with the head.
 
-vLLM calls `register` in every process that it starts, whether a draft is used or not, so it does next to nothing. All
-else waits until a configuration with a Domino draft turns up.
+vLLM calls `register` in every process that it starts, whether a draft is used or not, so it does next to nothing.
+Everything else waits for a configuration with a Domino draft.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ SERVED_AS = "DFlashDominoDraftModel"
 def register() -> None:
     """Make Domino drafts known to this process's vLLM: the entry point `vllm.general_plugins`. May be called again.
 
-    Where this vLLM lacks a place to hook into, nothing is changed, and a Domino draft is refused by vLLM itself: by its
-    architecture, or by the head's tensors that plain DFlash has no room for.
+    If this vLLM lacks a place that the plug-in wraps, nothing is changed, and vLLM itself refuses a Domino draft: by
+    its architecture, or by the head's tensors that plain DFlash has no room for.
     """
     from vllm import ModelRegistry
 

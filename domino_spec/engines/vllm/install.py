@@ -1,23 +1,125 @@
-"""How the plug-in gets into vLLM: four places of its configuration, and the two classes that draft.
+"""How the plug-in gets into vLLM: what is checked, four places of its configuration, and the two classes that draft.
 
-The places in the configuration are watched in every process and cost one comparison each. Only a configuration with a
-Domino draft has the hooks checked and the classes that draft replaced, in the process that reads it.
+The places in the configuration are wrapped in every process and cost one comparison each. Only when a configuration
+names a Domino draft are vLLM's internals and the draft checked and the classes that draft replaced, in the process that
+reads it. A draft that is paired or run in another way than it was trained decodes correctly and accepts nothing, so
+everything that can be known beforehand is refused here, in one sentence.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from domino_spec.engines.hooks import check_hooks
+from domino_spec.draft.config import DEFAULT_CANDIDATES, DraftConfig
+from domino_spec.engines.hooks import Hook, check_hooks
 from domino_spec.engines.vllm import SERVED_AS
-from domino_spec.engines.vllm.settings import is_domino, read_settings
+from domino_spec.settings import UserError, require
+
+CANDIDATES = "DOMINO_SPEC_CANDIDATES"
 
 _MARK = "_domino_spec"
 _checked: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""Configurations whose draft was found to be in order: they are asked about it for every request."""
+"""Configurations whose draft was found to be in order: vLLM asks about it for every request."""
+_log = logging.getLogger("vllm.domino_spec")  # a child of vLLM's logger, so that it is formatted and shown like it
+
+
+@dataclass(frozen=True)
+class ServedDraft:
+    """A Domino draft and how vLLM is to run it."""
+
+    name: str
+    config: DraftConfig
+    num_drafts: int
+    """N, drafts per verify pass; the backbone runs `block_size` slots regardless."""
+    candidates: int | None
+    """K, how many of the best base logits the head corrects; None for all."""
+
+
+def is_domino(speculative_config: Any) -> bool:
+    """Whether a speculative configuration of vLLM (or None) names a draft with a Domino head."""
+    draft = getattr(speculative_config, "draft_model_config", None)
+    if draft is None or getattr(speculative_config, "method", None) != "dflash":
+        return False
+    nested = getattr(draft.hf_config, "dflash_config", None) or {}
+    return nested.get("projector_type") == "domino"
+
+
+def read_settings(vllm_config: Any) -> ServedDraft:
+    """The draft of a configuration, if it can be served.
+
+    Environment: `DOMINO_SPEC_CANDIDATES` is K (0 for the whole vocabulary).
+
+    Raises:
+        UserError: something would fail, or would lower acceptance unnoticed.
+    """
+    from domino_spec.draft.checkpoint import parse_config
+    from domino_spec.draft.load import shape_mismatch
+
+    spec, target = vllm_config.speculative_config, vllm_config.model_config
+    draft = spec.draft_model_config
+    published = dict(draft.hf_config.to_dict()) | {"architectures": ["DominoDraftModel"]}
+    config = parse_config(published, f"draft {draft.model}")
+    if config.head is None:
+        raise UserError(f"draft {draft.model} has no Domino head; vLLM serves plain DFlash drafts by itself")
+    if config.last_tap_normed:
+        raise UserError(
+            f"draft {draft.model} reads the target's last layer after its final norm, which vLLM does not hand over"
+        )
+    num_drafts = spec.num_speculative_tokens
+    require(
+        1 <= num_drafts <= config.max_drafts,
+        f"num_speculative_tokens is {num_drafts}, but draft {draft.model} drafts at most {config.max_drafts} tokens "
+        f"at once (its blocks have {config.block_size} slots); ask for 1 to {config.max_drafts}",
+    )
+    sizes = (target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
+    if mismatch := shape_mismatch(config, *sizes):
+        raise UserError(f"draft {draft.model} does not fit target {target.model}: {mismatch}")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UserError("a Domino draft needs the target's embedding beside its LM head: no pipeline parallelism")
+    for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
+        if getattr(spec, option, False):
+            raise UserError(f"{option} of the speculative configuration is not supported with a Domino draft")
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        raise UserError("watermarking is not supported with a Domino draft")
+    return ServedDraft(draft.model, config, num_drafts, _candidates())
+
+
+def _candidates() -> int | None:
+    text = os.environ.get(CANDIDATES, str(DEFAULT_CANDIDATES))
+    if not text.isdigit():
+        raise UserError(f"{CANDIDATES} must be a number of tokens, or 0 for the whole vocabulary, got {text!r}")
+    return int(text) or None
+
+
+def draft_to_load(vllm_config: Any) -> ServedDraft:
+    """The draft of a configuration, once its target's weights are known to be those that it was trained for.
+
+    Environment: `DOMINO_SPEC_ALLOW_OTHER_TARGET=1` accepts others (a fine-tuned target).
+
+    Raises:
+        UserError: as `read_settings`, or the fingerprints differ.
+    """
+    from domino_spec.engines.drafting import check_weights
+
+    draft = read_settings(vllm_config)
+    check_weights(draft.config, draft.name, vllm_config.model_config.model, _log)
+    _log.info(
+        "Domino draft %s: blocks of %d slots, %d drafts per pass, the head corrects %s",
+        draft.name,
+        draft.config.block_size,
+        draft.num_drafts,
+        "all tokens" if draft.candidates is None else f"the {draft.candidates} best tokens of every slot",
+    )
+    return draft
+
+
+# Into vLLM
 
 
 def watch_configurations() -> bool:
@@ -78,21 +180,19 @@ def install(v2: bool) -> None:
     """
     import vllm
 
-    from domino_spec.engines.vllm import table
-
     if v2:
-        check_hooks("vllm", vllm.__version__, table.V2)
+        check_hooks("vllm", vllm.__version__, HOOKS_V2)
         from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-        from domino_spec.engines.vllm.v2 import DominoSpeculator
+        from domino_spec.engines.vllm.speculator import DominoSpeculator
 
         _construct_instead(DFlashSpeculator, DominoSpeculator)
         return
-    check_hooks("vllm", vllm.__version__, table.V1)
+    check_hooks("vllm", vllm.__version__, HOOKS_V1)
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dflash import DFlashProposer
 
-    from domino_spec.engines.vllm.v1 import DominoProposer, expand_batch_to_tokens
+    from domino_spec.engines.vllm.proposer import DominoProposer, expand_batch_to_tokens
 
     _construct_instead(DFlashProposer, DominoProposer)
     if current_platform.is_cpu():
@@ -127,3 +227,75 @@ def _getter(cls: Any, name: str) -> Callable[[Any], Any]:
 def _block_size(speculative_config: Any) -> int:
     """B, of a Domino draft."""
     return int(speculative_config.draft_model_config.hf_config.block_size)
+
+
+# What the plug-in calls, overrides or replaces inside vLLM, by release
+
+_MODEL = "vllm.model_executor.models.qwen3_dflash:DFlashQwen3ForCausalLM"
+_BOTH_0_32 = (
+    Hook("vllm.config.speculative:SpeculativeConfig.update_arch_", "self"),
+    Hook("vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting"),
+    Hook("vllm.config:VllmConfig.num_lookahead_tokens"),
+    Hook("vllm.config:VllmConfig.use_v2_model_runner"),
+    Hook("vllm.config:ModelConfig.get_hidden_size", "self"),
+    Hook("vllm.config:ModelConfig.get_vocab_size", "self"),
+    Hook("vllm.config:ModelConfig.get_total_num_hidden_layers", "self"),
+    Hook("vllm.distributed:get_tensor_model_parallel_world_size", ""),
+    Hook("vllm.distributed:tensor_model_parallel_all_reduce", "input_"),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices"),
+    Hook(_MODEL, "vllm_config, prefix"),
+    Hook("vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model._normalize_context_k", "self, all_k"),
+    Hook(f"{_MODEL}.load_weights", "self, weights"),
+    Hook(f"{_MODEL}.compute_logits", "self, hidden_states"),
+    Hook(f"{_MODEL}.combine_hidden_states", "self, hidden_states"),
+)
+
+_V1 = "vllm.v1.spec_decode.dflash:DFlashProposer"
+HOOKS_V1 = {
+    "0.32": (
+        *_BOTH_0_32,
+        Hook(f"{_V1}.__init__", "self, vllm_config, device, runner"),
+        Hook(
+            f"{_V1}.set_inputs_first_pass",
+            "self, target_token_ids, next_token_ids, target_positions, target_hidden_states, "
+            "token_indices_to_sample, cad, num_rejected_tokens_gpu",
+        ),
+        Hook(f"{_V1}._sample_draft_tokens", "self, hidden_states, sampling_metadata"),
+        Hook(f"{_V1}.load_model", "self, target_model"),
+        Hook(f"{_V1}.take_last_draft_probs", "self"),
+        Hook("vllm.v1.worker.gpu_model_runner:DFlashProposer"),
+        Hook("vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter", "self, common_attn_metadata"),
+        Hook(
+            "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+            "x, cu_num_tokens, num_tokens, replace_from, replace_to",
+        ),
+    ),
+}
+"""Of the first model runner, which is the one on CPU."""
+
+_V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator"
+_PROPOSE = (
+    "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
+    "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
+    "skip_attn_for_dummy_run, mm_inputs, is_profile, num_speculative_tokens"
+)
+_GENERATE = (
+    "self, num_reqs, num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode"
+)
+HOOKS_V2 = {
+    "0.32": (
+        *_BOTH_0_32,
+        Hook(f"{_V2}.__init__", "self, vllm_config, device"),
+        Hook(f"{_V2}.load_draft_model", "self, target_model, target_attn_layer_names"),
+        Hook(f"{_V2}.draft_logits_spec", "self, vllm_config"),
+        Hook(f"{_V2}.propose", _PROPOSE),
+        Hook(f"{_V2}._generate_draft", _GENERATE),
+        Hook(
+            f"{_V2}._run_model",
+            "self, num_tokens, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode",
+        ),
+        Hook("vllm.v1.worker.gpu.spec_decode:init_speculator", "vllm_config, device, req_states"),
+    ),
+}
+"""Of the second model runner, which needs Triton and is the one on GPUs."""

@@ -1,6 +1,6 @@
 """vLLM's DFlash model with a Domino head beside it.
 
-Backbone, attention and cache are vLLM's own. The head is `draft.head.DominoHead`, whole on every rank: its parameters
+Backbone, attention and cache are vLLM's own. The head is `draft.domino.DominoHead`, whole on every rank: its parameters
 are small, and a sharded one would have ranks wait for each other at every drafted token.
 """
 
@@ -20,11 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.platforms import current_platform
 
-from domino_spec.draft.checkpoint import check_tensors, check_vocabulary, draft_tensors
-from domino_spec.draft.config import DraftConfig
-from domino_spec.draft.domino import DominoHead, Draft
-from domino_spec.engines.vllm.settings import is_domino, read_settings
-from domino_spec.engines.vllm.step import DraftParts, Drafts, draft_tokens
+from domino_spec.draft.checkpoint import check_tensors, check_vocabulary
+from domino_spec.draft.domino import DominoHead
+from domino_spec.engines.drafting import DraftParts, Drafts, draft_tokens, expected_shapes
+from domino_spec.engines.vllm.install import is_domino, read_settings
 from domino_spec.ops.embedding import EmbeddingTable
 from domino_spec.settings import UserError
 
@@ -114,7 +113,7 @@ class DominoForCausalLM(DFlashQwen3ForCausalLM):
     def draft(
         self, hidden: Tensor, anchors: Tensor, temperatures: Tensor | None = None, uniform: Tensor | None = None
     ) -> Drafts:
-        """`step.draft_tokens` with this draft, which is bound."""
+        """`drafting.draft_tokens` with this draft, which is bound."""
         assert self._parts is not None, "the draft is not bound to a target"
         return draft_tokens(self._parts, hidden, anchors, temperatures, uniform)
 
@@ -137,14 +136,6 @@ def norm_by_layer(model: Any, keys: Tensor) -> Tensor:
     """Context keys [layers, T, kv_heads, D] after every layer's own RMS norm."""
     layers = zip(keys, model._k_norm_weights, strict=True)
     return torch.stack([F.rms_norm(k, k.shape[-1:], weight, model._rms_norm_eps) for k, weight in layers])
-
-
-def expected_shapes(config: DraftConfig) -> dict[str, torch.Size]:
-    """Names and shapes of a checkpoint's tensors, the head's without an older prefix."""
-    with torch.device("meta"):
-        size = config.draft_vocab_size
-        draft = Draft(config, None if size is None else torch.zeros(size, dtype=torch.long))
-    return {name: tensor.shape for name, tensor in draft_tensors(draft).items()}
 
 
 def whole_rows(layer: VocabParallelEmbedding, token_ids: Tensor, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What both of vLLM's runners call for a step of drafting; no vLLM is needed for it."""
+"""What the plug-ins call for a step of drafting; no engine is needed for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from domino_spec.decoding.request import Limits
 from domino_spec.drafters.block import BlockDrafter
-from domino_spec.engines.vllm.step import DraftParts, Drafts, cache_as_logits, draft_tokens, over_vocabulary
+from domino_spec.engines.drafting import DraftParts, Drafts, cache_as_logits, draft_tokens, over_vocabulary
 from tests import tiny
 
 EVERY_SECOND = torch.arange(0, tiny.VOCAB, 2)
@@ -70,7 +70,7 @@ def test_the_second_runner_finds_the_distribution_that_was_drawn_from(target):
     written = torch.zeros(6, 5, 8, dtype=torch.long)
     for seed, rows in ((1, [4, 0, 2, -1]), (2, [0, 3, 1, -1])):
         before, drafts = cache.clone(), sampled(draft, 4, temperatures, seed)
-        cache_as_logits(cache, written, torch.tensor(rows), drafts, temperatures, len(cache))
+        cache_as_logits(cache, written, torch.tensor(rows), drafts, temperatures)
         probs = over_vocabulary(drafts, tiny.VOCAB)
         for row, temperature, expected in zip(rows[:2], temperatures[:2], probs[:2], strict=True):
             tiny.assert_close((cache[row] / temperature).softmax(-1), expected)

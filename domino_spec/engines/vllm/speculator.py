@@ -15,8 +15,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from domino_spec.decoding.sampling import RandomStreams
-from domino_spec.engines.vllm.settings import announce, check_weights, read_settings
-from domino_spec.engines.vllm.step import cache_as_logits
+from domino_spec.engines.drafting import cache_as_logits
+from domino_spec.engines.vllm.install import draft_to_load
 
 
 class DominoSpeculator(DFlashSpeculator):
@@ -26,11 +26,9 @@ class DominoSpeculator(DFlashSpeculator):
     draft_logits: Tensor | None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        self.draft = read_settings(vllm_config)
-        check_weights(self.draft, vllm_config.model_config.model)
+        self.draft = draft_to_load(vllm_config)
         super().__init__(vllm_config, device)
         self._make_buffers()
-        announce(self.draft)
 
     def _make_buffers(self) -> None:
         """Everything a captured step reads or writes beyond vLLM's own buffers."""
@@ -138,4 +136,4 @@ class DominoSpeculator(DFlashSpeculator):
         uniform = RandomStreams(self.seeds[requests]).uniform(positions, RandomStreams.DRAFT)
         drafts = model.draft(hidden, anchors, temperatures, uniform)
         self.draft_tokens[:num_reqs] = drafts.tokens
-        cache_as_logits(self.draft_logits, self._written, rows, drafts, temperatures, len(self.draft_logits))
+        cache_as_logits(self.draft_logits, self._written, rows, drafts, temperatures)

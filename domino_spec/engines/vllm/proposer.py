@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
+from domino_spec.engines.drafting import over_vocabulary
+from domino_spec.engines.vllm.install import draft_to_load
 from domino_spec.engines.vllm.model import DominoForCausalLM
-from domino_spec.engines.vllm.settings import announce, check_weights, read_settings
-from domino_spec.engines.vllm.step import over_vocabulary
 from domino_spec.settings import UserError
 
 
@@ -30,13 +30,11 @@ class DominoProposer(DFlashProposer):
     _slot_mapping_buffer: Tensor
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
-        self.draft = read_settings(vllm_config)
-        check_weights(self.draft, vllm_config.model_config.model)
+        self.draft = draft_to_load(vllm_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self._anchors = torch.empty(0, dtype=torch.long, device=device)
         self._room_for_blocks(self.draft.config.block_size)
-        announce(self.draft)
 
     def _room_for_blocks(self, block_size: int) -> None:
         """Enlarge the buffers that are sized for 1 + N slots per request, where blocks have more."""

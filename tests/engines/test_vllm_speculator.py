@@ -12,20 +12,20 @@ pytest.importorskip("vllm")
 import vllm
 
 from domino_spec.decoding.sampling import RandomStreams
+from domino_spec.engines.drafting import draft_tokens, over_vocabulary
 from domino_spec.engines.hooks import check_hooks
-from domino_spec.engines.vllm import model, table
-from domino_spec.engines.vllm.settings import ServedDraft
-from domino_spec.engines.vllm.step import draft_tokens, over_vocabulary
-from domino_spec.engines.vllm.v2 import DominoSpeculator
+from domino_spec.engines.vllm import model
+from domino_spec.engines.vllm.install import HOOKS_V2, ServedDraft
+from domino_spec.engines.vllm.speculator import DominoSpeculator
 from domino_spec.settings import UserError
 from tests import tiny
-from tests.engines.test_vllm_step import EVERY_SECOND, parts_of
+from tests.engines.test_drafting import EVERY_SECOND, parts_of
 
 REQUESTS, MOST = 2, 4
 
 
 def test_the_second_runner_is_as_the_plugin_expects():
-    check_hooks("vllm", vllm.__version__, table.V2)
+    check_hooks("vllm", vllm.__version__, HOOKS_V2)
 
 
 def speculator_of(draft, num_drafts: int, states: torch.Tensor, samples: bool) -> DominoSpeculator:

@@ -17,36 +17,20 @@ from domino_spec.draft.domino import Draft
 from domino_spec.ops.rollout import head_rollout, head_tree
 from domino_spec.ops.trees import best_first_tree
 from domino_spec.settings import UserError
-from domino_spec.target.cache import RequestRows
+from domino_spec.target.cache import RowCache
 
 
 @dataclass
-class ContextCache(RequestRows):
-    """Keys and values of the context of every request, in memory allocated once."""
+class ContextCache(RowCache):
+    """Keys and values of the context of every request."""
 
     keys: Tensor
-    """[layers, R, kv_heads, capacity + behind, D]."""
+    """[layers, R, kv_heads, capacity + scratch_rows, D]."""
     values: Tensor
     lengths: Tensor
     """[R], valid rows: committed tokens without the anchor."""
-    extent: int | None = None
-    """Rows that the backbone reads, whatever the lengths are; None reads as many as the longest request needs, which
-    takes a look at the device."""
-    behind: int = 0
-    """Rows of a block, which may stand behind a request's own."""
-
-    def view(self, start: int, stop: int, extent: int | None = None) -> ContextCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `extent`."""
-        keys, values = self.keys[:, start:stop], self.values[:, start:stop]
-        return ContextCache(keys, values, self.lengths[start:stop], extent, self.behind)
-
-    def clear(self, request: int) -> None:
-        """Forget a request."""
-        self.lengths[request] = 0
-
-    def wipe(self, request: int, rows: int, first: int = 0) -> None:
-        """As of any cache."""
-        super().wipe(request, rows + self.behind, first)
+    fixed_extent: int | None = None
+    scratch_rows: int = 0
 
 
 class BlockDrafter:
@@ -98,11 +82,11 @@ class BlockDrafter:
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
         config = self.draft.config
-        behind = self.draft.backbone.rows_behind
-        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity + behind, config.head_dim)
+        scratch = self.draft.backbone.rows_behind
+        shape = (config.num_hidden_layers, requests, config.num_key_value_heads, capacity + scratch, config.head_dim)
         keys = torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device)
         lengths = torch.zeros(requests, dtype=torch.long, device=keys.device)
-        return ContextCache(keys, torch.zeros_like(keys), lengths, behind=behind)
+        return ContextCache(keys, torch.zeros_like(keys), lengths, scratch_rows=scratch)
 
     def read(self, own: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Project features [R, n, F]."""
@@ -126,7 +110,7 @@ class BlockDrafter:
             own.keys,
             own.values,
             own.lengths,
-            int(own.lengths.max()) if own.extent is None else own.extent,
+            int(own.lengths.max()) if own.fixed_extent is None else own.fixed_extent,
         )
         return hidden[:, first : first + num_drafts]
 
@@ -168,7 +152,7 @@ class BlockDrafter:
         """Project the features of what was committed."""
         assert verdict.features is not None
         counts = verdict.num_accepted + 1
-        rows = int(counts.max()) if own.extent is None else verdict.features.shape[1]
+        rows = int(counts.max()) if own.fixed_extent is None else verdict.features.shape[1]
         # The text of a request that has ended stays where it is; so must its context, or it would outgrow the cache.
         own.lengths.copy_(torch.where(counts > 0, verdict.anchor_positions, own.lengths))
         self.read(own, verdict.tokens, verdict.features[:, :rows], counts)

@@ -292,15 +292,8 @@ class Target:
         """An empty cache of `capacity` rows for each of `requests` requests."""
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TargetCache(
-            num_layers=self.num_layers,
-            requests=requests,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            capacity=capacity,
-            head_dim=head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return TargetCache((self.num_layers, requests, kv_heads, capacity, head_dim), self.dtype, self.device)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import AnyConfig, DraftConfig
 from domino_spec.ops.context import write_context_
 from domino_spec.ops.native import steps as cpu
 from domino_spec.ops.native.layers import DecoderLayers
@@ -150,7 +150,7 @@ class FusedBlockAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, as in Qwen3."""
 
-    def __init__(self, config: DraftConfig | SingleLayerConfig) -> None:
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -210,30 +210,6 @@ class Backbone(nn.Module):
         self._in_one_step: DecoderLayers | None = None
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
-        self.feature_scale: Tensor | None
-        self.register_buffer("feature_scale", None, persistent=False)
-
-    @torch.no_grad()
-    def scale_features(self, scale: Tensor, trained: bool = False) -> None:
-        """Train `fc` on features times `scale` [F]; checkpoints hold `fc` for the features as they are.
-
-        A few dimensions of a target's hidden states are a hundred times larger than the rest and carry half of their
-        energy. Brought to one scale, the optimizer's steps reach all dimensions alike.
-
-        Args:
-            scale: [F], positive.
-            trained: `fc` comes from a checkpoint, so what it computes must not change. The scale is then rounded to
-                powers of two, which move into `fc` and back without rounding.
-        """
-        if trained:
-            scale = torch.exp2(scale.log2().round())
-            self.fc.weight /= scale
-        self.feature_scale = scale
-
-    @property
-    def fc_weight(self) -> Tensor:
-        """`fc.weight` for features as they are, [H, F]: what checkpoints hold."""
-        return self.fc.weight if self.feature_scale is None else self.fc.weight * self.feature_scale
 
     def _context_weight(self) -> Tensor:
         """Keys' and values' projections of all layers, one under the other."""
@@ -287,8 +263,6 @@ class Backbone(nn.Module):
 
     def _project(self, features: Tensor) -> Tensor:
         """Features to keys and values of all layers, neither normed nor rotated: [R, T, layers, 2, kv_heads, D]."""
-        if self.feature_scale is not None:
-            features = features * self.feature_scale
         context = self.hidden_norm(self.fc(features))  # [R, T, H]
         if self._context_projection is not None:
             projected = self._context_projection(context)
@@ -350,7 +324,30 @@ class Backbone(nn.Module):
         return self.norm(hidden)
 
 
-def rotary_config(config: DraftConfig | SingleLayerConfig) -> Qwen3Config:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sharing_copy(module: Module) -> Module:
+    """Another module with the same parts, which can be exchanged one by one."""
+    copy = module.__new__(type(module))
+    copy.__dict__ = {
+        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
+        for name, value in module.__dict__.items()
+    }
+    return copy
+
+
+def output_rows(linear: Any, choices: Tensor) -> Any:
+    """A linear layer without a bias that gives the chosen outputs [n] only; packed if `linear` is."""
+    weight = linear.weight[choices]
+    if isinstance(linear, PackedLinear):
+        return PackedLinear(weight)
+    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    smaller.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    return smaller.train(linear.training)
+
+
+def rotary_config(config: AnyConfig) -> Qwen3Config:
     """What transformers' rotary embedding needs to know of a draft."""
     parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return Qwen3Config(

@@ -116,7 +116,7 @@ def _draft_config(
         target_fingerprint=nested.target_fingerprint,
         published=dict(published),
     )
-    return replace(config, last_tap_normed=config.reads_last_layer and _stated_tap(nested) == AFTER_NORM)
+    return replace(config, last_tap_normed=config.last_layer_tap is not None and _stated_tap(nested) == AFTER_NORM)
 
 
 def _head_config(nested: DFlashKeys) -> HeadConfig | None:
@@ -165,16 +165,16 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
         kept = dict(config.published)
-        if config.reads_last_layer and config.target_fingerprint is not None:  # made here, perhaps before it was said
-            kept["dflash_config"] = {**kept["dflash_config"], "last_layer_tap": last_layer_tap(config)}
+        if config.last_layer_tap and config.target_fingerprint is not None:  # made here, perhaps before it was said
+            kept["dflash_config"] = {**kept["dflash_config"], "last_layer_tap": config.last_layer_tap}
         return kept
     nested: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "shift_label": config.shift_label,
     }
-    if config.reads_last_layer:
-        nested["last_layer_tap"] = last_layer_tap(config)
+    if config.last_layer_tap:
+        nested["last_layer_tap"] = config.last_layer_tap
     if config.short_blocks:
         nested["short_blocks"] = True
     if config.head is not None:
@@ -216,11 +216,6 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def last_layer_tap(config: DraftConfig) -> str:
-    """How `dflash_config` names the way in which the target's last layer is read."""
-    return AFTER_NORM if config.last_tap_normed else BEFORE_NORM
-
-
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:
     """The draft's tensors under their published names.
 
@@ -230,10 +225,9 @@ def draft_tensors(draft: Draft) -> dict[str, Tensor]:
     if draft.packed:
         raise ValueError("a draft packed for decoding cannot be saved; load it with a target that is not packed")
     tensors = {name: p for name, p in draft.backbone.state_dict().items() if not name.startswith("rotary_emb.")}
-    tensors["fc.weight"] = draft.backbone.fc_weight
+    tensors["fc.weight"] = draft.fc_weight
     if draft.head is not None:
-        prefix = _OLD_HEAD_PREFIX if draft.nested_head_names else ""
-        tensors |= {prefix + name: p for name, p in draft.head.state_dict().items()}
+        tensors |= {draft.layout + name: p for name, p in draft.head.state_dict().items()}
     if draft.draft_vocab_ids is not None:
         tensors[_VOCABULARY] = draft.draft_vocab_ids
     return tensors
@@ -264,26 +258,6 @@ def write_checkpoint(
     }
     save_tensors(converted, directory / WEIGHTS_FILE)
     write_json(published, directory / CONFIG_FILE)
-
-
-def check_readers(config: DraftConfig, name: str) -> None:
-    """What other readers of the published layout, who ignore our keys, would make of a draft.
-
-    Raises:
-        UserError: they would draft one slot late.
-    """
-    if config.head is None and config.shift_label:
-        raise UserError(
-            f"{name} has no head and shift_label true: readers of DFlash drafts ignore that key and would draft one "
-            "slot late; train it with shift_label false"
-        )
-    if config.reads_last_layer and not config.last_tap_normed:
-        _log.warning(
-            "%s reads layer %d, the target's last one, before its final norm (last_layer_tap); readers that do not "
-            "know that key read it after the norm, and little of what they draft is accepted",
-            name,
-            config.num_target_layers - 1,
-        )
 
 
 def read_config(directory: Path) -> DraftConfig:
@@ -323,7 +297,7 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
         read_draft(directory, outline=True)  # what does not fit is refused before gigabytes are read
     config = read_config(directory)
     saved = read_weights(directory, outline=outline)
-    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in saved)
+    layout = _OLD_HEAD_PREFIX if any(name.startswith(_OLD_HEAD_PREFIX) for name in saved) else ""
     tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in saved.items()}
     if len(tensors) < len(saved):
         raise UserError(f"{directory / WEIGHTS_FILE}: the head is there twice, with {_OLD_HEAD_PREFIX} and without")
@@ -344,7 +318,7 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     draft.backbone.load_state_dict({n: t for n, t in tensors.items() if n not in head}, strict=False, assign=True)
     if draft.head is not None:
         draft.head.load_state_dict(head, assign=True)
-    draft.nested_head_names = nested_head_names
+    draft.layout = layout
     return draft.requires_grad_(False).eval()
 
 

@@ -70,7 +70,7 @@ def single_layer_config(recipe: DraftRecipe, target_config: Any) -> SingleLayerC
     config = target_config
     theta, rope = _rope(config)
     return SingleLayerConfig(
-        method=recipe.model,
+        kind=recipe.model,
         hidden_size=config.hidden_size,
         intermediate_size=recipe.intermediate_size or config.intermediate_size,
         num_attention_heads=config.num_attention_heads,

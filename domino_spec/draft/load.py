@@ -7,16 +7,17 @@ which is said once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published, save_draft
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig, feature_levels
+from domino_spec.draft.config import SINGLE_LAYER_KINDS, AnyConfig
 from domino_spec.draft.domino import Draft
-from domino_spec.draft.schema import OWN_SETTINGS, unknown_keys
-from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
+from domino_spec.draft.schema import unknown_keys
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
@@ -26,38 +27,20 @@ from domino_spec.target.outline import outline_target
 _log = logging.getLogger(__name__)
 
 
-def shape_mismatch(
-    config: DraftConfig | SingleLayerConfig, hidden_size: int, vocab_size: int, num_layers: int
-) -> str | None:
+def shape_mismatch(config: AnyConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
     """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
     for what, draft_side, target_side in (
-        (
-            "hidden size",
-            config.target_hidden_size if isinstance(config, SingleLayerConfig) else config.hidden_size,
-            hidden_size,
-        ),
+        ("hidden size", config.target_hidden_size, hidden_size),
         ("vocabulary", config.vocab_size, vocab_size),
         ("number of target layers", config.num_target_layers, num_layers),
     ):
         if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
             return f"the draft was made for {what} {draft_side}, the target has {target_side}"
-    if isinstance(config, SingleLayerConfig):
-        try:
-            deepest = max(config.target_layer_ids or feature_levels(num_layers))
-        except UserError as error:
-            return f"the draft reads three levels of the target's layers, but {error}"
-        if deepest >= num_layers:
-            return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
-        if deepest == num_layers - 1 and config.published and OWN_SETTINGS not in config.published:
-            return (
-                f"the draft reads layer {deepest}, the target's last one, and its config.json does not say whether "
-                "before the final norm or after it"
-            )
-    return None
+    return config.tap_mismatch(num_layers)
 
 
 def check_pairing(
-    config: DraftConfig | SingleLayerConfig,
+    config: AnyConfig,
     draft_name: str,
     target: Target,
     allow_other_target: bool = False,
@@ -146,8 +129,14 @@ def read_any_draft(directory: Path, *, outline: bool = False) -> AnyDraft:
 
 def save_any_draft(draft: AnyDraft, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a draft in the published layout of its kind; arguments and errors as `checkpoint.save_draft`."""
-    save = save_single_layer if isinstance(draft, SingleLayerDraft) else save_draft
-    save(draft, directory, dtype)  # type: ignore[arg-type]
+    save: Callable[..., None] = save_single_layer if draft.kind in SINGLE_LAYER_KINDS else save_draft
+    save(draft, directory, dtype)
+
+
+def empty_draft(config: AnyConfig, draft_vocab_ids: torch.Tensor | None = None) -> AnyDraft:
+    """A draft of that shape, its weights not yet read or trained; arguments as of `BaseDraft`."""
+    kind: Callable[..., AnyDraft] = SingleLayerDraft if config.kind in SINGLE_LAYER_KINDS else Draft
+    return kind(config, draft_vocab_ids)
 
 
 def load_draft(
@@ -208,18 +197,9 @@ def check_finite(draft: AnyDraft, name: str) -> None:
 def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
     """Logits after a few tokens, the first of a text among them: its hidden states are the largest."""
     tokens = (torch.arange(8, device=target.device) % target.vocab_size)[None]
-    positions = torch.arange(16, device=target.device)[None]
-    taps = draft.layers if isinstance(draft, SingleLayerDraft) else draft.config.target_layer_ids
-    features = target.forward(tokens, target.new_cache(1, 8), taps).features
+    features = target.forward(tokens, target.new_cache(1, 8), draft.feature_layers).features
     assert features is not None
-    if isinstance(draft, SingleLayerDraft):
-        fused = draft.fuse(features.to(draft.dtype))
-        pairs, causal = draft.pair(tokens, fused), torch.ones(8, 8, dtype=torch.bool, device=target.device).tril()
-        cached = PairKV(*(part[:, :, :0] for part in draft.keys_values(pairs, positions[:, :8])))
-        return draft.logits(draft(pairs, fused, positions[:, :8], cached, causal[None, None])[0])
-    context = draft.backbone.project_context(draft.read_features(features).to(draft.dtype), positions[:, :8])
-    seen = torch.ones(1, 1, 8, 16, dtype=torch.bool, device=target.device)
-    return draft.base_logits(draft.backbone(draft.block_embeddings(tokens[:, -1], 8), positions[:, 8:], context, seen))
+    return draft.trial_logits(tokens, features)
 
 
 # ----------------------------------------------------------------------
@@ -230,7 +210,7 @@ def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
 class DraftDescription:
     """A draft checkpoint in words and figures."""
 
-    config: DraftConfig | SingleLayerConfig
+    config: AnyConfig
     method: str
     """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
     dtypes: tuple[str, ...]
@@ -249,32 +229,14 @@ def describe_draft(directory: Path) -> DraftDescription:
         UserError: as `checkpoint.read_draft`.
     """
     draft = read_any_draft(directory, outline=True)
-    method, parts = _parts(draft)
+    parts = draft.count_parameters()
     return DraftDescription(
         config=draft.config,
-        method=method,
+        method=draft.kind,
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
         parameters={**parts, "total": sum(parts.values())},
         file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
     )
-
-
-def _parts(draft: AnyDraft) -> tuple[str, dict[str, int]]:
-    """The draft's method, and how many parameters each of its parts has."""
-    if isinstance(draft, SingleLayerDraft):
-        ends = {"fc": draft.fc.weight.numel(), "lm_head": draft.lm_head.weight.numel()}
-        layer = sum(p.numel() for p in draft.parameters()) - sum(ends.values())  # norms and DART's mask among them
-        parts = {"fc": ends["fc"], "layer": layer, "lm_head": ends["lm_head"]}
-        own = draft.embed_tokens
-        return draft.config.method, parts if own is None else {**parts, "embed_tokens": own.numel()}
-    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
-    if draft.head is None:
-        return "dflash", parts
-    down, _, up = draft.head.embed_proj
-    parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
-    parts["w1"] = sum(p.numel() for p in down.parameters())
-    parts["w2"] = sum(p.numel() for p in up.parameters())
-    return "domino", parts
 
 
 @dataclass(frozen=True)
@@ -286,7 +248,7 @@ class Fit:
     """What was compared and what came out."""
 
 
-def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_name: str) -> Fit:
+def check_fit(config: AnyConfig, draft_name: str, target_name: str) -> Fit:
     """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
 
     A target on the hub is compared by its configuration alone, without its weights being downloaded or loaded.
@@ -297,9 +259,7 @@ def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_n
     return fit_of(config, draft_name, outline_target(target_name).target)
 
 
-def fit_of(
-    config: DraftConfig | SingleLayerConfig, draft_name: str, target: Target, allow_other_target: bool = False
-) -> Fit:
+def fit_of(config: AnyConfig, draft_name: str, target: Target, allow_other_target: bool = False) -> Fit:
     """`check_fit` with a target that is outlined or loaded already.
 
     Args:

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from domino_spec.draft.config import OWN_SETTINGS
 from domino_spec.settings import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
@@ -37,8 +38,6 @@ LayerIdsOrRule = Annotated[
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
-OWN_SETTINGS = "domino_spec"
-"""Where EAGLE-3 and DART drafts made here hold what their layouts have no key for."""
 BEFORE_NORM, AFTER_NORM = "before_norm", "after_norm"
 """Values of `last_layer_tap`: the output of the target's last layer as it is, or after the target's final norm."""
 

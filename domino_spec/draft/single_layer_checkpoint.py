@@ -28,10 +28,9 @@ from domino_spec.draft.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from domino_spec.draft.config import FEATURE_LEVELS, SingleLayerConfig
+from domino_spec.draft.config import FEATURE_LEVELS, OWN_SETTINGS, SingleLayerConfig
 from domino_spec.draft.schema import (
     NESTED_LAYER,
-    OWN_SETTINGS,
     ROPE_NAMES,
     LayerKeys,
     PairKeys,
@@ -98,7 +97,7 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         taps = _target_layer_ids(keys)
         require(len(taps or ()) <= FEATURE_LEVELS, f"this is {_DEEPSPEC}")
         return SingleLayerConfig(
-            method="eagle3" if keys.draft_length is None else "dart",
+            kind="eagle3" if keys.draft_length is None else "dart",
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
             num_attention_heads=shape.num_attention_heads,
@@ -156,14 +155,14 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
         "target_layer_ids": list(config.target_layer_ids),
         "target_fingerprint": config.target_fingerprint,
     }
-    extra = {"draft_length": config.num_masks} if config.method == "dart" else {}
-    if config.method == "eagle3":
+    extra = {"draft_length": config.num_masks} if config.kind == "dart" else {}
+    if config.kind == "eagle3":
         own["ttt_length"] = config.block_size
     if config.target_hidden_size != config.hidden_size:
         # The released EAGLE takes this key for a sign that the draft has an embedding of its own, and reads none.
         extra["target_hidden_size"] = config.target_hidden_size
     return {
-        "architectures": [ARCHITECTURES[config.method]],
+        "architectures": [ARCHITECTURES[config.kind]],
         "model_type": "llama",
         "attention_bias": False,
         "draft_vocab_size": config.logits_size,

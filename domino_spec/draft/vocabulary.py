@@ -16,18 +16,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from domino_spec.draft.backbone import sharing_copy
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.files import atomic_path, read_json
 from domino_spec.settings import Settings, UserError, parse_settings
 from domino_spec.target.model import Target
-from domino_spec.target.native import PackedLinear
 
 
 def count_tokens(texts: Iterable[Iterable[int]]) -> Counter[int]:
@@ -275,47 +274,14 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
         raise UserError("this draft can propose none of the tokens of the draft vocabulary asked for")
     if len(choices) == draft.config.logits_size:
         return draft
-    fewer = _sharing_copy(draft)
+    fewer = sharing_copy(draft)
     fewer.draft_vocab_ids = draft.to_token_ids(choices)
     fewer.config = replace(
         draft.config, draft_vocab_size=len(choices), published=_published(draft.config.published, len(choices))
     )
     fewer.custom_generate = None  # it would go on with the other draft
-    if isinstance(fewer, SingleLayerDraft):
-        fewer.lm_head = _rows(fewer.lm_head, choices)
-        return fewer.bind(target)
-    if fewer.head is not None:
-        down, activation, up = fewer.head.embed_proj
-        fewer.head = _sharing_copy(fewer.head)
-        fewer.head.embed_proj = nn.Sequential(down, activation, _rows(up, choices))
-    fewer.bind(target)
-    if draft.packed:
-        fewer._packed_lm_head = PackedLinear(fewer.ends.lm_head.to(draft.dtype))
-    return fewer
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def _sharing_copy(module: Module) -> Module:
-    """Another module with the same parts, which can be exchanged one by one."""
-    copy = module.__new__(type(module))
-    copy.__dict__ = {
-        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
-        for name, value in module.__dict__.items()
-    }
-    return copy
-
-
-def _rows(linear: Any, choices: Tensor) -> Any:
-    """The chosen outputs of a linear layer without a bias, packed where it is."""
-    packed = isinstance(linear, PackedLinear)
-    weight = linear.weight[choices]
-    if packed:
-        return PackedLinear(weight)
-    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    smaller.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    return smaller.train(linear.training)
+    fewer.keep_outputs(choices)
+    return fewer.bind(target)
 
 
 def _published(published: Mapping[str, Any], size: int) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from domino_spec.draft.config import SINGLE_LAYER_KINDS
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.single_layer import SingleLayerDraft
@@ -56,10 +58,13 @@ def forward_blocks(
             training_time_test, the draft's greedy tokens (paper 4.2, 5.3.2).
         attention: auto, flex or sdpa.
     """
-    if isinstance(draft, SingleLayerDraft):
-        hidden, blocks = forward_chains(draft, batch, anchors, block_size)
+    if draft.kind in SINGLE_LAYER_KINDS:
+        hidden, blocks = forward_chains(cast(SingleLayerDraft, draft), batch, anchors, block_size)
         return DraftedTokens(hidden, None, blocks, draft.to_choices(blocks.labels).where(blocks.valid[:, :1], -1))
-    config = draft.config if block_size is None else replace(draft.config, block_size=block_size)
+    draft = cast(Draft, draft)
+    config = draft.config
+    if block_size not in (None, config.block_size):
+        config = replace(config, block_size=block_size)
     device = batch.tokens.device
     blocks = gather_blocks(batch, anchors, config.max_drafts)
 

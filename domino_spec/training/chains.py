@@ -50,7 +50,7 @@ def forward_chains(
     context = draft.keys_values(pairs, positions[None])
     first = torch.maximum(blocks.anchors - 1, blocks.starts)  # the pair whose token is the anchor
     visible = _Visible(blocks, first, len(rows))
-    run = _eagle3 if config.method == "eagle3" else _dart
+    run = _eagle3 if config.kind == "eagle3" else _dart
     out = run(draft, blocks, fused[:, first], pairs[:, first], positions[first], context, visible, config.max_drafts)
     return draft.final_hidden(out), blocks
 

@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig
 
 from domino_spec.draft.checkpoint import read_config
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
-from domino_spec.draft.load import AnyDraft, draft_directory, shape_mismatch
-from domino_spec.draft.single_layer import SingleLayerDraft
+from domino_spec.draft.load import AnyDraft, draft_directory, empty_draft, shape_mismatch
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError, require
 from domino_spec.target.load import outlined_model, target_config
@@ -182,7 +179,7 @@ def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerCo
     shape = _draft_shape(recipe, text_config)
     copied = recipe.draft.init_layers_from_target
     if copied is not None:
-        layers = shape.num_hidden_layers if isinstance(shape, DraftConfig) else 1
+        layers = shape.num_hidden_layers
         depth = text_config.num_hidden_layers
         what = "draft.init_layers_from_target"
         require(len(copied) == layers, f"{what} names {len(copied)} layers, but the draft has {layers}")
@@ -216,10 +213,8 @@ def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") ->
     size = config.draft_vocab_size
     with torch.device("meta"):
         vocabulary = None if size is None else torch.empty(size, dtype=torch.int64)
-        if isinstance(config, SingleLayerConfig):
-            return SingleLayerDraft(config, vocabulary)
-        draft = Draft(config, vocabulary)
-    draft.backbone.requires_grad_(trained == "all")
+        draft = empty_draft(config, vocabulary)
+    draft.prepare_training(trained)
     return draft
 
 
@@ -233,18 +228,13 @@ def _meta_target(text_config: Any, name: str) -> dict[str, int]:
 
 
 def _count_parameters(draft: AnyDraft) -> dict[str, int]:
-    def count(module: nn.Module | None) -> int:
-        return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-    if isinstance(draft, SingleLayerDraft):
-        lm_head = count(draft.lm_head)
-        return {"layer": count(draft) - lm_head, "lm_head": lm_head, "total": count(draft), "trained": count(draft)}
-    parts = {"backbone": count(draft.backbone)}
-    if draft.head is not None:
-        parts |= {"gru": count(draft.head.prefix_gru)}
-        parts |= {"w1": draft.head.input_weight.numel(), "w2": draft.head.correction_weight.numel()}
+    parts = draft.count_parameters()
+    if "fc" in parts:
+        parts["layer"] += parts.pop("fc")
+    head = sum(parts.get(name, 0) for name in ("gru", "w1", "w2"))
+    total = sum(p.numel() for p in draft.parameters())
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    return {**parts, "head": count(draft.head), "total": count(draft), "trained": trained}
+    return {**parts, **({"head": head} if "backbone" in parts else {}), "total": total, "trained": trained}
 
 
 def _data(recipe: DataRecipe, vocab_size: int) -> tuple[Data, list[Sequence]]:

@@ -21,12 +21,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence as SequenceType
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from domino_spec.draft.config import FEATURE_LEVELS, DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import FEATURE_LEVELS, SINGLE_LAYER_KINDS, DraftConfig, SingleLayerConfig
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.data import Sequence
 from domino_spec.training.losses import OBJECTIVES
@@ -90,7 +91,7 @@ def step_work(
         block_size: slots per block, where training runs shorter blocks than the draft's.
         draft_vocab_ids: of the draft, on the CPU: labels outside of them have no loss.
     """
-    num_drafts = replace(config, block_size=block_size).max_drafts
+    num_drafts = block_size - config.first_draft_slot
     offsets = torch.arange(1, num_drafts + 1)
     pairs = labels = 0
     for sequence, positions in zip(sequences, anchors, strict=True):
@@ -111,12 +112,13 @@ def step_work(
 
 def step_flops(config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, work: Work) -> Flops:
     """Operations of a step, by the rules above."""
-    if isinstance(config, SingleLayerConfig):
-        return _single_layer_flops(config, recipe, work)
+    if config.kind in SINGLE_LAYER_KINDS:
+        return _single_layer_flops(cast(SingleLayerConfig, config), recipe, work)
+    config = cast(DraftConfig, config)
     hidden, vocabulary, num_layers = config.hidden_size, config.logits_size, config.num_hidden_layers
     queries = config.num_attention_heads * config.head_dim
     keys_values = 2 * config.num_key_value_heads * config.head_dim
-    num_drafts = replace(config, block_size=work.block_size).max_drafts
+    num_drafts = work.block_size - config.first_draft_slot
     drafted = work.blocks * num_drafts
     trained = recipe.trained == "all"
 

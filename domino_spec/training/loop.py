@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.recipe import OptimizationRecipe, Recipe
 from domino_spec.settings import UserError
@@ -122,9 +121,7 @@ class Trainer:
         """Of the state that was saved or resumed last; empty before there is one, and in processes that do not save."""
         self.can_save = True
         """False while a step is half done: the optimizer is at work, or the step's evaluation is not recorded yet."""
-        if isinstance(draft, Draft):  # a recipe asks neither of a single layer
-            draft.backbone.requires_grad_(recipe.trained != "head")
-            draft.backbone.recompute_layers = recipe.activation_checkpointing
+        draft.prepare_training(recipe.trained, recipe.activation_checkpointing)
         self._share = micro_batches(recipe.batch_size, recipe.micro_batch_size, processes)
         loss = BlockLoss(draft, recipe, source.layers)
         self.shared = Shared(loss, processes, recipe.parallel, recipe.precision == "bfloat16")

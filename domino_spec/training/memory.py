@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import SINGLE_LAYER_KINDS, DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.fused_loss import CHUNK_LOGITS_CUDA
@@ -87,8 +87,8 @@ def work_memory(
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
     activations = 0  # one layer's are few beside the rest
-    if isinstance(config, DraftConfig):
-        activations = activation_bytes(config, recipe, rows, blocks, size)
+    if config.kind not in SINGLE_LAYER_KINDS:
+        activations = activation_bytes(cast(DraftConfig, config), recipe, rows, blocks, size)
     return {
         "features": rows * token_features,
         "activations": activations,
@@ -143,9 +143,9 @@ def _saved_bytes(config: DraftConfig, recipe: OptimizationRecipe, rows: int, blo
     with FakeTensorMode(), precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         draft = Draft(replace(config, rope_scaling=None, draft_vocab_size=None))
         draft.backbone.requires_grad_(recipe.trained == "all")
-        draft.backbone.feature_scale = torch.empty(config.feature_size)
+        draft.feature_scale = torch.empty(config.feature_size)
         features = torch.empty(1, rows, config.feature_size, dtype=torch.bfloat16)
-        context = draft.backbone.project_context(features, torch.zeros(1, rows, dtype=torch.int64))
+        context = draft.backbone.project_context(draft.read_features(features), torch.zeros(1, rows, dtype=torch.int64))
         block = torch.empty(1, blocks * block_size, config.hidden_size)
         positions = torch.zeros(1, blocks * block_size, dtype=torch.int64)
         hidden = draft.backbone(block, positions, context, _FusedAttention.apply)

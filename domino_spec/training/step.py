@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.training.anchors import acceptance_weights, position_weights
@@ -70,9 +69,7 @@ class BlockLoss(nn.Module):
         hidden = drafted.hidden.flatten(0, 1)[rows].to(dtype)
         low_rank = None if drafted.low_rank is None else drafted.low_rank.flatten(0, 1)[rows].to(dtype)
         correction = None if draft.head is None else draft.head.correction_weight
-        # A block draft reads with the target's LM head, the others with their own.
-        target_lm_head = draft.ends.lm_head.detach()
-        lm_head = target_lm_head if isinstance(draft, Draft) else draft.lm_head.weight
+        target_lm_head, lm_head = draft.ends.lm_head.detach(), draft.lm_head_weight
         labels = drafted.choices.flatten()[rows]
         if recipe.position_weights == "acceptance":
             found = label_probabilities(hidden, low_rank, labels, lm_head, correction)

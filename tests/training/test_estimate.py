@@ -125,7 +125,7 @@ def test_activations_are_those_that_a_real_pass_keeps(monkeypatch, changes):
     target = tiny_target(hidden_size=64)
     draft = tiny_draft(target, block_size=4, **options).train().requires_grad_(True)
     draft.backbone.requires_grad_(recipe.trained == "all")
-    draft.backbone.scale_features(torch.ones(draft.config.feature_size))
+    draft.scale_features(torch.ones(draft.config.feature_size))
     sequences = as_sequences(random_prompts([8] * 2), random_prompts([80] * 2, seed=5))
     batch = MemoryCache(target, sequences, draft.config.target_layer_ids).batch(sequences)
     monkeypatch.setattr(blocks, "block_attention", lambda *_: _FusedAttention.apply)

@@ -25,6 +25,7 @@ from domino_spec.draft.schema import (
     BlockKeys,
     DFlashKeys,
     names_of,
+    published_layers,
     read_keys,
     read_rope,
     refuse_misplaced,
@@ -81,26 +82,19 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
     if beside.get("draft_vocab_size") == published.get("vocab_size"):  # some files say so of the whole vocabulary
         beside.pop("draft_vocab_size", None)
     keys = read_keys(BlockKeys, {**published, "dflash_config": {**beside, **given}}, where)
-    theta, rope = read_rope(published, where, default_theta=None)
+    rope = read_rope(published, where, default_theta=None)
     try:
         keys.refuse_window(used_if_unsaid=False)
-        return _draft_config(keys, theta, rope, published)
+        return _draft_config(keys, {**keys.shape(), **rope, "published": dict(published)})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _draft_config(
-    keys: BlockKeys, theta: float, rope: dict[str, Any] | None, published: Mapping[str, Any]
-) -> DraftConfig:
+def _draft_config(keys: BlockKeys, shape: dict[str, Any]) -> DraftConfig:
     nested = keys.dflash_config
     config = DraftConfig(
-        hidden_size=keys.hidden_size,
-        intermediate_size=keys.intermediate_size,
+        **shape,
         num_hidden_layers=keys.num_hidden_layers,
-        num_attention_heads=keys.num_attention_heads,
-        num_key_value_heads=keys.kv_heads,
-        head_dim=keys.width,
-        vocab_size=keys.vocab_size,
         num_target_layers=keys.num_target_layers,
         target_layer_ids=_stated(nested, "target_layer_ids"),
         mask_token_id=_stated(nested, "mask_token_id"),
@@ -109,12 +103,7 @@ def _draft_config(
         short_blocks=nested.short_blocks,
         head=_head_config(nested),
         draft_vocab_size=nested.draft_vocab_size,
-        rms_norm_eps=keys.rms_norm_eps,
-        rope_theta=theta,
-        rope_scaling=rope,
-        max_position_embeddings=keys.max_position_embeddings,
         target_fingerprint=nested.target_fingerprint,
-        published=dict(published),
     )
     return replace(config, last_tap_normed=config.last_layer_tap is not None and _stated_tap(nested) == AFTER_NORM)
 
@@ -188,32 +177,18 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         nested["draft_vocab_size"] = config.draft_vocab_size
     if config.target_fingerprint is not None:
         nested["target_fingerprint"] = config.target_fingerprint
-    return {
-        "architectures": ["DominoDraftModel" if config.head is not None else "DFlashDraftModel"],
-        "model_type": "qwen3",
-        "attention_bias": False,
+    rest = {
+        **published_layers(config, str(dtype).removeprefix("torch.")),
         "attention_dropout": 0.0,
         "block_size": config.block_size,
         "dflash_config": nested,
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
         "num_target_layers": config.num_target_layers,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
-        "rope_theta": config.rope_theta,
         "sliding_window": None,
-        "tie_word_embeddings": False,
         "use_sliding_window": False,
-        "vocab_size": config.vocab_size,
     }
+    architecture = "DFlashDraftModel" if config.head is None else "DominoDraftModel"
+    return {"architectures": [architecture], "model_type": "qwen3", **dict(sorted(rest.items()))}
 
 
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from domino_spec.draft.config import OWN_SETTINGS
+from domino_spec.draft.config import OWN_SETTINGS, AnyConfig
 from domino_spec.settings import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
@@ -86,14 +86,22 @@ class LayerKeys(Settings):
         require(window is None, f"sliding_window: expected null, found {window}; a draft attends to its whole context")
 
     @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
     def width(self) -> int:
         """Of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def shape(self) -> dict[str, Any]:
+        """The fields of a `BaseConfig` that these keys give."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
+            "head_dim": self.width,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+        }
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,32 @@ def _known(cls: Any, published: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             known[f.name] = _known(nested, value) if nested and isinstance(value, Mapping) else value
     return known
+
+
+def published_layers(config: AnyConfig, dtype: str) -> dict[str, Any]:
+    """What the `config.json` of a draft trained here says of its layers, in the keys of transformers' Llama or Qwen3.
+
+    Args:
+        config: of the draft.
+        dtype: of its tensors.
+    """
+    return {
+        "attention_bias": False,
+        "dtype": dtype,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+    }
 
 
 def refuse_misplaced(
@@ -321,10 +355,8 @@ class _RopeFile(Settings):
     rope_scaling: RopeKeys | None = None
 
 
-def read_rope(
-    published: Mapping[str, Any], where: str, default_theta: float | None
-) -> tuple[float, dict[str, Any] | None]:
-    """Base of RoPE and, where it is scaled, its settings beyond that.
+def read_rope(published: Mapping[str, Any], where: str, default_theta: float | None) -> dict[str, Any]:
+    """The RoPE of a draft as the fields `rope_theta` and `rope_scaling` of a `BaseConfig`.
 
     Args:
         published: the configuration, its top-level `rope_theta` already checked.
@@ -349,7 +381,7 @@ def read_rope(
     theta = default_theta if theta is None else theta
     if theta is None:
         raise UserError(f"{where}: missing key 'rope_theta', the base of the draft's rotary embeddings; add it")
-    return float(theta), scalings[0] if scalings else None
+    return {"rope_theta": float(theta), "rope_scaling": scalings[0] if scalings else None}
 
 
 def _rope_keys(value: Any, name: str, where: str) -> RopeKeys | None:

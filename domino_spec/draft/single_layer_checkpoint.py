@@ -35,6 +35,7 @@ from domino_spec.draft.schema import (
     LayerKeys,
     PairKeys,
     names_of,
+    published_layers,
     read_keys,
     read_rope,
     refuse_misplaced,
@@ -87,7 +88,7 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         refuse_misplaced(layer, published, names_of(PairKeys), of_layer, f"beside {NESTED_LAYER}")
     refuse_unsupported(published, where, block=False)
     shape, keys = read_keys(LayerKeys, layer, of_layer), read_keys(PairKeys, published, where)
-    own, (theta, rope) = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
+    own, rope = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
     try:
         shape.refuse_window(used_if_unsaid=True)
         require(
@@ -98,21 +99,13 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         require(len(taps or ()) <= FEATURE_LEVELS, f"this is {_DEEPSPEC}")
         return SingleLayerConfig(
             kind="eagle3" if keys.draft_length is None else "dart",
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.width,
-            vocab_size=shape.vocab_size,
+            **shape.shape(),
+            **rope,
             target_hidden_size=keys.target_hidden_size or shape.hidden_size,
             target_layer_ids=taps,
             num_target_layers=own.num_target_layers,
             block_size=(own.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
             draft_vocab_size=keys.draft_vocab_size,
-            rms_norm_eps=shape.rms_norm_eps,
-            rope_theta=theta,
-            rope_scaling=rope,
-            max_position_embeddings=shape.max_position_embeddings,
             target_fingerprint=own.target_fingerprint,
             published=dict(published),
         )
@@ -155,34 +148,19 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
         "target_layer_ids": list(config.target_layer_ids),
         "target_fingerprint": config.target_fingerprint,
     }
-    extra = {"draft_length": config.num_masks} if config.kind == "dart" else {}
-    if config.kind == "eagle3":
+    rest = {
+        **published_layers(config, str(dtype).removeprefix("torch.")),
+        "draft_vocab_size": config.logits_size,
+    }
+    if config.kind == "dart":
+        rest["draft_length"] = config.num_masks
+    else:
         own["ttt_length"] = config.block_size
     if config.target_hidden_size != config.hidden_size:
         # The released EAGLE takes this key for a sign that the draft has an embedding of its own, and reads none.
-        extra["target_hidden_size"] = config.target_hidden_size
-    return {
-        "architectures": [ARCHITECTURES[config.kind]],
-        "model_type": "llama",
-        "attention_bias": False,
-        "draft_vocab_size": config.logits_size,
-        **extra,
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": False,
-        "vocab_size": config.vocab_size,
-        OWN_SETTINGS: own,
-    }
+        rest["target_hidden_size"] = config.target_hidden_size
+    architecture = ARCHITECTURES[config.kind]
+    return {"architectures": [architecture], "model_type": "llama", **dict(sorted(rest.items())), OWN_SETTINGS: own}
 
 
 def single_layer_tensors(draft: SingleLayerDraft) -> dict[str, Tensor]:

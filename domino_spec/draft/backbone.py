@@ -207,13 +207,19 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
-        self._in_one_step: DecoderLayers | None = None
+        self._context_norms: Tensor | None = None
+        self.joined_layers: DecoderLayers | None = None
+        """All layers as one native step; None if they run one after another."""
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
 
     def _context_weight(self) -> Tensor:
         """Keys' and values' projections of all layers, one under the other."""
         return torch.cat([w for a in self._attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+
+    def _key_norms(self) -> Tensor:
+        """[layers, D], gains of the norms of the context's keys."""
+        return torch.stack([a.k_norm.weight for a in self._attentions]).detach()
 
     @property
     def _attentions(self) -> list[Attention]:
@@ -222,12 +228,13 @@ class Backbone(nn.Module):
     def pack(self) -> None:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined."""
         self._context_projection = PackedLinear(self._context_weight())
+        self._context_norms = self._key_norms()
         if cpu.is_available(self.fc.weight.device, self.fc.weight.dtype):
             for layer, attention in zip(self.layers, self._attentions, strict=True):
                 with suppress(NotFusible):
                     layer.self_attn = FusedBlockAttention(attention)
             fuse(self)
-            self._in_one_step = fused_layers(list(self.layers), ["block"] * len(self.layers))
+            self.joined_layers = fused_layers(list(self.layers), ["block"] * len(self.layers))
         pack_linears(self)
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -257,7 +264,7 @@ class Backbone(nn.Module):
             values: as keys.
             lengths: [R], rows before, and so the position of the first new one; not changed here.
         """
-        norms = torch.stack([a.k_norm.weight for a in self._attentions])
+        norms = self._key_norms() if self._context_norms is None else self._context_norms
         cos, sin = self.rotary(lengths[:, None] + torch.arange(features.shape[1], device=lengths.device))
         write_context_(keys, values, lengths, self._project(features), norms, self.config.rms_norm_eps, cos, sin)
 
@@ -292,8 +299,8 @@ class Backbone(nn.Module):
 
     @property
     def rows_behind(self) -> int:
-        """Rows behind a request's own that `over_cache` writes."""
-        return 0 if self._in_one_step is None else self.config.block_size
+        """Rows past a request's own that `over_cache` writes."""
+        return 0 if self.joined_layers is None else self.config.block_size
 
     def over_cache(
         self, block: Tensor, positions: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, extent: int
@@ -301,9 +308,9 @@ class Backbone(nn.Module):
         """`forward` for decoding: one block for each request, which sees all of itself and its request's context.
 
         Args:
-            block: [R, n, H]; what is in it may be lost.
+            block: [R, n, H]; overwritten.
             positions: [R, n].
-            keys: [layers, R, kv_heads, capacity, D]; what stands behind a request's rows may be lost.
+            keys: [layers, R, kv_heads, capacity, D]; `rows_behind` past a request's rows are overwritten.
             values: as keys.
             lengths: [R], rows of context.
             extent: rows of context that are read, at least the longest of `lengths`; `rows_behind` more exist.
@@ -311,17 +318,22 @@ class Backbone(nn.Module):
         Returns:
             [R, n, H].
         """
-        requests, slots = positions.shape
-        index = torch.arange(extent + slots, device=lengths.device)
-        if self._in_one_step is None:
-            seen = index[:extent] < lengths[:, None]
-            mask = torch.cat((seen, seen.new_ones(requests, slots)), dim=1)  # [R, T + n]
+        if self.joined_layers is None:
             context = ContextKV(keys[:, :, :, :extent], values[:, :, :, :extent])
-            return self(block, positions, context, mask[:, None, None].expand(-1, -1, slots, -1))
+            return self._over_context(block, positions, context, lengths)
+        slots = block.shape[1]
+        index = torch.arange(extent + slots, device=lengths.device)
         mask = (index < lengths[:, None] + slots)[:, None, None].expand(-1, -1, slots, -1)
         rows, rotary = lengths[:, None] + index[:slots], self.rotary(positions)
-        hidden, _ = self._in_one_step(block, rotary.cos, rotary.sin, keys, values, rows, {"block": mask})
+        hidden, _ = self.joined_layers(block, rotary.cos, rotary.sin, keys, values, rows, {"block": mask})
         return self.norm(hidden)
+
+    def _over_context(self, block: Tensor, positions: Tensor, context: ContextKV, lengths: Tensor) -> Tensor:
+        """`over_cache` layer by layer."""
+        requests, slots = positions.shape
+        seen = torch.arange(context.keys.shape[3], device=lengths.device) < lengths[:, None]
+        mask = torch.cat((seen, seen.new_ones(requests, slots)), dim=1)  # [R, T + n]
+        return self(block, positions, context, mask[:, None, None].expand(-1, -1, slots, -1))
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -273,6 +273,7 @@ class Draft(BaseDraft):
         self.layout = ""
         """Prefix of the head's tensors in the checkpoint: `logit_head.` in an older layout."""
         self._packed_lm_head: PackedLinear | None = None
+        self._choice_embedding: Callable[[Tensor], Tensor] | None = None
 
     @property
     def fc(self) -> nn.Linear:  # type: ignore[override]
@@ -298,15 +299,19 @@ class Draft(BaseDraft):
         """As of any draft; a packed one packs the LM head."""
         super().bind(target)
         if self.packed:
-            self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
+            self._pack_ends()
         return self
 
     def pack(self) -> Self:
         """Pack backbone and LM head for decoding on CPU; the draft can no longer be saved. Returns self."""
         self.backbone.pack()
-        self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
+        self._pack_ends()
         self.packed = True
         return self
+
+    def _pack_ends(self) -> None:
+        self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
+        self._choice_embedding = self._embedding_of_choices()
 
     def prepare_training(self, trained: str, recompute_layers: bool = False) -> None:
         """See `BaseDraft.prepare_training`."""
@@ -320,6 +325,9 @@ class Draft(BaseDraft):
     @property
     def choice_embedding(self) -> Callable[[Tensor], Tensor]:
         """`embed_choices`, as a table that native code can read if the target's embedding is one."""
+        return self._choice_embedding or self._embedding_of_choices()
+
+    def _embedding_of_choices(self) -> Callable[[Tensor], Tensor]:
         return EmbeddingTable.of(self.ends.embedding, self.draft_vocab_ids, self.dtype) or self.embed_choices
 
     def block_embeddings(self, anchors: Tensor, block_size: int | None = None) -> Tensor:

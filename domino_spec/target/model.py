@@ -94,11 +94,6 @@ class Target:
         self.decoder = model.get_decoder()
         self.embedding: nn.Module = model.get_input_embeddings()
         self._lm_head = model.get_output_embeddings()
-        self.packed = False
-        self.replaced = False
-        """Whether modules of the model were replaced (`pack`)."""
-        self.no_features: str | None = None
-        """Why drafts cannot read the layers' outputs, where the check at load found that (`check.py`)."""
         layers = getattr(self.decoder, "layers", None)
         lm_head_weight = getattr(self._lm_head, "weight", None)
         cache_argument = _cache_argument(self.decoder)
@@ -108,17 +103,31 @@ class Target:
             if getattr(self.config, scale, None) not in (None, 1.0):
                 raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
         self.layers: Sequence[nn.Module] = layers  # type: ignore[assignment]
+        self.num_layers = len(layers)
+        self.hidden_size: int = self.config.hidden_size
+        """H."""
+        self.vocab_size = self._embedding_weight.shape[0]
+        """V, rows of the embedding table (tokenizers may use fewer)."""
         self.lm_head_weight: Tensor = lm_head_weight
         """[V, H], the frozen output projection."""
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
+        self.stop_token_ids = stop_token_ids(getattr(model, "generation_config", None), self.config, tokenizer)
+        """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
+        self.no_features: str | None = None
+        """Why drafts cannot read the layers' outputs, if the check at load found a reason (`check.py`)."""
+        self.packed = False
+        self.replaced = False
+        """Whether modules of the model were replaced (`pack`)."""
+        self.joined_layers: DecoderLayers | None = None
+        """All layers as one native step, if `pack` found that this gives the same; else they run one after another."""
         self._taps = FeatureTaps(self.layers)
-        self._in_one_step: DecoderLayers | None = None
         self._windows = _attention_windows(self.config, name)
+        """Kinds of attention, and the window of each."""
         self._cache_argument = cache_argument
         self.max_length = longest_text(self.config, name)
         """Longest text that can be decoded, in tokens."""
         self.rope_limit = _constant_rope_length(self.config, self.max_length)
-        """Tokens up to which the angles of RoPE do not depend on the length of the text; None where they never do."""
+        """Tokens up to which the angles of RoPE do not depend on the length of the text; None if they never do."""
         if self.rope_limit is not None and self.rope_limit < self.max_length:
             _log.warning(
                 "%s: its RoPE changes all angles in texts longer than %d tokens, so it is used up to that length, "
@@ -147,21 +156,6 @@ class Target:
         return self._embedding_weight.dtype
 
     @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """V, rows of the embedding table (tokenizers may use fewer)."""
-        return self._embedding_weight.shape[0]
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return len(self.layers)
-
-    @property
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the LM head.
 
@@ -174,12 +168,6 @@ class Target:
             reason = self.no_features or "no final norm is known"
             raise UserError(f"{self.name} ({type(self.model).__name__}) decodes without a draft only: {reason}")
         return norm
-
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
-        generation = getattr(self.model, "generation_config", None)
-        return stop_token_ids(generation, self.config, self.tokenizer)
 
     def pack(self, replace: bool = True) -> Target:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self.
@@ -217,13 +205,13 @@ class Target:
         if joined is None:
             return
         got: list[Tensor] = []
-        self._in_one_step = joined
+        self.joined_layers = joined
         try:
             got = self._sample_passes()
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             _log.debug("layers run one after another: %r", error)
         if not got or not all(map(near, expected, got)):
-            self._in_one_step = None
+            self.joined_layers = None
 
     @torch.no_grad()
     def _sample_passes(self) -> list[Tensor]:
@@ -315,27 +303,32 @@ class Target:
         """
         if feature_layers and self.no_features is not None:
             raise UserError(f"{self.name} ({type(self.model).__name__}) gives no features: {self.no_features}")
-        num_tokens = tokens.shape[1]
+        num_tokens, lengths = tokens.shape[1], cache.lengths
         extent = cache.begin_pass(num_tokens)
-        lengths = cache.lengths
-        if ancestors is None:
-            depth = torch.arange(num_tokens, device=tokens.device)[None]
-        else:
-            depth = ancestors.sum(-1) - 1
+        depth = torch.arange(num_tokens, device=tokens.device) if ancestors is None else ancestors.sum(-1) - 1
         positions = lengths[:, None] + depth  # [R, N]
         if self.rope_limit is not None:
             # Rows past the longest text are never committed; their positions must not change the angles of the others.
             positions = positions.clamp(max=self.rope_limit - 1)
-        masks = {
-            kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in self._windows.items()
-        }
-        if self._in_one_step is not None:
-            x = self.embedding(tokens)
-            cos, sin = self.decoder.rotary_emb(x, positions)
-            hidden, features = self._in_one_step(
-                x, cos, sin, cache.keys, cache.values, cache.rows, masks, feature_layers
-            )
-            return TargetPass(self.decoder.norm(hidden), features)
+        windows = self._windows.items()
+        masks = {kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in windows}
+        if self.joined_layers is None:
+            return self._run_modules(tokens, positions, masks, cache, feature_layers)
+        x = self.embedding(tokens)
+        cos, sin = self.decoder.rotary_emb(x, positions)
+        kept = cache.keys, cache.values, cache.rows
+        hidden, features = self.joined_layers(x, cos, sin, *kept, masks, feature_layers)
+        return TargetPass(self.decoder.norm(hidden), features)
+
+    def _run_modules(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: dict[str, Tensor],
+        cache: TargetCache,
+        feature_layers: Sequence[int],
+    ) -> TargetPass:
+        """A pass through the model's modules, one after another; those that were not replaced are transformers'."""
         self._taps.arm(feature_layers)
         output = self.decoder(
             input_ids=tokens,

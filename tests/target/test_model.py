@@ -222,13 +222,11 @@ def test_fingerprint_notices_a_change_of_one_matrix_by_one_percent():
 
 
 def test_stop_tokens_come_from_every_place_that_names_them(text_target):
-    target = copy.copy(text_target)
-    assert target.stop_token_ids == {58}
-    target.model = copy.deepcopy(text_target.model)
-    target.model.generation_config.eos_token_id = [3, 4]
-    target.config = copy.deepcopy(text_target.config)
-    target.config.eos_token_id = 5
-    assert target.stop_token_ids == {3, 4, 5, 58}
+    assert text_target.stop_token_ids == {58}
+    model = copy.deepcopy(text_target.model)
+    model.generation_config.eos_token_id = [3, 4]
+    model.config.eos_token_id = 5
+    assert as_target(model, text_target.tokenizer).stop_token_ids == {3, 4, 5, 58}
 
 
 def test_embedding_goes_through_the_models_own_module():

@@ -24,7 +24,7 @@ from domino_spec.settings import UserError
 from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.native import can_pack
-from domino_spec.target.shapes import KNOWN_TARGETS
+from domino_spec.target.outline import KNOWN_TARGETS
 from domino_spec.training.memory import free_memory as free_memory
 
 STD = 0.02

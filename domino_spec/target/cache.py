@@ -157,8 +157,9 @@ class TargetCache(RowCache, Cache):
         for kind, new in (("keys", key_states), ("values", value_states)):
             if new.shape[1::2] != keys.shape[1::2]:
                 raise ValueError(
-                    f"layer {layer_idx} has {kind} of {new.shape[1]} heads of {new.shape[3]}, the cache holds "
-                    f"{keys.shape[1]} of {keys.shape[3]}"
+                    f"expected {kind} of {keys.shape[1]} heads of {keys.shape[3]}, as its configuration says, found "
+                    f"{new.shape[1]} of {new.shape[3]} in layer {layer_idx}; latent attention, which caches compressed "
+                    f"keys, is not supported"
                 )
         if self._contiguous is not None:
             keys[:, :, self._contiguous] = key_states

@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 
 from domino_spec.files import gather_tensors, outline_tensors, read_object, weight_files
@@ -113,8 +114,7 @@ def load_model(source: str, what: str, dtype: torch.dtype | str, attention: str 
     stored = stored_tensors(Path(source)) if Path(source).is_dir() else None
     config = load_config(source, what, stored)
     load_generation_config(source, what, config)
-    if stored is not None:  # transformers would allocate what does not fit before it is refused
-        outlined_model(config, stored, what)
+    outlined_model(config, stored, what)  # what does not fit is refused before anything is allocated
     with reading(what, source), without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -143,16 +143,38 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
         UserError: there is no such model, it has no safetensors files, or the tensors in them are not its own.
     """
     with reading(f"the configuration of {what}", config.name_or_path), torch.device("meta"):
-        # An implementation of attention that the file names could be code on the hub.
-        model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=ATTENTION_NAME, trust_remote_code=False
-        )
+        try:
+            # An implementation of attention that the file names could be code on the hub.
+            model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=ATTENTION_NAME, trust_remote_code=False
+            )
+        except KeyError as error:
+            _refuse_name(error.args[0], config.get_text_config(), what)
+            raise
     if stored is not None and not stored:
         raise UserError(f"{what} holds no safetensors weights; other formats are not loaded")
     if stored and not getattr(config, "quantization_config", None):  # its tensors would have names of their own
         with reading(what, config.name_or_path):
             check_stored(model, stored, what)
     return model
+
+
+def _refuse_name(name: Any, config: Any, what: str) -> None:
+    """Refuse a model because transformers has no part of that name for it, if the name is an attention's or a RoPE's.
+
+    Raises:
+        UserError: it is.
+    """
+    if name == ATTENTION_NAME:
+        raise UserError(
+            f"{what} is not supported: families of type {config.model_type} have attention of their own, which cannot "
+            "be exchanged for this package's; give a model of another family (docs/reference/targets.md)"
+        )
+    settings = getattr(config, "rope_parameters", None) or {}
+    ropes = [settings, *(value for value in settings.values() if isinstance(value, Mapping))]
+    if name is not None and name in [rope.get("rope_type") for rope in ropes]:
+        kinds = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        raise UserError(f"{what}: config.json: rope_type: expected one of {kinds}, found {found(name)}")
 
 
 def load_tokenizer(source: str, what: str) -> PreTrainedTokenizerBase:
@@ -197,6 +219,8 @@ class _TextSettings(Settings):
     max_position_embeddings: _Size | None = None
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    rope_parameters: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = None
     sliding_window: Annotated[int, Field(ge=0)] | None = None
     use_sliding_window: bool | None = None
     layer_types: tuple[str, ...] | None = None
@@ -245,6 +269,11 @@ def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where
     if values.get("transformers_weights") is not None:
         raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
     parse_settings(_TextSettings, values, where)
+    for key in ("dtype", "torch_dtype"):
+        name = values.get(key)
+        dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+        if name not in (None, "auto") and not isinstance(name, Mapping) and not isinstance(dtype, torch.dtype):
+            raise UserError(f"{where}: {key}: expected a type such as float32 or bfloat16, found {found(name)}")
     if (text := values.get("text_config")) is not None:
         if not isinstance(text, Mapping):
             raise UserError(f"{where}: text_config: expected mapping, found {found(text)}")
@@ -390,8 +419,6 @@ def reason(error: Exception, source: str = "") -> str:
         )
     if named := re.match(r"'(\w+)' is a per-layer attribute", text):  # Gemma 4
         return f"its layers differ in {named[1]}, which is not supported"
-    if error.args == (ATTENTION_NAME,):
-        return "its attention is a module of its own kind, which this package cannot take over"
     if "/" in source:
         text = text.replace(source, "it")
     if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError)):

@@ -26,7 +26,7 @@ from domino_spec.draft.load import AnyDraft, draft_directory, empty_draft, shape
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError, require
 from domino_spec.target.load import outlined_model, target_config
-from domino_spec.target.shapes import KNOWN_TARGETS, known_config
+from domino_spec.target.outline import KNOWN_TARGETS, known_config
 from domino_spec.training.anchors import sample_anchors
 from domino_spec.training.curriculum import check_block_schedule
 from domino_spec.training.data import Sequence, load_sequences, split_held_out

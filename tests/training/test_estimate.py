@@ -15,7 +15,7 @@ from domino_spec.draft.initialize import new_draft
 from domino_spec.recipe import DataRecipe, DraftRecipe, HeadRecipe, OptimizationRecipe, Recipe, load_recipe
 from domino_spec.settings import UserError
 from domino_spec.target.load import load_target, target_config
-from domino_spec.target.shapes import known_config
+from domino_spec.target.outline import known_config
 from domino_spec.training import blocks
 from domino_spec.training import estimate as estimate_module
 from domino_spec.training.anchors import sample_anchors

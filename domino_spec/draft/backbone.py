@@ -1,9 +1,9 @@
 """The DFlash backbone: one parallel pass from the target's features and a masked block to a hidden state per slot.
 
-First half of a draft (the Domino head is the second). Every layer attends, without a causal mask, to the context
-that was projected from the target's features and to the block itself (paper 4.1.1; DESIGN section 4). The context
-is the same tensor for every layer and is never updated, so its keys and values can be projected for all layers in
-one product and cached.
+First half of a draft (the Domino head is the second). Every layer attends, without a causal mask, to the context that
+was projected from the target's features, and to the block itself (paper 4.1.1; docs/design.md, section 4). The context
+is the same tensor for every layer and is never updated, so its keys and values are projected for all layers in one
+product and cached.
 
 Shapes: R requests, B slots, T context rows, H hidden, D head_dim.
 """
@@ -111,9 +111,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor | Attend
     ) -> Tensor:
-        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n] says where.
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` is [R, 1, n, T + n].
 
-        Training hands in a function instead of a mask, since a mask for all of its blocks would be huge.
+        Training passes a function instead of a mask, since a mask for all of its blocks would be huge.
         """
         requests, slots, _ = x.shape
         query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
@@ -180,7 +180,7 @@ class Layer(nn.Module):
 
 
 class RotaryEmbedding(Qwen3RotaryEmbedding):
-    """Frequencies stay float32 whatever precision the draft is moved to: rounded ones turn wrongly at far positions."""
+    """Frequencies stay float32 in every precision: rounded ones give wrong angles at far positions."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
@@ -193,7 +193,7 @@ class RotaryEmbedding(Qwen3RotaryEmbedding):
 
 
 class Backbone(nn.Module):
-    """`fc` and `hidden_norm` make the context; `layers` and `norm` turn a block into hidden states.
+    """`fc` and `hidden_norm` make the context; `layers` and `norm` map a block to hidden states.
 
     The parameter names are those of published checkpoints.
     """
@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
 
     def _context_weight(self) -> Tensor:
-        """Keys' and values' projections of all layers, one under the other."""
+        """Projections to keys and values of all layers, concatenated."""
         return torch.cat([w for a in self._attentions for w in (a.k_proj.weight, a.v_proj.weight)])
 
     def _key_norms(self) -> Tensor:
@@ -360,7 +360,7 @@ def output_rows(linear: Any, choices: Tensor) -> Any:
 
 
 def rotary_config(config: AnyConfig) -> Qwen3Config:
-    """What transformers' rotary embedding needs to know of a draft."""
+    """The configuration of a draft's rotary embedding, in transformers' form."""
     parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return Qwen3Config(
         hidden_size=config.hidden_size,

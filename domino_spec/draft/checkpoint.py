@@ -1,7 +1,7 @@
 """Published checkpoint layouts: config.json and safetensors to a `Draft`, and back unchanged.
 
 Tensor names, dtypes and configuration keys survive a round trip, keys that this package does not know included. Only
-safetensors is read: never a pickle, never code from the checkpoint (DESIGN section 4).
+safetensors is read: never a pickle, never code from the checkpoint (docs/design.md, section 4).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _head_config(nested: DFlashKeys) -> HeadConfig | None:
 
 
 def _stated(nested: DFlashKeys, name: str) -> Any:
-    """A setting that has no one meaning where it is left out."""
+    """A setting that must be stated, because readers differ in what they assume."""
     value = getattr(nested, name)
     if value is None:
         raise UserError(f"missing key {name!r} of dflash_config; {_MEANING[name]}")

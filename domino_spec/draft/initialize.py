@@ -1,7 +1,7 @@
 """A new draft for a target: its shape from a recipe, its first weights random, the target's own layers, or a draft's.
 
-A draft that starts from another (`init_from`) goes on from exactly what that one computes: its backbone, its head where
-it has one, its label convention. Where recipe and checkpoint disagree about any of that, nothing starts.
+A draft that starts from another (`init_from`) computes exactly what that one computes: it takes over its backbone, its
+head if it has one, and its label convention. If recipe and checkpoint disagree about any of that, nothing starts.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
 
 
 def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
-    """The configuration of a draft that starts from another: that one's, with the recipe's head where it had none.
+    """The configuration of a draft that starts from another: its own, with the recipe's head if it had none.
 
     Raises:
         UserError: the recipe states another value than the checkpoint holds.
@@ -192,7 +192,7 @@ def new_draft(
     Args:
         recipe: of the draft.
         target: that it is for.
-        draft_vocab_ids: [draft_vocab_size] where the recipe states that size.
+        draft_vocab_ids: [draft_vocab_size], if the recipe states that size.
         seed: of random weights.
 
     Raises:
@@ -204,7 +204,7 @@ def new_draft(
     if recipe.init_from is not None:
         return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
     draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
-    # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
+    # The LM head reads what the target's last norm gives; any other start has a far larger loss.
     draft.backbone.norm.weight.data.copy_(_norm_scale(target.final_norm))
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
@@ -311,6 +311,6 @@ def _layer_weights(target: Target, layer_id: int) -> dict[str, Tensor]:
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:
-    """What an RMS norm multiplies by: its weight, or that plus one where the weight is an offset (Gemma)."""
+    """The gain of an RMS norm: its weight, or one plus its weight (Gemma)."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     return weight + (norm(torch.ones_like(weight)) - weight).mean().round()

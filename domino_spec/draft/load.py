@@ -1,7 +1,8 @@
-"""Does this draft fit this target? A wrong pairing decodes correctly but accepts nothing, so it is refused.
+"""Drafts of any kind: loaded for a target, checked against it, described and saved.
 
-Shapes are compared always. The target's fingerprint is compared where the draft carries one; published drafts do not,
-which is said once.
+A draft that was made for another target decodes correctly, but nothing that it drafts is accepted, so the pair is
+refused. Shapes are always compared. The target's fingerprint is compared if the draft carries one; published drafts do
+not, and a warning says so.
 """
 
 from __future__ import annotations
@@ -25,57 +26,6 @@ from domino_spec.target.native import can_pack
 from domino_spec.target.outline import outline_target
 
 _log = logging.getLogger(__name__)
-
-
-def shape_mismatch(config: AnyConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
-    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
-    for what, draft_side, target_side in (
-        ("hidden size", config.target_hidden_size, hidden_size),
-        ("vocabulary", config.vocab_size, vocab_size),
-        ("number of target layers", config.num_target_layers, num_layers),
-    ):
-        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
-            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
-    return config.tap_mismatch(num_layers)
-
-
-def check_pairing(
-    config: AnyConfig,
-    draft_name: str,
-    target: Target,
-    allow_other_target: bool = False,
-    how_to_allow: str = "--allow-other-target",
-) -> None:
-    """Refuse a draft that was not made for this target.
-
-    Args:
-        config: of the draft.
-        draft_name: for the message.
-        target: to pair it with.
-        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
-        how_to_allow: the option or setting that does so, for the message.
-
-    Raises:
-        UserError: one sentence that names both sides.
-    """
-    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
-    if mismatch:
-        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
-    if config.target_fingerprint is None:
-        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
-    elif config.target_fingerprint != target.fingerprint:
-        if not allow_other_target:
-            raise UserError(
-                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
-                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
-                f"({how_to_allow}) for a fine-tuned target"
-            )
-        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)
-
-
-# ----------------------------------------------------------------------
-# Drafts of any kind: loaded from the package, a directory or the hub, checked against a target; and written.
-
 
 EMBEDDED_DRAFT = "smollm2-135m-domino"
 AnyDraft = Draft | SingleLayerDraft
@@ -166,8 +116,7 @@ def load_draft(
             name_or_path,
             ", ".join(unknown),
         )
-    own_dtype = target.dtype if isinstance(dtype, str) else dtype
-    draft = draft.to(target.device, own_dtype)
+    draft = draft.to(target.device, target.dtype if isinstance(dtype, str) else dtype)
     check_finite(draft, str(name_or_path))
     draft = draft.bind(target)
     if draft.dtype == torch.float16 and not _sample_logits(draft, target).isfinite().all():
@@ -187,7 +136,7 @@ def check_finite(draft: AnyDraft, name: str) -> None:
     for tensor_name, tensor in (*draft.named_parameters(), *draft.named_buffers()):
         if not tensor.is_floating_point():
             continue
-        least, most = torch.aminmax(tensor)  # NaN wherever there is one
+        least, most = torch.aminmax(tensor)  # NaN if any value is
         if not (least.isfinite() and most.isfinite()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"draft {name}: tensor {tensor_name} holds values that are not finite in {dtype}")
@@ -202,41 +151,53 @@ def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
     return draft.trial_logits(tokens, features)
 
 
-# ----------------------------------------------------------------------
-# What a draft on disk is (method, shape, conventions, parameters per part, size) and whether it fits a target.
+# Does the draft fit the target?
 
 
-@dataclass(frozen=True)
-class DraftDescription:
-    """A draft checkpoint in words and figures."""
-
-    config: AnyConfig
-    method: str
-    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
-    dtypes: tuple[str, ...]
-    """Types of its parameters as saved."""
-    parameters: dict[str, int]
-    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
-    embed_tokens (where the draft has its own); and total."""
-    file_bytes: int
-    """Size of its safetensors files."""
+def shape_mismatch(config: AnyConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
+    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
+    for what, draft_side, target_side in (
+        ("hidden size", config.target_hidden_size, hidden_size),
+        ("vocabulary", config.vocab_size, vocab_size),
+        ("number of target layers", config.num_target_layers, num_layers),
+    ):
+        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
+            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
+    return config.tap_mismatch(num_layers)
 
 
-def describe_draft(directory: Path) -> DraftDescription:
-    """Read a draft and count it.
+def check_pairing(
+    config: AnyConfig,
+    draft_name: str,
+    target: Target,
+    allow_other_target: bool = False,
+    how_to_allow: str = "--allow-other-target",
+) -> None:
+    """Refuse a draft that was not made for this target.
+
+    Args:
+        config: of the draft.
+        draft_name: for the message.
+        target: to pair it with.
+        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
+        how_to_allow: the option or setting that does so, for the message.
 
     Raises:
-        UserError: as `checkpoint.read_draft`.
+        UserError: one sentence that names both sides.
     """
-    draft = read_any_draft(directory, outline=True)
-    parts = draft.count_parameters()
-    return DraftDescription(
-        config=draft.config,
-        method=draft.kind,
-        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
-        parameters={**parts, "total": sum(parts.values())},
-        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
-    )
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
+    if config.target_fingerprint is None:
+        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
+    elif config.target_fingerprint != target.fingerprint:
+        if not allow_other_target:
+            raise UserError(
+                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
+                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
+                f"({how_to_allow}) for a fine-tuned target"
+            )
+        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)
 
 
 @dataclass(frozen=True)
@@ -265,7 +226,7 @@ def fit_of(config: AnyConfig, draft_name: str, target: Target, allow_other_targe
     Args:
         config: of the draft.
         draft_name: for the sentence.
-        target: its fingerprint is empty where it is not known.
+        target: its fingerprint is empty if it is not known.
         allow_other_target: other weights of the same shape fit, too (a fine-tuned target).
     """
     mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
@@ -282,3 +243,39 @@ def fit_of(config: AnyConfig, draft_name: str, target: Target, allow_other_targe
     except UserError as error:
         return Fit(False, str(error))
     return Fit(True, f"fits {target.name}: same shape, same weights")
+
+
+# What is on disk
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft checkpoint in words and figures."""
+
+    config: AnyConfig
+    method: str
+    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
+    dtypes: tuple[str, ...]
+    """Types of its parameters as saved."""
+    parameters: dict[str, int]
+    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
+    embed_tokens (if the draft has its own); and total."""
+    file_bytes: int
+    """Size of its safetensors files."""
+
+
+def describe_draft(directory: Path) -> DraftDescription:
+    """Read a draft and count it.
+
+    Raises:
+        UserError: as `checkpoint.read_draft`.
+    """
+    draft = read_any_draft(directory, outline=True)
+    parts = draft.count_parameters()
+    return DraftDescription(
+        config=draft.config,
+        method=draft.kind,
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
+        parameters={**parts, "total": sum(parts.values())},
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+    )

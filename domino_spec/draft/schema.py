@@ -1,9 +1,9 @@
 """What the `config.json` of a draft may say: keys that are read, with their types, and keys that are not.
 
-A published configuration belongs to others. What is read of it passes the typed door (`config.parse_settings`). A key
-that changes what a draft computes, and that no draft here can follow, is refused by name unless its value changes
-nothing (`refuse_unsupported`). All other keys are kept and written back; those that are not known to be harmless are
-named once when the draft is loaded (`unknown_keys`).
+A published configuration belongs to others. Keys that are read are checked for their types (`parse_settings`). A key
+that changes what a draft computes, and that is not supported here, is refused by name unless its value changes nothing
+(`refuse_unsupported`). All other keys are kept and written back; those that are not known to be harmless are named once
+when the draft is loaded (`unknown_keys`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from domino_spec.settings import Settings, UserError, distinct, found, parse_set
 K = TypeVar("K", bound=Settings)
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
-"""Of one side of a matrix. No draft comes near the limit; far beyond it, sizes are refused before they are used."""
+"""One side of a matrix. No draft comes near the limit, which keeps absurd sizes from being allocated."""
 Rows = Annotated[int, Field(ge=1, le=2**24)]
-"""Of a vocabulary."""
+"""Tokens of a vocabulary."""
 Slots = Annotated[int, Field(ge=1, le=1024)]
-"""Of a block: a draft that long costs more than the target."""
+"""Slots of a block: a draft as long as the limit costs more than the target."""
 LayerId = Annotated[int, Field(ge=0, le=4096)]
 LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256), AfterValidator(distinct)]
 LayerIdsOrRule = Annotated[
     tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: distinct(ids) or None)
 ]
-"""An empty list stands for one that is left out: the layers are those of the published rule."""
+"""An empty list means that the key is left out: the layers are those of the published rule."""
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -44,7 +44,7 @@ BEFORE_NORM, AFTER_NORM = "before_norm", "after_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKeys(Settings):
-    """Of the draft's decoder layers."""
+    """Keys of the draft's decoder layers."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -76,7 +76,7 @@ class LayerKeys(Settings):
         )
 
     def refuse_window(self, used_if_unsaid: bool) -> None:
-        """Raise `UserError` where attention would be cut to a window.
+        """Raise `UserError` if attention would be limited to a window.
 
         Args:
             used_if_unsaid: whether a window without `use_sliding_window` is used (Llama, Mistral) or not (Qwen3).
@@ -87,7 +87,7 @@ class LayerKeys(Settings):
 
     @property
     def width(self) -> int:
-        """Of one head."""
+        """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def shape(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class DFlashKeys(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockKeys(LayerKeys):
-    """Of a DFlash or Domino draft."""
+    """Keys of a DFlash or Domino draft."""
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
     num_target_layers: Annotated[int, Field(ge=1, le=4096)]
@@ -150,7 +150,7 @@ class OwnKeys(Settings):
 
 @dataclass(frozen=True)
 class PairKeys(Settings):
-    """Of an EAGLE-3 or DART draft, beside those of its layer."""
+    """Keys of an EAGLE-3 or DART draft, beside those of its layer."""
 
     draft_vocab_size: Rows | None = None
     draft_length: Slots | None = None
@@ -164,7 +164,7 @@ class PairKeys(Settings):
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
 _NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
 NESTED_LAYER = "transformer_layer_config"
-"""Where speculators keep the configuration of the layer; others have its keys at the top."""
+"""Under this key, speculators keep the configuration of the layer; others have its keys at the top."""
 
 
 def names_of(*classes: type[Settings]) -> set[str]:
@@ -220,7 +220,7 @@ def published_layers(config: AnyConfig, dtype: str) -> dict[str, Any]:
 def refuse_misplaced(
     misplaced: Mapping[str, Any], right: Mapping[str, Any], names: Iterable[str], where: str, belongs: str
 ) -> None:
-    """Refuse keys in an object where nobody reads them, unless they say what is read.
+    """Refuse keys that stand in the wrong object, where they are not read, unless they repeat the right value.
 
     Args:
         misplaced: the object.
@@ -361,7 +361,7 @@ def read_rope(published: Mapping[str, Any], where: str, default_theta: float | N
     Args:
         published: the configuration, its top-level `rope_theta` already checked.
         where: for messages.
-        default_theta: what the layout means where it says nothing; None where it must say it.
+        default_theta: of the layout, if the file does not say it; None if it must.
 
     Raises:
         UserError: a setting is missing, wrong or contradicts another, or the kind is not supported.
@@ -385,7 +385,7 @@ def read_rope(published: Mapping[str, Any], where: str, default_theta: float | N
 
 
 def _rope_keys(value: Any, name: str, where: str) -> RopeKeys | None:
-    """What `rope_parameters` or `rope_scaling` says of full attention; None where all of it is null or left out."""
+    """What `rope_parameters` or `rope_scaling` says of full attention; None if all of it is null or left out."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -474,8 +474,8 @@ _OF_EXPERTS = frozenset(
         *("scoring_func", "routed_scaling_factor", "output_router_logits", "router_aux_loss_coef"),
     }
 )
-"""Left over from a target with experts. They say nothing of a layer that has none: families with experts are refused by
-`model_type`, and tensors of experts are refused as unexpected."""
+"""Keys left over from a target with experts, without effect on a layer that has none. Drafts with experts are refused
+by `model_type`, and their tensors as unexpected."""
 _HARMLESS = frozenset(
     {
         *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
@@ -514,7 +514,7 @@ def refuse_unsupported(published: Mapping[str, Any], where: str, *, block: bool)
 
 
 def unknown_keys(published: Mapping[str, Any]) -> list[str]:
-    """Keys that are neither read, refused where they matter, nor known to be harmless."""
+    """Keys that are neither read nor refused nor known to be harmless."""
     of_layer = names_of(LayerKeys) | set(ROPE_NAMES)
     if isinstance(published.get("dflash_config"), Mapping):
         objects = {"": names_of(BlockKeys, DFlashKeys) | of_layer, "dflash_config": names_of(BlockKeys, DFlashKeys)}

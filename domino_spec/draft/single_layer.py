@@ -51,13 +51,13 @@ class PairKV(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a checkpoint file names and types what this class holds otherwise, so that saving keeps it."""
+    """How a checkpoint file names and types tensors that this class holds otherwise, so that saving keeps it."""
 
     layer: str = "midlayer"
     """What the layer's tensors are called: `midlayer`, or `layers.0`."""
     d2t: torch.dtype = torch.int64
     t2d: torch.dtype | None = torch.bool
-    """None where the file does without."""
+    """None if the file has none."""
 
 
 class PairAttention(nn.Module):
@@ -108,7 +108,7 @@ class FusedPairAttention(nn.Module):
         super().__init__()
         self.joined = FusedProjection(attention)
         self.o_proj = PackedLinear(attention.o_proj.weight)
-        # Most of a prompt's pairs are only looked at: their queries would be for nobody.
+        # Of most of a prompt's pairs only keys and values are needed.
         self.context = PackedLinear(torch.cat((attention.k_proj.weight, attention.v_proj.weight)))
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
 
@@ -125,7 +125,7 @@ class FusedPairAttention(nn.Module):
         return query, PairKV(key, value)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """As `PairAttention.attend`; every pair sees something."""
+        """As `PairAttention.attend`; every pair must attend to something."""
         out = cpu.attend(query.transpose(1, 2), keys, values, mask, self.head_dim**-0.5)
         return self.o_proj(out.flatten(2))
 
@@ -246,7 +246,7 @@ class SingleLayerDraft(BaseDraft):
             residual: [R, n, H], the pairs' features before their norm.
             positions: [R, n].
             cached: keys and values of T earlier pairs, [R, kv_heads, T, D].
-            mask: [R, 1, n, T + n], True where a pair may look: cached ones first, then the new ones; or the attention.
+            mask: [R, 1, n, T + n], True where a pair may attend: cached ones first, then new ones; or the attention.
 
         Returns:
             The layer's output [R, n, H], before the final norm: what EAGLE-3 takes for the next feature, and what
@@ -265,12 +265,12 @@ class SingleLayerDraft(BaseDraft):
     def extend(
         self, pairs: Tensor, residual: Tensor, positions: Tensor, write: Callable[[PairKV], PairKV], mask: Tensor
     ) -> Tensor:
-        """`forward` where the caller keeps keys and values, so that no pass copies them.
+        """`forward` for a caller that stores keys and values itself, so that no pass copies them.
 
         Args:
             pairs: as in `forward`, and so are `residual` and `positions`.
             write: stores the keys and values of the new pairs, and returns all that attention reads, m of them.
-            mask: [R, 1, n, m], True where a pair may look.
+            mask: [R, 1, n, m], True where a pair may attend.
 
         Returns:
             The layer's output [R, n, H].

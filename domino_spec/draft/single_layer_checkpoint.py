@@ -46,7 +46,7 @@ from domino_spec.settings import UserError, found, require
 
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
 PUBLISHED_STEPS = 7
-"""Steps of EAGLE-3's training-time test, where a checkpoint does not say."""
+"""Steps of EAGLE-3's training-time test, if a checkpoint does not say."""
 _LAYER, _EMBEDDING, _D2T, _T2D, _MASK = "midlayer", "embed_tokens.weight", "d2t", "t2d", "mask_rep"
 _DEEPSPEC = (
     "an EAGLE-3 draft of DeepSpec's kind (five layers of the target, norms of queries and keys), which is another "
@@ -71,8 +71,8 @@ def is_single_layer(published: Mapping[str, Any]) -> bool:
 def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -> SingleLayerConfig:
     """Our settings from a published configuration.
 
-    Where it leaves out `head_dim`, hidden size over heads is assumed, and `read_single_layer` asks the tensors. A base
-    of RoPE that is left out is Llama's, 10,000, as for the other readers of these layouts.
+    If `head_dim` is left out, hidden size over heads is assumed, and `read_single_layer` compares the tensors. If the
+    base of RoPE is left out, it is Llama's, 10,000, as for the other readers of these layouts.
 
     Raises:
         UserError: a key is missing, wrong, contradicts another, or asks for something unsupported.
@@ -114,7 +114,7 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
 
 
 def _target_layer_ids(keys: PairKeys) -> tuple[int, ...] | None:
-    """Layers whose outputs are read, by whichever convention the file names them; None where it does not.
+    """Layers whose outputs are read, by whichever convention the file names them; None if it does not.
 
     Raises:
         UserError: two keys name different layers.
@@ -263,7 +263,7 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
 def _with_head_dim(
     config: SingleLayerConfig, queries: Tensor | None, published: Mapping[str, Any], where: Path
 ) -> SingleLayerConfig:
-    """The width of heads that the tensors have, which must be the stated one where one is stated."""
+    """`config` with the width of heads that the tensors have, which must be the stated one if one is stated."""
     heads = config.num_attention_heads
     if queries is None or queries.shape[0] == heads * config.head_dim:
         return config

@@ -38,7 +38,7 @@ def count_tokens(texts: Iterable[Iterable[int]]) -> Counter[int]:
 
 
 def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int | None = None) -> list[int]:
-    """Absolute token ids, the most frequent first, the lower id first where two are equally frequent.
+    """Absolute token ids, the most frequent first, the lower id first if two are equally frequent.
 
     Args:
         counts: of `count_tokens`.
@@ -58,8 +58,8 @@ def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int
 def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -> list[int]:
     """The `size` first of `ranked`, with the tokens of `always` forced in.
 
-    A required token stands once: in its own place, or, where that is too far behind, at the end, which costs the last
-    of the others. (The published script appends its stop token even where it is in already.)
+    A required token occurs once: in its own place, or, if that is too far behind, at the end, which costs the last of
+    the others. (The published script appends its stop token even if it is there already.)
 
     Raises:
         UserError: more tokens are required than `size`.
@@ -83,7 +83,7 @@ def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -
 
 
 def fill_up(token_ids: Collection[int], size: int) -> list[int]:
-    """`token_ids` and, where they are fewer than `size`, the lowest unused ids; ascending."""
+    """`token_ids` and, if they are fewer than `size`, the lowest unused ids; ascending."""
     chosen = set(token_ids)
     filler = 0
     while len(chosen) < size:
@@ -105,7 +105,7 @@ class FrequentTokens(Settings):
     vocab_size: int
     """V of the target."""
     tokenizer: str | None
-    """Fingerprint of the tokenizer; None where the target has none."""
+    """Fingerprint of the tokenizer; None if the target has none."""
     target_fingerprint: str
     """The target that the counted texts were made for; another one with the same tokenizer may use them too."""
     source: str
@@ -213,7 +213,7 @@ def check_tokenizer(counted: str, vocab_size: int, tokenizer: str | None, target
     Args:
         counted: what they are, for the message.
         vocab_size: V that they were counted for.
-        tokenizer: fingerprint of theirs, None where it is not known.
+        tokenizer: fingerprint of theirs, None if it is not known.
         target: to be used with.
 
     Raises:
@@ -224,10 +224,10 @@ def check_tokenizer(counted: str, vocab_size: int, tokenizer: str | None, target
             f"{counted} was counted for a vocabulary of {vocab_size}, that of {target.name} has "
             f"{target.vocab_size}: build one for this target"
         )
-    own = tokenizer_fingerprint(target.tokenizer)
-    if None not in (own, tokenizer) and own != tokenizer:
+    theirs = tokenizer_fingerprint(target.tokenizer)
+    if None not in (theirs, tokenizer) and theirs != tokenizer:
         raise UserError(
-            f"{counted} was counted with tokenizer {tokenizer}, that of {target.name} is {own}: "
+            f"{counted} was counted with tokenizer {tokenizer}, that of {target.name} is {theirs}: "
             "build one for this target"
         )
 
@@ -260,7 +260,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
         target: what the new draft is bound to.
 
     Returns:
-        A bound draft with `draft_vocab_ids` ascending; `draft` itself where nothing is left out.
+        A bound draft with `draft_vocab_ids` ascending; `draft` itself if nothing is left out.
 
     Raises:
         UserError: ids outside the vocabulary, or none of them is one that `draft` can propose.
@@ -285,7 +285,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
 
 
 def _published(published: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A published configuration that tells of the draft vocabulary, where it has been read from a file."""
+    """A published configuration with the size of the draft vocabulary; empty if none was read from a file."""
     changed = dict(published)
     if isinstance(nested := changed.get("dflash_config"), Mapping):
         changed["dflash_config"] = {**nested, "draft_vocab_size": size}

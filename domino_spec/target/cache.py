@@ -190,12 +190,9 @@ class TargetCache(RowCache, Cache):
         return int(self.lengths.max()) if self.fixed_extent is None else self.fixed_extent
 
 
-# ----------------------------------------------------------------------
-# Attention of the target over our cache: the mask of a pass, and the function that transformers modules call.
-#
-# Queries that share a key/value head are folded into rows of that head, so keys and values are read once and never
-# repeated in memory. Plain decoding and verification use the same function, so a ratio between them is fair.
-
+# Attention over the cache: the mask of a pass, and the function that transformers modules call. Queries that share a
+# key/value head are folded into rows of that head, so keys and values are read once and never repeated in memory.
+# Plain decoding and verification use the same function, so a ratio between them is fair.
 
 ATTENTION_NAME = "domino_spec"
 
@@ -244,15 +241,15 @@ _HARMLESS = frozenset(
         "use_cache",
     )
 )
-"""Arguments that reach attention because transformers hands them on to every module: they do not change its result.
-`is_causal` is among them because every mask says what is seen; where there is none, `folded_attention` reads it."""
+"""Arguments that reach attention because transformers passes them to every module; they do not change its result.
+`is_causal` is among them because every mask says what is seen; without a mask, `folded_attention` reads it."""
 
 _watchers: list[list[dict[str, Any]]] = []
 
 
 @contextmanager
 def watch_attention() -> Iterator[list[dict[str, Any]]]:
-    """Of every call of `folded_attention` meanwhile, the arguments that change a result: scaling, softcap, s_aux."""
+    """Collect, from every call of `folded_attention`, the arguments that change its result: scaling, softcap, s_aux."""
     calls: list[dict[str, Any]] = []
     _watchers.append(calls)
     try:
@@ -285,8 +282,8 @@ def folded_attention(
         scaling: of the products of queries and keys; None is 1 / sqrt(D).
         dropout: must be 0.
         softcap: scores are `softcap * tanh(scores / softcap)`.
-        s_aux: [heads], attention sinks: a score each that takes its share of the softmax and gives no value.
-        sliding_window: tokens seen, itself included, where there is no mask; a mask holds it already.
+        s_aux: [heads], attention sinks: a score for each head that takes a share of the softmax and gives no value.
+        sliding_window: tokens seen, itself included, if there is no mask; a mask holds it already.
         others: may be what does not change the result.
 
     Returns:
@@ -307,7 +304,7 @@ def folded_attention(
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     if attention_mask is None and others.get("is_causal", True) is not False:
-        # transformers leaves out a purely causal mask; folded rows need it spelled out.
+        # transformers leaves out a purely causal mask; folded rows need one.
         attention_mask = _causal_mask(tokens, key.shape[2], sliding_window, key.device)
     if attention_mask is not None and groups > 1 and tokens > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
@@ -321,7 +318,7 @@ def folded_attention(
 
 
 def _causal_mask(tokens: int, extent: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, N, T], the last N of T tokens attending to themselves and what is before; None where that is all."""
+    """[1, 1, N, T], the last N of T tokens attend to themselves and what is before; None if that hides nothing."""
     if tokens == 1 and (window is None or window >= extent):
         return None
     seen = torch.ones(tokens, extent, dtype=torch.bool, device=device).tril(extent - tokens)

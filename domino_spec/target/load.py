@@ -72,7 +72,7 @@ def load_target(
     Args:
         name_or_path: the embedded default's name, a local directory, a GGUF file, or a hub id.
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
-        device: "auto" is CUDA where there is one, else CPU.
+        device: "auto" is CUDA if there is a device, else CPU.
         pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
         check: compare a few passes with the model's own modules in transformers (`check.py`).
 
@@ -136,7 +136,7 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
 
     Args:
         config: of `load_config`.
-        stored: of `stored_tensors`, to be compared with its own tensors; None where the files are not here.
+        stored: of `stored_tensors`, to be compared with its own tensors; None if the files are not on this machine.
         what: as `load_model` takes it.
 
     Raises:
@@ -205,9 +205,9 @@ _TokenId = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class _TextSettings(Settings):
-    """What this package itself reads of a target's text configuration; the rest is transformers' to check.
+    """The keys of a target's text configuration that this package reads; transformers checks the others.
 
-    Nothing is required here: families have names of their own for some of it, which transformers translates.
+    None is required here, because some families have other names for them, which transformers translates.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -234,7 +234,7 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
     Args:
         source: of `target_source`.
         what: how messages call it, such as "target Qwen/Qwen3-4B".
-        stored: of `stored_tensors`, where the files are here: they bound how many parts there can be.
+        stored: of `stored_tensors`, if the files are here: they limit how many layers and experts there can be.
 
     Raises:
         UserError: a file in JSON cannot be read, or a value is not what it should be.
@@ -261,10 +261,10 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
 
 
 def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a configuration as it stands in the file, before transformers makes anything of it.
+    """Check a configuration as it stands in the file, before transformers builds anything from it.
 
     Raises:
-        UserError: a value has the wrong type, or asks for what could not be made in any reasonable time.
+        UserError: a value has the wrong type, or a size that could not be built in reasonable time.
     """
     if values.get("transformers_weights") is not None:
         raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
@@ -290,14 +290,14 @@ _OBJECTS = (
     "processor_config.json",
     "chat_template.json",
 )
-"""Files in JSON that transformers may read. It goes on without some of them where they are not valid."""
+"""Files in JSON that transformers may read. It ignores some of them if they are not valid."""
 
 _LAYERS, _OTHERS = 256, 1024
-"""Layers, and experts or labels, that are made for any target; more have to be in its files."""
+"""Layers, and experts or labels, that any target may have; for more there must be tensors in its files."""
 
 
 def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Refuse more layers, experts or labels than the files hold tensors for: hours could go by in making them."""
+    """Refuse more layers, experts or labels than the files hold tensors for: building them could take hours."""
     layers = max(_LAYERS, len(stored))
     others = max([_OTHERS, layers, *(size for tensor in stored.values() for size in tensor.shape)])
     for key, value in values.items():
@@ -312,7 +312,7 @@ def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where
 
 @dataclass(frozen=True)
 class TargetText:
-    """What is known of a target without its weights: enough to talk to a server that runs it."""
+    """A target without its weights: enough to talk to a server that runs it."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: frozenset[int]
@@ -336,7 +336,7 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
 
 
 def load_generation_config(source: str, what: str, config: Any) -> GenerationConfig | None:
-    """How a target is meant to generate, or None: many do not say.
+    """The generation configuration of a target, or None if it has none.
 
     Args:
         source: of `target_source`.
@@ -365,7 +365,7 @@ def _check_stop_tokens(named: Any, config: Any, where: str) -> None:
 
 
 def target_source(name: str) -> str:
-    """What transformers loads a target from: a directory (a GGUF file is converted into one), or the hub id itself.
+    """The directory or hub id from which transformers loads a target; a GGUF file is converted into a directory.
 
     Raises:
         UserError: there is no such directory or file, or it is not a model's.
@@ -392,11 +392,11 @@ def target_source(name: str) -> str:
 
 @contextmanager
 def reading(what: str, source: str = "") -> Iterator[None]:
-    """The door to transformers, tokenizers and jinja: whatever they raise at a bad file becomes one line.
+    """Turn whatever transformers, tokenizers and jinja raise at a bad file into one line.
 
     Args:
-        what: is read, such as "the tokenizer of target some/path".
-        source: where it is read from, which the error need not say again.
+        what: what is read, such as "the tokenizer of target some/path".
+        source: where it is read from; left out of the message.
 
     Raises:
         UserError: from the error, which --verbose shows.
@@ -482,16 +482,14 @@ def _convert_gguf(gguf_file: Path, directory: Path) -> None:
     )
 
 
-# ----------------------------------------------------------------------
-# The tensors in a target's files against those that its configuration asks for: all are there, and nothing besides.
-#
-# transformers draws what is missing at random and leaves out what it does not know, with a table in its log. Its own
-# loading is asked here, on tensors without contents: so its rules for renaming and joining tensors hold, and what it
-# leaves out on purpose (weights that are tied, positions that are computed) is no fault.
+# Are the tensors in a target's files those that its configuration asks for? transformers fills missing ones with random
+# numbers and ignores unknown ones; it only logs a table. So its own loading runs here first, on the meta device: its
+# rules for renaming and joining tensors hold, and what it ignores on purpose (tied weights, computed positions) is no
+# fault.
 
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """Shapes and types of all tensors of a model directory, from the headers of its files; none where it has no files.
+    """Shapes and types of all tensors of a model directory, from the headers of its files; empty if it has none.
 
     Raises:
         UserError: one of the files cannot be read.
@@ -526,7 +524,7 @@ def check_stored(model: Any, stored: Mapping[str, Tensor], what: str) -> None:
 
 
 def _check_types(types: Mapping[str, torch.dtype], what: str) -> None:
-    """Refuse weights that are stored as integers or in 8 bits or fewer: without their scales they mean nothing."""
+    """Refuse weights that are stored as integers or in 8 bits or fewer: without their scales they have no meaning."""
     coded = [name for name, dtype in types.items() if not (dtype.is_floating_point and dtype.itemsize >= 2)]
     if coded:
         found = str(types[min(coded)]).removeprefix("torch.")
@@ -571,13 +569,13 @@ def _count(names: Collection[str], one: str, more: str) -> str:
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """Silence transformers' table of what is missing and unexpected, which is said in one line instead."""
+    """Hide transformers' table of missing and unexpected tensors; one line says it instead."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def silence(record: logging.LogRecord) -> bool:
         return False
 
-    logger.addFilter(silence)  # by its level, transformers decides about checks of its own
+    logger.addFilter(silence)  # not by its level, which transformers reads to choose checks
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class TargetPass:
     hidden: Tensor
     """[R, N, H], after the final norm: `Target.lm_head` of it gives logits."""
     features: Tensor | None
-    """[R, N, layers * H], hidden states of the tapped layers side by side; None where none was asked for."""
+    """[R, N, layers * H], hidden states of the tapped layers side by side; None if none was asked for."""
 
 
 class FeatureTaps:
@@ -71,13 +71,13 @@ class FeatureTaps:
 
 
 class Target:
-    """A frozen causal language model (DESIGN: `target/`).
+    """A frozen causal language model.
 
     Args:
         model: a transformers causal LM of the ordinary decoder shape, in evaluation mode.
-        tokenizer: its tokenizer, or None where only token ids are used.
+        tokenizer: its tokenizer; None if only token ids are used.
         name: what messages call it.
-        fingerprint: of its weights (`weights_fingerprint`), where they are not there to be read; None reads them.
+        fingerprint: of its weights (`weights_fingerprint`); None computes it, for which the weights must be loaded.
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class Target:
     def pack(self, replace: bool = True) -> Target:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self.
 
-        Hooks on what was joined are not called any more, on decoder layers neither where all of them are one step. The
-        model cannot be saved any more.
+        Hooks on replaced modules are no longer called, nor hooks on decoder layers if all of them run as one step. The
+        model can no longer be saved.
 
         Args:
             replace: False keeps the model's own modules, of which only the linear layers are packed.
@@ -193,7 +193,7 @@ class Target:
         return self
 
     def _refuse_saving(self, *arguments: Any, **options: Any) -> NoReturn:
-        """In the place of `save_pretrained`, which would write a model without the weights that are packed."""
+        """Replaces `save_pretrained`, which would write a model without the packed weights."""
         raise UserError(
             f"{self.name} is packed for decoding and cannot be saved; load it with load_target(..., pack=False)"
         )
@@ -226,10 +226,10 @@ class Target:
         return results
 
     def check_exact(self) -> None:
-        """Refuse if a token's logits may depend on how many tokens a pass holds (DESIGN section 5).
+        """Refuse if a token's logits may depend on how many tokens a pass holds (docs/design.md, section 5).
 
         Raises:
-            UserError: they may, because some product or attention of the target is not done by the native loops.
+            UserError: they may, because the native loops do not run some product or attention of the target.
         """
         native = cpu.is_available(self.device, self.dtype) and self.packed
         if not native:
@@ -249,17 +249,17 @@ class Target:
 
     @contextmanager
     def shorter_window(self, window: int) -> Iterator[None]:
-        """Sliding windows of `window` tokens at most meanwhile, in passes here and in the masks of transformers.
+        """Limit sliding windows to `window` tokens, in passes here and in the masks of transformers.
 
-        So that a few tokens show whether windows are right (`check.py`).
+        A few tokens then show whether windows are right (`check.py`).
         """
         ours, theirs = self._windows, getattr(self.config, "sliding_window", None)
-        if theirs is None or all(own is None for own in ours.values()):
+        if theirs is None or all(size is None for size in ours.values()):
             yield
             return
         window = min(window, theirs)
         try:
-            self._windows = {kind: None if own is None else window for kind, own in ours.items()}
+            self._windows = {kind: None if size is None else window for kind, size in ours.items()}
             self.config.sliding_window = window
             yield
         finally:
@@ -296,10 +296,10 @@ class Target:
             tokens: [R, N].
             cache: rows of the committed text; the caller commits by raising `cache.lengths`.
             feature_layers: decoder layers to tap, counted from 0.
-            ancestors: [R, N, N] for a tree of tokens, see `attention.pass_mask`; None for a chain.
+            ancestors: [R, N, N] for a tree of tokens, see `cache.pass_mask`; None for a chain.
 
         Raises:
-            UserError: layers are tapped whose outputs are known to be of no use (`no_features`).
+            UserError: layers are tapped whose outputs cannot be used (`no_features`).
         """
         if feature_layers and self.no_features is not None:
             raise UserError(f"{self.name} ({type(self.model).__name__}) gives no features: {self.no_features}")

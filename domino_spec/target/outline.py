@@ -35,13 +35,13 @@ class TargetOutline:
     """What is known of a target before its weights are loaded."""
 
     target: Target
-    """On the meta device, in the type its weights are stored in; its fingerprint is empty where it is not known."""
+    """On the meta device, in the type its weights are stored in; its fingerprint is empty if it is not known."""
     architecture: str
     """The model's class."""
     quantization: str | None
     """How its weights are quantised, or None."""
     weight_bytes: int | None
-    """Bytes of its weights as they are stored; None where the files are not on this machine."""
+    """Bytes of its weights as they are stored; None if the files are not on this machine."""
 
     @property
     def parameters(self) -> int:
@@ -53,7 +53,7 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
     """What a target is, without its weights; of a hub id only the configuration is fetched.
 
     Raises:
-        UserError: as `load_target`, but for what only loading can tell.
+        UserError: as `load_target`, except what only loading can show.
     """
     name = str(name_or_path)
     source = target_source(name)
@@ -81,7 +81,7 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
 
 
 def _downloaded(hub_id: str) -> Path | None:
-    """Where the weights of a hub id lie on this machine; None where they were not downloaded, or not all of them."""
+    """The directory of a hub id's weights on this machine; None if they were not all downloaded."""
     try:
         snapshot = Path(snapshot_download(hub_id, local_files_only=True))
     except (OSError, LocalEntryNotFoundError):
@@ -91,9 +91,9 @@ def _downloaded(hub_id: str) -> Path | None:
 
 
 def _fingerprint(model: Any, files: list[Path]) -> str | None:
-    """The fingerprint of the weights in files, of which a few values each are read; None where names or shapes differ.
+    """The fingerprint of the weights in files, from a few values of each; None if names or shapes differ.
 
-    Names differ where transformers joins or splits tensors while it loads them (mixtures of experts).
+    Names differ if transformers joins or splits tensors while it loads them (mixtures of experts).
     """
     decoder = model.get_decoder()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")

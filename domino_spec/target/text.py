@@ -31,12 +31,12 @@ def encode_prompt(
     Args:
         tokenizer: of the target.
         prompt: a user's text, or a list of chat messages ({"role", "content"}).
-        chat: wrap a text in the tokenizer's chat template where it has one; False continues the raw text.
+        chat: wrap a text in the tokenizer's chat template if it has one; False continues the raw text.
         enable_thinking: passed to templates that know it (Qwen3); None leaves them their own default.
 
     Raises:
         ChatTemplateError: the chat template fails, or does not take the messages.
-        UserError: the prompt is empty, holds what is no character, or the tokenizer fails at it.
+        UserError: the prompt is empty or not valid Unicode, or the tokenizer fails at it.
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise UserError("the prompt is empty")
@@ -60,11 +60,11 @@ def encode_prompt(
 
 
 def check_characters(text: str, what: str) -> None:
-    """Refuse text that UTF-8 cannot hold: bytes of another encoding on a command line, half a pair in JSON.
+    """Refuse text that UTF-8 cannot encode: bytes of another encoding on a command line, half a surrogate in JSON.
 
     Args:
-        text: from outside.
-        what: it is, for the message.
+        text: to check.
+        what: what it is, for the message.
 
     Raises:
         UserError: naming the first place.
@@ -112,16 +112,16 @@ def _rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; holds back characters whose bytes are not all there yet."""
+    """Turns tokens into text piece by piece; keeps a character back until all of its bytes are there."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = 0
-        """Characters of the window's text already given out."""
+        """Characters of the window's text that were returned already."""
 
     def push(self, token_ids: Sequence[int], final: bool = False) -> str:
-        """The text that these tokens complete; `final` gives out what was held back."""
+        """The text that these tokens complete; `final` returns what was kept back."""
         self._ids.extend(token_ids)
         text = self._text()
         if text.endswith("\ufffd") and not final:

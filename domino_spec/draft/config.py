@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from domino_spec.settings import Settings, UserError, require
@@ -126,7 +127,7 @@ class DraftConfig(BaseConfig):
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
         )
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """domino or dflash."""
         return "dflash" if self.head is None else "domino"
@@ -143,12 +144,12 @@ class DraftConfig(BaseConfig):
             return None
         return "after_norm" if self.last_tap_normed else "before_norm"
 
-    @property
+    @cached_property
     def max_drafts(self) -> int:
         """Drafted tokens in a full block: B with shifted labels, B - 1 without."""
         return self.block_size if self.shift_label else self.block_size - 1
 
-    @property
+    @cached_property
     def first_draft_slot(self) -> int:
         """The slot whose hidden state predicts the first drafted token."""
         return 0 if self.shift_label else 1

@@ -158,8 +158,8 @@ class TargetCache(RowCache, Cache):
             if new.shape[1::2] != keys.shape[1::2]:
                 raise ValueError(
                     f"expected {kind} of {keys.shape[1]} heads of {keys.shape[3]}, as its configuration says, found "
-                    f"{new.shape[1]} of {new.shape[3]} in layer {layer_idx}; latent attention, which caches compressed "
-                    f"keys, is not supported"
+                    f"{new.shape[1]} of {new.shape[3]} in layer {layer_idx}: layers that cache other shapes (latent "
+                    "attention, say) are not supported"
                 )
         if self._contiguous is not None:
             keys[:, :, self._contiguous] = key_states

@@ -104,6 +104,9 @@ class Target:
                 raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
         self.layers: Sequence[nn.Module] = layers  # type: ignore[assignment]
         self.num_layers = len(layers)
+        heads = self.config.num_attention_heads
+        self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or heads
+        self.head_dim: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         self.hidden_size: int = self.config.hidden_size
         """H."""
         self.vocab_size = self._embedding_weight.shape[0]
@@ -278,10 +281,8 @@ class Target:
 
     def new_cache(self, requests: int, capacity: int) -> TargetCache:
         """An empty cache of `capacity` rows for each of `requests` requests."""
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return TargetCache((self.num_layers, requests, kv_heads, capacity, head_dim), self.dtype, self.device)
+        shape = self.num_layers, requests, self.kv_heads, capacity, self.head_dim
+        return TargetCache(shape, self.dtype, self.device)
 
     def forward(
         self,

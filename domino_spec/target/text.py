@@ -38,25 +38,35 @@ def encode_prompt(
         ChatTemplateError: the chat template fails, or does not take the messages.
         UserError: the prompt is empty or not valid Unicode, or the tokenizer fails at it.
     """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise UserError("the prompt is empty")
-    for text in [prompt] if isinstance(prompt, str) else [str(value) for part in prompt for value in part.values()]:
-        check_characters(text, "the prompt")
-    if not isinstance(prompt, str) and not prompt:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError("the prompt is empty")
+        if not chat or tokenizer.chat_template is None:
+            return _encode_text(tokenizer, prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    for message in prompt:
+        for value in message.values():
+            check_characters(str(value), "the prompt")
+    if not prompt:
         raise UserError("the prompt holds no messages")
-    if isinstance(prompt, str) and (not chat or tokenizer.chat_template is None):
-        try:
-            return list(tokenizer(prompt)["input_ids"])
-        except Exception as error:
-            where = f"the tokenizer of {tokenizer.name_or_path or 'the target'}"
-            raise UserError(f"{where} cannot encode the prompt: {reason(error)}") from error
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template is None:
         raise UserError("chat messages need a chat template, and this target's tokenizer has none")
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     with _rendering(tokenizer):
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        encoded: Any = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True, **options
+        )
         return list(encoded["input_ids"])
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that is continued as it is."""
+    check_characters(text, "the prompt")
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:
+        where = f"the tokenizer of {tokenizer.name_or_path or 'the target'}"
+        raise UserError(f"{where} cannot encode the prompt: {reason(error)}") from error
 
 
 def check_characters(text: str, what: str) -> None:

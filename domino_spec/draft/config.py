@@ -297,7 +297,7 @@ class SingleLayerConfig(BaseConfig):
             return f"the draft reads three levels of the target's layers, but {error}"
         if deepest >= num_layers:
             return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
-        if deepest == num_layers - 1 and self.published and OWN_SETTINGS not in self.published:
+        if deepest == num_layers - 1 and self.published and EXTRA_KEY not in self.published:
             return (
                 f"the draft reads layer {deepest}, the target's last one, and its config.json does not say whether "
                 "before the final norm or after it"
@@ -310,7 +310,7 @@ class SingleLayerConfig(BaseConfig):
 
 AnyConfig = DraftConfig | SingleLayerConfig
 
-OWN_SETTINGS = "domino_spec"
+EXTRA_KEY = "domino_spec"
 """Key of the `config.json` of EAGLE-3 and DART drafts made here, for what their layouts have no key for."""
 
 

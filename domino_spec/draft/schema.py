@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from domino_spec.draft.config import OWN_SETTINGS, AnyConfig
+from domino_spec.draft.config import EXTRA_KEY, AnyConfig
 from domino_spec.settings import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
@@ -139,7 +139,7 @@ class EagleKeys(Settings):
 
 
 @dataclass(frozen=True)
-class OwnKeys(Settings):
+class ExtraKeys(Settings):
     """The object `domino_spec` of EAGLE-3 and DART drafts made here."""
 
     target_layer_ids: LayerIds | None = None
@@ -158,11 +158,11 @@ class PairKeys(Settings):
     target_layer_ids: LayerIds | None = None
     eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
     eagle_config: EagleKeys = EagleKeys()
-    domino_spec: OwnKeys = OwnKeys()
+    domino_spec: ExtraKeys = ExtraKeys()
 
 
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
-_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, EXTRA_KEY: ExtraKeys}
 NESTED_LAYER = "transformer_layer_config"
 """Under this key, speculators keep the configuration of the layer; others have its keys at the top."""
 
@@ -520,7 +520,7 @@ def unknown_keys(published: Mapping[str, Any]) -> list[str]:
         objects = {"": names_of(BlockKeys, DFlashKeys) | of_layer, "dflash_config": names_of(BlockKeys, DFlashKeys)}
     else:
         objects = {"": names_of(PairKeys) | of_layer | {NESTED_LAYER}, NESTED_LAYER: of_layer}
-        objects |= {"eagle_config": names_of(EagleKeys), OWN_SETTINGS: names_of(OwnKeys)}
+        objects |= {"eagle_config": names_of(EagleKeys), EXTRA_KEY: names_of(ExtraKeys)}
     harmless = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
     unknown = []
     for place, names in objects.items():

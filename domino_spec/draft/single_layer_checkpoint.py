@@ -28,7 +28,7 @@ from domino_spec.draft.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from domino_spec.draft.config import FEATURE_LEVELS, OWN_SETTINGS, SingleLayerConfig
+from domino_spec.draft.config import EXTRA_KEY, FEATURE_LEVELS, SingleLayerConfig
 from domino_spec.draft.schema import (
     NESTED_LAYER,
     ROPE_NAMES,
@@ -88,7 +88,7 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         refuse_misplaced(layer, published, names_of(PairKeys), of_layer, f"beside {NESTED_LAYER}")
     refuse_unsupported(published, where, block=False)
     shape, keys = read_keys(LayerKeys, layer, of_layer), read_keys(PairKeys, published, where)
-    own, rope = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
+    extra, rope = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
     try:
         shape.refuse_window(used_if_unsaid=True)
         require(
@@ -103,10 +103,10 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
             **rope,
             target_hidden_size=keys.target_hidden_size or shape.hidden_size,
             target_layer_ids=taps,
-            num_target_layers=own.num_target_layers,
-            block_size=(own.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
+            num_target_layers=extra.num_target_layers,
+            block_size=(extra.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
             draft_vocab_size=keys.draft_vocab_size,
-            target_fingerprint=own.target_fingerprint,
+            target_fingerprint=extra.target_fingerprint,
             published=dict(published),
         )
     except UserError as error:
@@ -121,7 +121,7 @@ def _target_layer_ids(keys: PairKeys) -> tuple[int, ...] | None:
     """
     inputs = keys.eagle_aux_hidden_state_layer_ids
     stated = {
-        f"{OWN_SETTINGS}.target_layer_ids": keys.domino_spec.target_layer_ids,
+        f"{EXTRA_KEY}.target_layer_ids": keys.domino_spec.target_layer_ids,
         "target_layer_ids": keys.target_layer_ids,
         # As SGLang reads it: layers whose outputs are read.
         "eagle_config.eagle_aux_hidden_state_layer_ids": keys.eagle_config.eagle_aux_hidden_state_layer_ids,
@@ -139,11 +139,11 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
         kept = dict(config.published)
-        if OWN_SETTINGS in kept and config.target_hidden_size == config.hidden_size:
+        if EXTRA_KEY in kept and config.target_hidden_size == config.hidden_size:
             kept.pop("target_hidden_size", None)  # the first drafts made here had it
         return kept
     assert config.target_layer_ids is not None
-    own: dict[str, Any] = {
+    extra: dict[str, Any] = {
         "num_target_layers": config.num_target_layers,
         "target_layer_ids": list(config.target_layer_ids),
         "target_fingerprint": config.target_fingerprint,
@@ -155,12 +155,12 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
     if config.kind == "dart":
         rest["draft_length"] = config.num_masks
     else:
-        own["ttt_length"] = config.block_size
+        extra["ttt_length"] = config.block_size
     if config.target_hidden_size != config.hidden_size:
         # The released EAGLE takes this key for a sign that the draft has an embedding of its own, and reads none.
         rest["target_hidden_size"] = config.target_hidden_size
     architecture = ARCHITECTURES[config.kind]
-    return {"architectures": [architecture], "model_type": "llama", **dict(sorted(rest.items())), OWN_SETTINGS: own}
+    return {"architectures": [architecture], "model_type": "llama", **dict(sorted(rest.items())), EXTRA_KEY: extra}
 
 
 def single_layer_tensors(draft: SingleLayerDraft) -> dict[str, Tensor]:
@@ -250,12 +250,12 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
     check_tensors(tensors if embedding is None else tensors | {_EMBEDDING: embedding}, expected, where)
     with torch.device("meta") if outline else nullcontext():
         draft = SingleLayerDraft(config, vocabulary)
-    own_names = {
+    by_name = {
         f"{_LAYER}.{n.removeprefix(layer + '.')}" if n.startswith(layer + ".") else n: t for n, t in tensors.items()
     }
     if draft.mask_rep is not None:
-        own_names[_MASK] = own_names.pop(f"{_LAYER}.{_MASK}")
-    draft.load_state_dict(own_names, strict=False, assign=True)
+        by_name[_MASK] = by_name.pop(f"{_LAYER}.{_MASK}")
+    draft.load_state_dict(by_name, strict=False, assign=True)
     draft.embed_tokens, draft.layout = embedding, layout
     return draft.requires_grad_(False).eval()
 

@@ -81,8 +81,8 @@ class RowCache:
 
     def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
         """Make the first `rows` rows of `stored`, which is `rows_of` of a longer text, those of a request."""
-        for own, kept in zip(self._memory_of(request), stored, strict=True):
-            own[..., :rows, :] = kept[..., :rows, :]
+        for memory, kept in zip(self._memory_of(request), stored, strict=True):
+            memory[..., :rows, :] = kept[..., :rows, :]
         self.lengths[request] = rows
 
     def _memory_of(self, request: int) -> tuple[Tensor, ...]:
@@ -114,14 +114,11 @@ class TargetCache(RowCache, Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(shape[1], dtype=torch.long, device=device)
+        self.capacity = shape[3]
+        """Rows that there is memory for."""
         self._extent = 0
         self._contiguous: slice | None = None
         """The rows that all requests write, if they are the same ones."""
-
-    @property
-    def capacity(self) -> int:
-        """Rows that there is memory for."""
-        return self.keys.shape[-2]
 
     def begin_pass(self, num_tokens: int) -> int:
         """Prepare to write `num_tokens` rows per request; returns `extent`, the rows that attention will read.
@@ -137,11 +134,11 @@ class TargetCache(RowCache, Cache):
         if self.fixed_extent is not None:
             self._extent = self.fixed_extent
             return self._extent
-        shortest, longest = (int(length) for length in self.lengths.aminmax())
+        longest = int(self.lengths.max())
         self._extent = longest + num_tokens
         if self._extent > self.capacity:
             raise ValueError(f"cache of {self.capacity} rows cannot hold {self._extent}")
-        if shortest == longest:
+        if bool((self.lengths == longest).all()):
             self._contiguous = slice(longest, self._extent)
         return self._extent
 

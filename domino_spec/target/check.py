@@ -34,7 +34,7 @@ _WINDOW = 5
 _PARENTS = (-1, 0, 0, 1)
 """Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
 _LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
-_OWN_PASSES = ((11, 1, 2), (4, 3))
+_REFERENCE_PASSES = ((11, 1, 2), (4, 3))
 """Tokens of each pass in which transformers reads a request's long path over its cache."""
 
 
@@ -124,11 +124,11 @@ def read_reference(target: Target) -> Reference:
     texts = _texts(target)
     read = []
     failing = "transformers' own pass over a few tokens fails"
-    with _naming_the_target(target, failing), own_attention(target), target.shorter_window(_WINDOW):
-        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
+    with _naming_the_target(target, failing), eager_attention(target), target.shorter_window(_WINDOW):
+        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _REFERENCE_PASSES, strict=True):
             prompt, drafts = text[:length], text[length:]
-            long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
-            short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
+            long = _run_reference(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
+            short = _run_reference(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
             # The tree's rows are the long path's first two, the short one's last, and the long one's last.
             read.append(_joined(long.rows(length + 2), short.rows(-1, 0), long.rows(-1, 0)))
     # A target may forbid tokens with logits of minus infinity. The largest logit is NaN if any of them is.
@@ -152,7 +152,7 @@ def _texts(target: Target) -> list[Tensor]:
 
 
 @contextmanager
-def own_attention(target: Target) -> Iterator[None]:
+def eager_attention(target: Target) -> Iterator[None]:
     """Run the model with the attention of its own file ("eager") instead of this package's.
 
     That attention defines the family: transformers' shared functions drop, in some versions, arguments that they do not
@@ -178,7 +178,7 @@ def own_attention(target: Target) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
+def _run_reference(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
     """What transformers gives for `tokens` [n], read in passes of these sizes over its cache."""
     model: Any = target.model
     found: list[Outputs] = []

@@ -31,7 +31,7 @@ from domino_spec.api import load_draft
 from domino_spec.bench.profile import MethodProfile, Profile, profile_cycles
 from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.methods import default_method, kind_of
+from domino_spec.drafters.methods import default_method
 from domino_spec.files import write_json
 from domino_spec.settings import UserError
 from domino_spec.target.load import load_target
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draft: AnyDraft = load_draft(options.draft, target)
     else:
         target, draft = made_pair(options.shape, max(options.contexts))
-    chain, tree = kind_of(draft), default_method(draft)
+    chain, tree = draft.kind, default_method(draft)
     both = [(chain, None), (tree, None)] if tree != chain else [(chain, None)]
     counts = [*((chain, n) for n in options.drafts), (tree, None)]
     contexts = [c for c in options.contexts if c + ROOM < target.max_length]

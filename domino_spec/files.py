@@ -1,4 +1,4 @@
-"""Reading and writing files so that a crash, a full disk or a bad line costs nothing that was there before."""
+"""Reading and writing files: a crash, a full disk or a bad line never loses what was there before."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _outline(file: Any, name: str) -> Tensor:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that a model's weights are in: one, or those that its index names; none where it has none.
+    """The safetensors files that a model's weights are in: one, or those that its index names; empty if it has none.
 
     Raises:
         UserError: the index is not the map of tensors to files beside it that it should be.
@@ -164,7 +164,7 @@ def _open_tensors(path: Path) -> Iterator[Any]:
 
 
 def _refuse_names_twice(path: Path) -> None:
-    """The library keeps the last of two tensors with one name and says nothing; it has checked the rest already."""
+    """The library silently keeps the last of two tensors with one name; it has checked the rest already."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = file.read(length)
@@ -203,7 +203,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object; raises as `read_json`, and where it holds something else."""
+    """Parse a JSON file that holds an object; raises as `read_json`, and if it holds something else."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an object, found {found(value)}")
@@ -231,9 +231,9 @@ def read_jsonl(
 
     Args:
         path: the file; blank lines are skipped.
-        required: key to type.
+        required: the type of each key.
         skip_partial_end: drop a last line that does not end in a newline (a writer was killed while writing it).
-        fault: says what else is wrong with a row, or None.
+        fault: returns what else is wrong with a row, or None.
 
     Raises:
         UserError: naming file and line number.

@@ -210,7 +210,7 @@ class DataRecipe(Settings):
 
 @dataclass(frozen=True)
 class OptimizationRecipe(Settings):
-    """How the draft is trained (DESIGN section 6; paper 4.2 and A.1)."""
+    """How the draft is trained (docs/design.md, section 6; paper 4.2 and A.1)."""
 
     steps: Count | None = None
     """Optimizer steps. The curriculum and the learning rate are functions of step / steps, so this or `epochs` must be

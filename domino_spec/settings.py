@@ -1,8 +1,8 @@
-"""Settings of a draft, and the typed door that settings of every kind come through (`parse_settings`).
+"""Errors of users, settings read from files (`parse_settings`), and the packages that a task needs.
 
 A *recipe* (`recipe.py`) is ours, so an unknown key or a wrong type is an error that names the key. A *published draft
-configuration* belongs to others, so keys that this package does not know are kept and written back unchanged (DESIGN:
-checkpoints must load and save unchanged).
+configuration* belongs to others, so keys that this package does not know are kept and written back unchanged
+(docs/design.md, section 4).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 
 class UserError(ValueError):
-    """Something the user can put right. The command line prints it as one line and exits with status 2."""
+    """Something that the user can correct. The command line prints it as one line and exits with status 2."""
 
 
 def cache_directory() -> Path:
@@ -66,12 +66,12 @@ _EXPECTED = {
 def parse_settings(cls: type[S], values: object, where: str) -> S:
     """Build the dataclass `cls` from what a YAML or JSON file held; refuse unknown keys, wrong types and wrong ranges.
 
-    Lists become tuples and whole numbers become floats where `cls` asks for them; nothing else is converted.
+    Lists become tuples and whole numbers become floats if `cls` asks for them; nothing else is converted.
 
     Args:
         cls: a dataclass over `Settings`; its annotations may carry constraints (`Annotated[int, Field(ge=1)]`).
         values: what the file held.
-        where: what is read, for the error text, such as the file's path.
+        where: what is read, for messages, such as the file's path.
 
     Raises:
         UserError: one line with the key, what was found and what was expected.
@@ -182,7 +182,7 @@ def found(value: object) -> str:
 
 
 def shortened(value: object) -> str:
-    """`value` as Python writes it, on one line and cut where it is long or deep."""
+    """`value` as Python writes it, on one line, and cut if it is long or deep."""
     text = _repr.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -198,16 +198,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
-    """`values`; raises `UserError` where one of them stands twice."""
+    """`values`; raises `UserError` if one of them occurs twice."""
     require(len(set(values)) == len(values), f"expected each only once, found {shortened(list(values))}")
     return values
 
 
-# ----------------------------------------------------------------------
-# Packages that one task needs beyond decoding: the extras of pyproject.toml, asked for when the task begins.
-#
-# A command asks before it imports PyTorch, so that what is missing is said at once and not after seconds of loading.
-
+# Packages that one task needs beyond decoding: the extras of pyproject.toml. A command asks for them before it imports
+# PyTorch, so a missing package is reported at once and not after seconds of loading.
 
 EXTRAS = {
     "demo": ("accelerate", "gguf"),

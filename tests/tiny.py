@@ -26,7 +26,7 @@ from domino_spec.decoding.cycle import Proposal, State, Verdict, cycle_room
 from domino_spec.decoding.engine import decode
 from domino_spec.decoding.request import Generation, Limits
 from domino_spec.decoding.sampling import History, Sampling, SamplingSettings
-from domino_spec.draft.config import SINGLE_LAYER_METHODS, DraftConfig, HeadConfig, SingleLayerConfig
+from domino_spec.draft.config import SINGLE_LAYER_KINDS, DraftConfig, HeadConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.block import BlockDrafter, TreeShape
@@ -152,7 +152,7 @@ def tiny_single_layer(
 ) -> SingleLayerDraft:
     """A random EAGLE-3 or DART draft bound to `target`, every weight far from its neutral start."""
     config = SingleLayerConfig(
-        method=method,
+        kind=method,
         hidden_size=target.hidden_size,
         intermediate_size=40,
         num_attention_heads=4,
@@ -180,7 +180,7 @@ def draft_for(method: str, target: Target, **options) -> Draft | SingleLayerDraf
     kinds = METHODS[method].kinds
     if not kinds:
         return None
-    if kinds[0] in SINGLE_LAYER_METHODS:
+    if kinds[0] in SINGLE_LAYER_KINDS:
         return tiny_single_layer(target, kinds[0], **options)
     return tiny_draft(target, head=kinds[0] == "domino", **options)
 

@@ -21,7 +21,7 @@ from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.vocabulary import FrequentTokens, restricted
 from domino_spec.drafters.methods import METHODS as DRAFTING
-from domino_spec.drafters.methods import check_settings, choose_draft, kind_of, make_drafter, watch_for
+from domino_spec.drafters.methods import check_settings, choose_draft, make_drafter, watch_for
 from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
@@ -163,7 +163,7 @@ class Drafting:
         method, size = method_of(name), name.partition("@")[2]
         if method.drafting is None:
             return choose_draft("dflash", self.drafts) if name == DFLASH else None
-        kinds = [draft for draft in self.drafts if method.kind in (None, kind_of(draft))]
+        kinds = [draft for draft in self.drafts if method.kind in (None, draft.kind)]
         draft = choose_draft(method.drafting, kinds)
         if draft is None or not size:
             return draft

@@ -56,7 +56,7 @@ def peer_drafts(method: str, draft: Any, budget: int | None) -> int:
     """
     if method != DFLASH:
         return DEFAULT_DRAFTS[method] if budget is None else budget
-    if not isinstance(draft, Draft):
+    if draft is None or draft.kind not in ("domino", "dflash"):
         raise UserError(f"method {DFLASH} needs a draft with a DFlash backbone (DFlash or Domino)")
     check_dflash(draft.config)
     return draft.config.max_drafts
@@ -226,7 +226,7 @@ def check_dflash(config: DraftConfig) -> None:
     Raises:
         UserError: one sentence.
     """
-    if config.reads_last_layer and not config.last_tap_normed:
+    if config.last_layer_tap == "before_norm":
         raise UserError(
             f"method {DFLASH} cannot run this draft: it reads the target's last layer (target_layer_ids) before its "
             "final norm, and transformers hands it over only after that"

@@ -25,7 +25,7 @@ from domino_spec.decoding.cycle import Drafter
 from domino_spec.devices import free_memory
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.methods import METHODS, check_draft, kind_of, make_drafter
+from domino_spec.drafters.methods import METHODS, check_draft, make_drafter
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 
@@ -240,7 +240,7 @@ def default_methods(draft: AnyDraft | None) -> list[str]:
     """What is profiled where nothing is asked for: the draft's own method; of a Domino draft with its head off too."""
     if draft is None:
         return ["none"]
-    kind = kind_of(draft)
+    kind = draft.kind
     return ["dflash", "domino"] if kind == "domino" else [kind]
 
 

@@ -30,7 +30,6 @@ from domino_spec.bench.profile_cycle import Work
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
-from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.block import BlockDrafter
 from domino_spec.target.model import Target
 from domino_spec.target.native import PackedLinear
@@ -78,18 +77,18 @@ def target_bytes(target: Target, work: Work, requests: int, context: int) -> dic
     }
 
 
-def draft_bytes(draft: AnyDraft | None, drafter: Drafter, work: Work, requests: int, context: int) -> dict[str, int]:
+def draft_bytes(draft: Any, drafter: Drafter, work: Work, requests: int, context: int) -> dict[str, int]:
     """Of the stages that a draft has; none without one. Arguments as in `target_bytes`."""
     if draft is None:
         return {}
     config, size = draft.config, draft.dtype.itemsize
-    layers = config.num_hidden_layers if isinstance(config, DraftConfig) else 1
+    layers = config.num_hidden_layers
     row = 2 * layers * config.num_key_value_heads * config.head_dim * size
     context_row = (config.feature_size + row // size) * size
     logits = work.logits * size
     reads: tuple[nn.Module, ...]
     into_context: tuple[nn.Module, ...]
-    if isinstance(draft, Draft):
+    if draft.borrows_lm_head:
         reads = (draft.backbone.layers, draft.backbone.norm)
         into_context = (draft.backbone.fc, draft.backbone.hidden_norm)
         head = draft.config.logits_size * config.hidden_size * size
@@ -103,7 +102,7 @@ def draft_bytes(draft: AnyDraft | None, drafter: Drafter, work: Work, requests: 
         "context": weight_bytes(*into_context) + keys_values + work.committed * context_row,
         "backbone": work.draft_passes * (weight_bytes(*reads) + requests * (context - 1) * row),
         "lm_head": work.lm_head_passes * head + logits,
-        "rollout": logits + (_head_bytes(draft, drafter, work, requests) if isinstance(draft, Draft) else 0),
+        "rollout": logits + (_head_bytes(draft, drafter, work, requests) if draft.borrows_lm_head else 0),
     }
 
 
@@ -163,6 +162,6 @@ def cache_bytes(config: Any, drafts: list[DraftConfig | SingleLayerConfig], dtyp
     """
     values = config.num_hidden_layers * _kv_width(config)
     for draft in drafts:
-        layers = draft.num_hidden_layers if isinstance(draft, DraftConfig) else 1
+        layers = draft.num_hidden_layers
         values += layers * draft.num_key_value_heads * draft.head_dim
     return 2 * values * tokens * dtype.itemsize

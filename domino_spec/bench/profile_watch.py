@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Proposal
-from domino_spec.draft.domino import Draft
-from domino_spec.draft.load import AnyDraft
 from domino_spec.target.model import Target
 
 STAGES = ("verify", "verify_lm_head", "context", "backbone", "lm_head", "rollout", "accept_commit")
@@ -82,10 +80,10 @@ class Watch:
 
 
 @contextmanager
-def watched(watch: Watch, target: Target, draft: AnyDraft | None) -> Iterator[None]:
+def watched(watch: Watch, target: Target, draft: Any) -> Iterator[None]:
     """While this lasts, the calls that part the stages are noted, whoever makes them."""
     calls: list[tuple[Any, str, str]] = [(target, "forward", "verify"), (target, "lm_head", "verify_lm_head")]
-    if isinstance(draft, Draft):
+    if draft is not None and draft.borrows_lm_head:
         calls += [(draft.backbone, "over_cache", "backbone"), (draft, "base_logits", "lm_head")]
     elif draft is not None:
         calls += [(draft, "extend", "backbone"), (draft, "base_logits", "lm_head")]

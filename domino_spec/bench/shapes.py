@@ -25,7 +25,7 @@ from domino_spec.settings import UserError
 from domino_spec.target.cache import ATTENTION_NAME
 from domino_spec.target.model import Target
 from domino_spec.target.native import can_pack
-from domino_spec.target.shapes import KNOWN_TARGETS
+from domino_spec.target.outline import KNOWN_TARGETS
 
 STD = 0.02
 """Of random weights."""

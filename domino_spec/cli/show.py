@@ -6,7 +6,7 @@ Progress is a bar on a terminal, a plain line now and then elsewhere, and nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from domino_spec.decoding.request import Generation, showable
-from domino_spec.draft.checkpoint import last_layer_tap
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.load import DraftDescription, Fit
 from domino_spec.drafters.methods import METHODS
@@ -483,25 +482,24 @@ def _pace(racers: Sequence[Racer]) -> float:
 def draft_record(name: str, description: DraftDescription, fit: Fit | None) -> dict[str, Any]:
     """What `inspect` found; what a kind of draft does not have is None."""
     config = description.config
-    block = None if isinstance(config, SingleLayerConfig) else config
-    head = block.head if block else None
+    head = config.head
     return {
         "draft": name,
         "method": description.method,
-        "num_layers": block.num_hidden_layers if block else 1,
+        "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "block_size": config.block_size,
-        "shift_label": block.shift_label if block else None,
+        "shift_label": config.shift_label,
         "max_drafts": config.max_drafts,
         "pure_draft_prefix_len": head.pure_draft_prefix_len if head else None,
         "gru_hidden_dim": head.gru_hidden_dim if head else None,
         "low_rank": head.low_rank if head else None,
         "target_layer_ids": None if config.target_layer_ids is None else list(config.target_layer_ids),
-        "last_layer_tap": last_layer_tap(block) if block and block.reads_last_layer else None,
+        "last_layer_tap": config.last_layer_tap,
         "num_target_layers": config.num_target_layers,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
-        "mask_token_id": block.mask_token_id if block else None,
+        "mask_token_id": config.mask_token_id,
         "target_fingerprint": config.target_fingerprint,
         "parameters": description.parameters,
         "dtypes": list(description.dtypes),
@@ -519,11 +517,11 @@ def draft_lines(name: str, description: DraftDescription, fit: Fit | None) -> li
     if config.target_layer_ids is not None:
         layers = f"layers {', '.join(map(str, config.target_layer_ids))}"
         layers += "" if config.num_target_layers is None else f" of {config.num_target_layers}"
-    if isinstance(config, DraftConfig) and config.reads_last_layer:
-        layers += f", the last {last_layer_tap(config).replace('_', ' its final ')}"
+    if config.last_layer_tap:
+        layers += f", the last {config.last_layer_tap.replace('_', ' its final ')}"
     rows = [
         ("draft", name),
-        *(_single_layer_rows(config) if isinstance(config, SingleLayerConfig) else _block_rows(config)),
+        *_METHOD_ROWS[config.kind](config),
         ("vocabulary", f"{subset}{config.vocab_size:,} tokens"),
         ("reads", layers),
         ("trained for", config.target_fingerprint or "not stated"),
@@ -553,10 +551,18 @@ def _block_rows(config: DraftConfig) -> list[tuple[str, str]]:
 
 def _single_layer_rows(config: SingleLayerConfig) -> list[tuple[str, str]]:
     shape = f"hidden size {config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}"
-    if config.method == "dart":
+    if config.kind == "dart":
         kind = "DART: one layer that predicts several masked positions in one pass"
         block = f"{config.num_masks} masked positions, {config.max_drafts} levels of drafts"
     else:
         kind = "EAGLE-3: one layer that reads its own outputs, token by token"
         block = f"trained for {config.block_size} tokens in a row; drafts trees of any size"
     return [("method", kind), ("layer", shape), ("block", block)]
+
+
+_METHOD_ROWS: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
+    "domino": _block_rows,
+    "dflash": _block_rows,
+    "eagle3": _single_layer_rows,
+    "dart": _single_layer_rows,
+}

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.rows import RowCache
 from domino_spec.decoding.sampling import History, RandomStreams, Sampling, path_history
 from domino_spec.ops.acceptance import greedy_chain, match_chain, sampled_chain
-from domino_spec.target.cache import TargetCache
+from domino_spec.target.cache import RowCache, TargetCache
 from domino_spec.target.model import Target
 
 

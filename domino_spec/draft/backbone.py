@@ -1,9 +1,9 @@
 """The DFlash backbone: one parallel pass from the target's features and a masked block to a hidden state per slot.
 
-First half of a draft (the Domino head is the second). Every layer attends, without a causal mask, to the context
-that was projected from the target's features and to the block itself (paper 4.1.1; DESIGN section 4). The context
-is the same tensor for every layer and is never updated, so its keys and values can be projected for all layers in
-one product and cached.
+First half of a draft (the Domino head is the second). Every layer attends, without a causal mask, to the context that
+was projected from the target's features, and to the block itself (paper 4.1.1; docs/design.md, section 4). The context
+is the same tensor for every layer and is never updated, so its keys and values are projected for all layers in one
+product and cached.
 
 Shapes: R requests, B slots, T context rows, H hidden, D head_dim.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import AnyConfig, DraftConfig
 from domino_spec.ops.context import write_context_
 from domino_spec.ops.native import steps as cpu
 from domino_spec.ops.native.layers import DecoderLayers
@@ -111,9 +111,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary, context_keys: Tensor, context_values: Tensor, mask: Tensor | Attend
     ) -> Tensor:
-        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` [R, 1, n, T + n] says where.
+        """Attend from `x` [R, n, H] to context [R, kv_heads, T, D] and itself; `mask` is [R, 1, n, T + n].
 
-        Training hands in a function instead of a mask, since a mask for all of its blocks would be huge.
+        Training passes a function instead of a mask, since a mask for all of its blocks would be huge.
         """
         requests, slots, _ = x.shape
         query = self.q_proj(x).view(requests, slots, self.heads, self.head_dim)
@@ -150,7 +150,7 @@ class FusedBlockAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, as in Qwen3."""
 
-    def __init__(self, config: DraftConfig | SingleLayerConfig) -> None:
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -180,7 +180,7 @@ class Layer(nn.Module):
 
 
 class RotaryEmbedding(Qwen3RotaryEmbedding):
-    """Frequencies stay float32 whatever precision the draft is moved to: rounded ones turn wrongly at far positions."""
+    """Frequencies stay float32 in every precision: rounded ones give wrong angles at far positions."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
@@ -193,7 +193,7 @@ class RotaryEmbedding(Qwen3RotaryEmbedding):
 
 
 class Backbone(nn.Module):
-    """`fc` and `hidden_norm` make the context; `layers` and `norm` turn a block into hidden states.
+    """`fc` and `hidden_norm` make the context; `layers` and `norm` map a block to hidden states.
 
     The parameter names are those of published checkpoints.
     """
@@ -207,37 +207,19 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
-        self._in_one_step: DecoderLayers | None = None
+        self._context_norms: Tensor | None = None
+        self.joined_layers: DecoderLayers | None = None
+        """All layers as one native step; None if they run one after another."""
         self.recompute_layers = False
         """Whether training computes the layers anew in the backward pass instead of keeping their activations."""
-        self.feature_scale: Tensor | None
-        self.register_buffer("feature_scale", None, persistent=False)
-
-    @torch.no_grad()
-    def scale_features(self, scale: Tensor, trained: bool = False) -> None:
-        """Train `fc` on features times `scale` [F]; checkpoints hold `fc` for the features as they are.
-
-        A few dimensions of a target's hidden states are a hundred times larger than the rest and carry half of their
-        energy. Brought to one scale, the optimizer's steps reach all dimensions alike.
-
-        Args:
-            scale: [F], positive.
-            trained: `fc` comes from a checkpoint, so what it computes must not change. The scale is then rounded to
-                powers of two, which move into `fc` and back without rounding.
-        """
-        if trained:
-            scale = torch.exp2(scale.log2().round())
-            self.fc.weight /= scale
-        self.feature_scale = scale
-
-    @property
-    def fc_weight(self) -> Tensor:
-        """`fc.weight` for features as they are, [H, F]: what checkpoints hold."""
-        return self.fc.weight if self.feature_scale is None else self.fc.weight * self.feature_scale
 
     def _context_weight(self) -> Tensor:
-        """Keys' and values' projections of all layers, one under the other."""
+        """Projections to keys and values of all layers, concatenated."""
         return torch.cat([w for a in self._attentions for w in (a.k_proj.weight, a.v_proj.weight)])
+
+    def _key_norms(self) -> Tensor:
+        """[layers, D], gains of the norms of the context's keys."""
+        return torch.stack([a.k_norm.weight for a in self._attentions]).detach()
 
     @property
     def _attentions(self) -> list[Attention]:
@@ -246,12 +228,13 @@ class Backbone(nn.Module):
     def pack(self) -> None:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined."""
         self._context_projection = PackedLinear(self._context_weight())
+        self._context_norms = self._key_norms()
         if cpu.is_available(self.fc.weight.device, self.fc.weight.dtype):
             for layer, attention in zip(self.layers, self._attentions, strict=True):
                 with suppress(NotFusible):
                     layer.self_attn = FusedBlockAttention(attention)
             fuse(self)
-            self._in_one_step = fused_layers(list(self.layers), ["block"] * len(self.layers))
+            self.joined_layers = fused_layers(list(self.layers), ["block"] * len(self.layers))
         pack_linears(self)
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -281,14 +264,12 @@ class Backbone(nn.Module):
             values: as keys.
             lengths: [R], rows before, and so the position of the first new one; not changed here.
         """
-        norms = torch.stack([a.k_norm.weight for a in self._attentions])
+        norms = self._key_norms() if self._context_norms is None else self._context_norms
         cos, sin = self.rotary(lengths[:, None] + torch.arange(features.shape[1], device=lengths.device))
         write_context_(keys, values, lengths, self._project(features), norms, self.config.rms_norm_eps, cos, sin)
 
     def _project(self, features: Tensor) -> Tensor:
         """Features to keys and values of all layers, neither normed nor rotated: [R, T, layers, 2, kv_heads, D]."""
-        if self.feature_scale is not None:
-            features = features * self.feature_scale
         context = self.hidden_norm(self.fc(features))  # [R, T, H]
         if self._context_projection is not None:
             projected = self._context_projection(context)
@@ -318,8 +299,8 @@ class Backbone(nn.Module):
 
     @property
     def rows_behind(self) -> int:
-        """Rows behind a request's own that `over_cache` writes."""
-        return 0 if self._in_one_step is None else self.config.block_size
+        """Rows past a request's own that `over_cache` writes."""
+        return 0 if self.joined_layers is None else self.config.block_size
 
     def over_cache(
         self, block: Tensor, positions: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, extent: int
@@ -327,9 +308,9 @@ class Backbone(nn.Module):
         """`forward` for decoding: one block for each request, which sees all of itself and its request's context.
 
         Args:
-            block: [R, n, H]; what is in it may be lost.
+            block: [R, n, H]; overwritten.
             positions: [R, n].
-            keys: [layers, R, kv_heads, capacity, D]; what stands behind a request's rows may be lost.
+            keys: [layers, R, kv_heads, capacity, D]; `rows_behind` past a request's rows are overwritten.
             values: as keys.
             lengths: [R], rows of context.
             extent: rows of context that are read, at least the longest of `lengths`; `rows_behind` more exist.
@@ -337,21 +318,49 @@ class Backbone(nn.Module):
         Returns:
             [R, n, H].
         """
-        requests, slots = positions.shape
-        index = torch.arange(extent + slots, device=lengths.device)
-        if self._in_one_step is None:
-            seen = index[:extent] < lengths[:, None]
-            mask = torch.cat((seen, seen.new_ones(requests, slots)), dim=1)  # [R, T + n]
+        if self.joined_layers is None:
             context = ContextKV(keys[:, :, :, :extent], values[:, :, :, :extent])
-            return self(block, positions, context, mask[:, None, None].expand(-1, -1, slots, -1))
+            return self._over_context(block, positions, context, lengths)
+        slots = block.shape[1]
+        index = torch.arange(extent + slots, device=lengths.device)
         mask = (index < lengths[:, None] + slots)[:, None, None].expand(-1, -1, slots, -1)
         rows, rotary = lengths[:, None] + index[:slots], self.rotary(positions)
-        hidden, _ = self._in_one_step(block, rotary.cos, rotary.sin, keys, values, rows, {"block": mask})
+        hidden, _ = self.joined_layers(block, rotary.cos, rotary.sin, keys, values, rows, {"block": mask})
         return self.norm(hidden)
 
+    def _over_context(self, block: Tensor, positions: Tensor, context: ContextKV, lengths: Tensor) -> Tensor:
+        """`over_cache` layer by layer."""
+        requests, slots = positions.shape
+        seen = torch.arange(context.keys.shape[3], device=lengths.device) < lengths[:, None]
+        mask = torch.cat((seen, seen.new_ones(requests, slots)), dim=1)  # [R, T + n]
+        return self(block, positions, context, mask[:, None, None].expand(-1, -1, slots, -1))
 
-def rotary_config(config: DraftConfig | SingleLayerConfig) -> Qwen3Config:
-    """What transformers' rotary embedding needs to know of a draft."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sharing_copy(module: Module) -> Module:
+    """Another module with the same parts, which can be exchanged one by one."""
+    copy = module.__new__(type(module))
+    copy.__dict__ = {
+        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
+        for name, value in module.__dict__.items()
+    }
+    return copy
+
+
+def output_rows(linear: Any, choices: Tensor) -> Any:
+    """A linear layer without a bias that gives the chosen outputs [n] only; packed if `linear` is."""
+    weight = linear.weight[choices]
+    if isinstance(linear, PackedLinear):
+        return PackedLinear(weight)
+    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    smaller.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    return smaller.train(linear.training)
+
+
+def rotary_config(config: AnyConfig) -> Qwen3Config:
+    """The configuration of a draft's rotary embedding, in transformers' form."""
     parameters = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return Qwen3Config(
         hidden_size=config.hidden_size,

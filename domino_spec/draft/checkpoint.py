@@ -1,7 +1,7 @@
 """Published checkpoint layouts: config.json and safetensors to a `Draft`, and back unchanged.
 
 Tensor names, dtypes and configuration keys survive a round trip, keys that this package does not know included. Only
-safetensors is read: never a pickle, never code from the checkpoint (DESIGN section 4).
+safetensors is read: never a pickle, never code from the checkpoint (docs/design.md, section 4).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from domino_spec.draft.schema import (
     BlockKeys,
     DFlashKeys,
     names_of,
+    published_layers,
     read_keys,
     read_rope,
     refuse_misplaced,
@@ -81,26 +82,19 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
     if beside.get("draft_vocab_size") == published.get("vocab_size"):  # some files say so of the whole vocabulary
         beside.pop("draft_vocab_size", None)
     keys = read_keys(BlockKeys, {**published, "dflash_config": {**beside, **given}}, where)
-    theta, rope = read_rope(published, where, default_theta=None)
+    rope = read_rope(published, where, default_theta=None)
     try:
         keys.refuse_window(used_if_unsaid=False)
-        return _draft_config(keys, theta, rope, published)
+        return _draft_config(keys, {**keys.shape(), **rope, "published": dict(published)})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _draft_config(
-    keys: BlockKeys, theta: float, rope: dict[str, Any] | None, published: Mapping[str, Any]
-) -> DraftConfig:
+def _draft_config(keys: BlockKeys, shape: dict[str, Any]) -> DraftConfig:
     nested = keys.dflash_config
     config = DraftConfig(
-        hidden_size=keys.hidden_size,
-        intermediate_size=keys.intermediate_size,
+        **shape,
         num_hidden_layers=keys.num_hidden_layers,
-        num_attention_heads=keys.num_attention_heads,
-        num_key_value_heads=keys.kv_heads,
-        head_dim=keys.width,
-        vocab_size=keys.vocab_size,
         num_target_layers=keys.num_target_layers,
         target_layer_ids=_stated(nested, "target_layer_ids"),
         mask_token_id=_stated(nested, "mask_token_id"),
@@ -109,14 +103,9 @@ def _draft_config(
         short_blocks=nested.short_blocks,
         head=_head_config(nested),
         draft_vocab_size=nested.draft_vocab_size,
-        rms_norm_eps=keys.rms_norm_eps,
-        rope_theta=theta,
-        rope_scaling=rope,
-        max_position_embeddings=keys.max_position_embeddings,
         target_fingerprint=nested.target_fingerprint,
-        published=dict(published),
     )
-    return replace(config, last_tap_normed=config.reads_last_layer and _stated_tap(nested) == AFTER_NORM)
+    return replace(config, last_tap_normed=config.last_layer_tap is not None and _stated_tap(nested) == AFTER_NORM)
 
 
 def _head_config(nested: DFlashKeys) -> HeadConfig | None:
@@ -134,7 +123,7 @@ def _head_config(nested: DFlashKeys) -> HeadConfig | None:
 
 
 def _stated(nested: DFlashKeys, name: str) -> Any:
-    """A setting that has no one meaning where it is left out."""
+    """A setting that must be stated, because readers differ in what they assume."""
     value = getattr(nested, name)
     if value is None:
         raise UserError(f"missing key {name!r} of dflash_config; {_MEANING[name]}")
@@ -165,16 +154,16 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
         kept = dict(config.published)
-        if config.reads_last_layer and config.target_fingerprint is not None:  # made here, perhaps before it was said
-            kept["dflash_config"] = {**kept["dflash_config"], "last_layer_tap": last_layer_tap(config)}
+        if config.last_layer_tap and config.target_fingerprint is not None:  # made here, perhaps before it was said
+            kept["dflash_config"] = {**kept["dflash_config"], "last_layer_tap": config.last_layer_tap}
         return kept
     nested: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "shift_label": config.shift_label,
     }
-    if config.reads_last_layer:
-        nested["last_layer_tap"] = last_layer_tap(config)
+    if config.last_layer_tap:
+        nested["last_layer_tap"] = config.last_layer_tap
     if config.short_blocks:
         nested["short_blocks"] = True
     if config.head is not None:
@@ -188,37 +177,18 @@ def published_config(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         nested["draft_vocab_size"] = config.draft_vocab_size
     if config.target_fingerprint is not None:
         nested["target_fingerprint"] = config.target_fingerprint
-    return {
-        "architectures": ["DominoDraftModel" if config.head is not None else "DFlashDraftModel"],
-        "model_type": "qwen3",
-        "attention_bias": False,
+    rest = {
+        **published_layers(config, str(dtype).removeprefix("torch.")),
         "attention_dropout": 0.0,
         "block_size": config.block_size,
         "dflash_config": nested,
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
         "num_target_layers": config.num_target_layers,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
-        "rope_theta": config.rope_theta,
         "sliding_window": None,
-        "tie_word_embeddings": False,
         "use_sliding_window": False,
-        "vocab_size": config.vocab_size,
     }
-
-
-def last_layer_tap(config: DraftConfig) -> str:
-    """How `dflash_config` names the way in which the target's last layer is read."""
-    return AFTER_NORM if config.last_tap_normed else BEFORE_NORM
+    architecture = "DFlashDraftModel" if config.head is None else "DominoDraftModel"
+    return {"architectures": [architecture], "model_type": "qwen3", **dict(sorted(rest.items()))}
 
 
 def draft_tensors(draft: Draft) -> dict[str, Tensor]:
@@ -230,10 +200,9 @@ def draft_tensors(draft: Draft) -> dict[str, Tensor]:
     if draft.packed:
         raise ValueError("a draft packed for decoding cannot be saved; load it with a target that is not packed")
     tensors = {name: p for name, p in draft.backbone.state_dict().items() if not name.startswith("rotary_emb.")}
-    tensors["fc.weight"] = draft.backbone.fc_weight
+    tensors["fc.weight"] = draft.fc_weight
     if draft.head is not None:
-        prefix = _OLD_HEAD_PREFIX if draft.nested_head_names else ""
-        tensors |= {prefix + name: p for name, p in draft.head.state_dict().items()}
+        tensors |= {draft.layout + name: p for name, p in draft.head.state_dict().items()}
     if draft.draft_vocab_ids is not None:
         tensors[_VOCABULARY] = draft.draft_vocab_ids
     return tensors
@@ -264,26 +233,6 @@ def write_checkpoint(
     }
     save_tensors(converted, directory / WEIGHTS_FILE)
     write_json(published, directory / CONFIG_FILE)
-
-
-def check_readers(config: DraftConfig, name: str) -> None:
-    """What other readers of the published layout, who ignore our keys, would make of a draft.
-
-    Raises:
-        UserError: they would draft one slot late.
-    """
-    if config.head is None and config.shift_label:
-        raise UserError(
-            f"{name} has no head and shift_label true: readers of DFlash drafts ignore that key and would draft one "
-            "slot late; train it with shift_label false"
-        )
-    if config.reads_last_layer and not config.last_tap_normed:
-        _log.warning(
-            "%s reads layer %d, the target's last one, before its final norm (last_layer_tap); readers that do not "
-            "know that key read it after the norm, and little of what they draft is accepted",
-            name,
-            config.num_target_layers - 1,
-        )
 
 
 def read_config(directory: Path) -> DraftConfig:
@@ -323,7 +272,7 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
         read_draft(directory, outline=True)  # what does not fit is refused before gigabytes are read
     config = read_config(directory)
     saved = read_weights(directory, outline=outline)
-    nested_head_names = any(name.startswith(_OLD_HEAD_PREFIX) for name in saved)
+    layout = _OLD_HEAD_PREFIX if any(name.startswith(_OLD_HEAD_PREFIX) for name in saved) else ""
     tensors = {name.removeprefix(_OLD_HEAD_PREFIX): tensor for name, tensor in saved.items()}
     if len(tensors) < len(saved):
         raise UserError(f"{directory / WEIGHTS_FILE}: the head is there twice, with {_OLD_HEAD_PREFIX} and without")
@@ -344,7 +293,7 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
     draft.backbone.load_state_dict({n: t for n, t in tensors.items() if n not in head}, strict=False, assign=True)
     if draft.head is not None:
         draft.head.load_state_dict(head, assign=True)
-    draft.nested_head_names = nested_head_names
+    draft.layout = layout
     return draft.requires_grad_(False).eval()
 
 

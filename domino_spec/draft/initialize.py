@@ -1,7 +1,7 @@
 """A new draft for a target: its shape from a recipe, its first weights random, the target's own layers, or a draft's.
 
-A draft that starts from another (`init_from`) goes on from exactly what that one computes: its backbone, its head where
-it has one, its label convention. Where recipe and checkpoint disagree about any of that, nothing starts.
+A draft that starts from another (`init_from`) computes exactly what that one computes: it takes over its backbone, its
+head if it has one, and its label convention. If recipe and checkpoint disagree about any of that, nothing starts.
 """
 
 from __future__ import annotations
@@ -68,31 +68,39 @@ def single_layer_config(recipe: DraftRecipe, target_config: Any) -> SingleLayerC
         UserError: the recipe does not fit the target.
     """
     config = target_config
-    theta, rope = _rope(config)
     return SingleLayerConfig(
-        method=recipe.model,
-        hidden_size=config.hidden_size,
-        intermediate_size=recipe.intermediate_size or config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
+        **_layers_like(config, recipe),
+        kind=recipe.model,
         target_hidden_size=config.hidden_size,
         target_layer_ids=recipe.target_layer_ids or feature_levels(config.num_hidden_layers),
         num_target_layers=config.num_hidden_layers,
         block_size=DEFAULT_STEPS[recipe.model] if recipe.block_size is None else recipe.block_size,
-        draft_vocab_size=recipe.draft_vocab_size,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=rope,
-        max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def _layers_like(config: Any, recipe: DraftRecipe) -> dict[str, Any]:
+    """The fields of a `BaseConfig` for layers as wide as those of a target with this text configuration."""
+    theta, rope = _rope(config)
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": recipe.intermediate_size or config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": recipe.draft_vocab_size,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
     """Base and further RoPE settings of a target, for a draft that attends fully.
 
-    A target whose angles depend on the length of the text, or are of a kind that drafts do not have, gives its base.
+    If the target's angles depend on the length of the text, or are of a kind that drafts do not have, only the base is
+    taken over.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # one set per attention kind (Gemma 3): the draft attends fully
@@ -117,32 +125,21 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
         UserError: the recipe does not fit the target.
     """
     config = target_config
-    theta, rope = _rope(config)
     num_layers = DEFAULT_NUM_LAYERS if recipe.num_layers is None else recipe.num_layers
     return DraftConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=recipe.intermediate_size or config.intermediate_size,
+        **_layers_like(config, recipe),
         num_hidden_layers=num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
         num_target_layers=config.num_hidden_layers,
         target_layer_ids=recipe.target_layer_ids or default_target_layer_ids(config.num_hidden_layers, num_layers),
         mask_token_id=mask_token_id,
         block_size=DEFAULT_BLOCK_SIZE if recipe.block_size is None else recipe.block_size,
         shift_label=recipe.head is not None if recipe.shift_label is None else recipe.shift_label,
         head=None if recipe.head is None else recipe.head.over(HeadConfig()),
-        draft_vocab_size=recipe.draft_vocab_size,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=rope,
-        max_position_embeddings=config.max_position_embeddings,
     )
 
 
 def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
-    """The configuration of a draft that starts from another: that one's, with the recipe's head where it had none.
+    """The configuration of a draft that starts from another: its own, with the recipe's head if it had none.
 
     Raises:
         UserError: the recipe states another value than the checkpoint holds.
@@ -195,7 +192,7 @@ def new_draft(
     Args:
         recipe: of the draft.
         target: that it is for.
-        draft_vocab_ids: [draft_vocab_size] where the recipe states that size.
+        draft_vocab_ids: [draft_vocab_size], if the recipe states that size.
         seed: of random weights.
 
     Raises:
@@ -207,7 +204,7 @@ def new_draft(
     if recipe.init_from is not None:
         return _continued_draft(recipe, target, draft_vocab_ids, seed).bind(target)
     draft = _random_draft(draft_config(recipe, target), draft_vocab_ids, seed)
-    # The LM head reads what the target's last norm gives; starting elsewhere starts at a far larger loss.
+    # The LM head reads what the target's last norm gives; any other start has a far larger loss.
     draft.backbone.norm.weight.data.copy_(_norm_scale(target.final_norm))
     if recipe.init_layers_from_target is not None:
         _copy_layers(draft, target, recipe.init_layers_from_target)
@@ -314,6 +311,6 @@ def _layer_weights(target: Target, layer_id: int) -> dict[str, Tensor]:
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:
-    """What an RMS norm multiplies by: its weight, or that plus one where the weight is an offset (Gemma)."""
+    """The gain of an RMS norm: its weight, or one plus its weight (Gemma)."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     return weight + (norm(torch.ones_like(weight)) - weight).mean().round()

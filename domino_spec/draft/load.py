@@ -1,22 +1,24 @@
-"""Does this draft fit this target? A wrong pairing decodes correctly but accepts nothing, so it is refused.
+"""Drafts of any kind: loaded for a target, checked against it, described and saved.
 
-Shapes are compared always. The target's fingerprint is compared where the draft carries one; published drafts do not,
-which is said once.
+A draft that was made for another target decodes correctly, but nothing that it drafts is accepted, so the pair is
+refused. Shapes are always compared. The target's fingerprint is compared if the draft carries one; published drafts do
+not, and a warning says so.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from domino_spec.draft.checkpoint import CONFIG_FILE, read_draft, read_published, save_draft
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig, feature_levels
+from domino_spec.draft.config import SINGLE_LAYER_KINDS, AnyConfig
 from domino_spec.draft.domino import Draft
-from domino_spec.draft.schema import OWN_SETTINGS, unknown_keys
-from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
+from domino_spec.draft.schema import unknown_keys
+from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer, read_single_layer, save_single_layer
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
@@ -24,75 +26,6 @@ from domino_spec.target.native import can_pack
 from domino_spec.target.outline import outline_target
 
 _log = logging.getLogger(__name__)
-
-
-def shape_mismatch(
-    config: DraftConfig | SingleLayerConfig, hidden_size: int, vocab_size: int, num_layers: int
-) -> str | None:
-    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
-    for what, draft_side, target_side in (
-        (
-            "hidden size",
-            config.target_hidden_size if isinstance(config, SingleLayerConfig) else config.hidden_size,
-            hidden_size,
-        ),
-        ("vocabulary", config.vocab_size, vocab_size),
-        ("number of target layers", config.num_target_layers, num_layers),
-    ):
-        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
-            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
-    if isinstance(config, SingleLayerConfig):
-        try:
-            deepest = max(config.target_layer_ids or feature_levels(num_layers))
-        except UserError as error:
-            return f"the draft reads three levels of the target's layers, but {error}"
-        if deepest >= num_layers:
-            return f"the draft reads layer {deepest}, the target's layers are 0 to {num_layers - 1}"
-        if deepest == num_layers - 1 and config.published and OWN_SETTINGS not in config.published:
-            return (
-                f"the draft reads layer {deepest}, the target's last one, and its config.json does not say whether "
-                "before the final norm or after it"
-            )
-    return None
-
-
-def check_pairing(
-    config: DraftConfig | SingleLayerConfig,
-    draft_name: str,
-    target: Target,
-    allow_other_target: bool = False,
-    how_to_allow: str = "--allow-other-target",
-) -> None:
-    """Refuse a draft that was not made for this target.
-
-    Args:
-        config: of the draft.
-        draft_name: for the message.
-        target: to pair it with.
-        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
-        how_to_allow: the option or setting that does so, for the message.
-
-    Raises:
-        UserError: one sentence that names both sides.
-    """
-    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
-    if mismatch:
-        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
-    if config.target_fingerprint is None:
-        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
-    elif config.target_fingerprint != target.fingerprint:
-        if not allow_other_target:
-            raise UserError(
-                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
-                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
-                f"({how_to_allow}) for a fine-tuned target"
-            )
-        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)
-
-
-# ----------------------------------------------------------------------
-# Drafts of any kind: loaded from the package, a directory or the hub, checked against a target; and written.
-
 
 EMBEDDED_DRAFT = "smollm2-135m-domino"
 AnyDraft = Draft | SingleLayerDraft
@@ -146,8 +79,14 @@ def read_any_draft(directory: Path, *, outline: bool = False) -> AnyDraft:
 
 def save_any_draft(draft: AnyDraft, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a draft in the published layout of its kind; arguments and errors as `checkpoint.save_draft`."""
-    save = save_single_layer if isinstance(draft, SingleLayerDraft) else save_draft
-    save(draft, directory, dtype)  # type: ignore[arg-type]
+    save: Callable[..., None] = save_single_layer if draft.kind in SINGLE_LAYER_KINDS else save_draft
+    save(draft, directory, dtype)
+
+
+def empty_draft(config: AnyConfig, draft_vocab_ids: torch.Tensor | None = None) -> AnyDraft:
+    """A draft of that shape, its weights not yet read or trained; arguments as of `BaseDraft`."""
+    kind: Callable[..., AnyDraft] = SingleLayerDraft if config.kind in SINGLE_LAYER_KINDS else Draft
+    return kind(config, draft_vocab_ids)
 
 
 def load_draft(
@@ -177,8 +116,7 @@ def load_draft(
             name_or_path,
             ", ".join(unknown),
         )
-    own_dtype = target.dtype if isinstance(dtype, str) else dtype
-    draft = draft.to(target.device, own_dtype)
+    draft = draft.to(target.device, target.dtype if isinstance(dtype, str) else dtype)
     check_finite(draft, str(name_or_path))
     draft = draft.bind(target)
     if draft.dtype == torch.float16 and not _sample_logits(draft, target).isfinite().all():
@@ -198,7 +136,7 @@ def check_finite(draft: AnyDraft, name: str) -> None:
     for tensor_name, tensor in (*draft.named_parameters(), *draft.named_buffers()):
         if not tensor.is_floating_point():
             continue
-        least, most = torch.aminmax(tensor)  # NaN wherever there is one
+        least, most = torch.aminmax(tensor)  # NaN if any value is
         if not (least.isfinite() and most.isfinite()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"draft {name}: tensor {tensor_name} holds values that are not finite in {dtype}")
@@ -208,73 +146,58 @@ def check_finite(draft: AnyDraft, name: str) -> None:
 def _sample_logits(draft: AnyDraft, target: Target) -> torch.Tensor:
     """Logits after a few tokens, the first of a text among them: its hidden states are the largest."""
     tokens = (torch.arange(8, device=target.device) % target.vocab_size)[None]
-    positions = torch.arange(16, device=target.device)[None]
-    taps = draft.layers if isinstance(draft, SingleLayerDraft) else draft.config.target_layer_ids
-    features = target.forward(tokens, target.new_cache(1, 8), taps).features
+    features = target.forward(tokens, target.new_cache(1, 8), draft.feature_layers).features
     assert features is not None
-    if isinstance(draft, SingleLayerDraft):
-        fused = draft.fuse(features.to(draft.dtype))
-        pairs, causal = draft.pair(tokens, fused), torch.ones(8, 8, dtype=torch.bool, device=target.device).tril()
-        cached = PairKV(*(part[:, :, :0] for part in draft.keys_values(pairs, positions[:, :8])))
-        return draft.logits(draft(pairs, fused, positions[:, :8], cached, causal[None, None])[0])
-    context = draft.backbone.project_context(draft.read_features(features).to(draft.dtype), positions[:, :8])
-    seen = torch.ones(1, 1, 8, 16, dtype=torch.bool, device=target.device)
-    return draft.base_logits(draft.backbone(draft.block_embeddings(tokens[:, -1], 8), positions[:, 8:], context, seen))
+    return draft.trial_logits(tokens, features)
 
 
-# ----------------------------------------------------------------------
-# What a draft on disk is (method, shape, conventions, parameters per part, size) and whether it fits a target.
+# Does the draft fit the target?
 
 
-@dataclass(frozen=True)
-class DraftDescription:
-    """A draft checkpoint in words and figures."""
-
-    config: DraftConfig | SingleLayerConfig
-    method: str
-    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
-    dtypes: tuple[str, ...]
-    """Types of its parameters as saved."""
-    parameters: dict[str, int]
-    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
-    embed_tokens (where the draft has its own); and total."""
-    file_bytes: int
-    """Size of its safetensors files."""
+def shape_mismatch(config: AnyConfig, hidden_size: int, vocab_size: int, num_layers: int) -> str | None:
+    """The first way in which a draft's shape does not fit a target's, as a phrase naming both sides, or None."""
+    for what, draft_side, target_side in (
+        ("hidden size", config.target_hidden_size, hidden_size),
+        ("vocabulary", config.vocab_size, vocab_size),
+        ("number of target layers", config.num_target_layers, num_layers),
+    ):
+        if draft_side not in (target_side, None):  # None: a published single-layer draft does not say
+            return f"the draft was made for {what} {draft_side}, the target has {target_side}"
+    return config.tap_mismatch(num_layers)
 
 
-def describe_draft(directory: Path) -> DraftDescription:
-    """Read a draft and count it.
+def check_pairing(
+    config: AnyConfig,
+    draft_name: str,
+    target: Target,
+    allow_other_target: bool = False,
+    how_to_allow: str = "--allow-other-target",
+) -> None:
+    """Refuse a draft that was not made for this target.
+
+    Args:
+        config: of the draft.
+        draft_name: for the message.
+        target: to pair it with.
+        allow_other_target: accept a differing fingerprint (a fine-tuned target of the same shape).
+        how_to_allow: the option or setting that does so, for the message.
 
     Raises:
-        UserError: as `checkpoint.read_draft`.
+        UserError: one sentence that names both sides.
     """
-    draft = read_any_draft(directory, outline=True)
-    method, parts = _parts(draft)
-    return DraftDescription(
-        config=draft.config,
-        method=method,
-        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
-        parameters={**parts, "total": sum(parts.values())},
-        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
-    )
-
-
-def _parts(draft: AnyDraft) -> tuple[str, dict[str, int]]:
-    """The draft's method, and how many parameters each of its parts has."""
-    if isinstance(draft, SingleLayerDraft):
-        ends = {"fc": draft.fc.weight.numel(), "lm_head": draft.lm_head.weight.numel()}
-        layer = sum(p.numel() for p in draft.parameters()) - sum(ends.values())  # norms and DART's mask among them
-        parts = {"fc": ends["fc"], "layer": layer, "lm_head": ends["lm_head"]}
-        own = draft.embed_tokens
-        return draft.config.method, parts if own is None else {**parts, "embed_tokens": own.numel()}
-    parts = {"backbone": sum(p.numel() for p in draft.backbone.parameters())}
-    if draft.head is None:
-        return "dflash", parts
-    down, _, up = draft.head.embed_proj
-    parts["gru"] = sum(p.numel() for p in draft.head.prefix_gru.parameters())
-    parts["w1"] = sum(p.numel() for p in down.parameters())
-    parts["w2"] = sum(p.numel() for p in up.parameters())
-    return "domino", parts
+    mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
+    if mismatch:
+        raise UserError(f"draft {draft_name} does not fit target {target.name}: {mismatch}")
+    if config.target_fingerprint is None:
+        _log.warning("draft %s does not say which weights it was trained for; only shapes were checked", draft_name)
+    elif config.target_fingerprint != target.fingerprint:
+        if not allow_other_target:
+            raise UserError(
+                f"draft {draft_name} was trained for a target with fingerprint {config.target_fingerprint}, but "
+                f"{target.name} has {target.fingerprint}; use the matching target, or allow another one "
+                f"({how_to_allow}) for a fine-tuned target"
+            )
+        _log.warning("draft %s was trained for other weights than those of %s", draft_name, target.name)
 
 
 @dataclass(frozen=True)
@@ -286,7 +209,7 @@ class Fit:
     """What was compared and what came out."""
 
 
-def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_name: str) -> Fit:
+def check_fit(config: AnyConfig, draft_name: str, target_name: str) -> Fit:
     """Compare a draft with a target: shapes for any target, the weights' fingerprint for one that is on this machine.
 
     A target on the hub is compared by its configuration alone, without its weights being downloaded or loaded.
@@ -297,15 +220,13 @@ def check_fit(config: DraftConfig | SingleLayerConfig, draft_name: str, target_n
     return fit_of(config, draft_name, outline_target(target_name).target)
 
 
-def fit_of(
-    config: DraftConfig | SingleLayerConfig, draft_name: str, target: Target, allow_other_target: bool = False
-) -> Fit:
+def fit_of(config: AnyConfig, draft_name: str, target: Target, allow_other_target: bool = False) -> Fit:
     """`check_fit` with a target that is outlined or loaded already.
 
     Args:
         config: of the draft.
         draft_name: for the sentence.
-        target: its fingerprint is empty where it is not known.
+        target: its fingerprint is empty if it is not known.
         allow_other_target: other weights of the same shape fit, too (a fine-tuned target).
     """
     mismatch = shape_mismatch(config, target.hidden_size, target.vocab_size, target.num_layers)
@@ -322,3 +243,39 @@ def fit_of(
     except UserError as error:
         return Fit(False, str(error))
     return Fit(True, f"fits {target.name}: same shape, same weights")
+
+
+# What is on disk
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft checkpoint in words and figures."""
+
+    config: AnyConfig
+    method: str
+    """`domino` with a head, `dflash` without; `eagle3` or `dart`."""
+    dtypes: tuple[str, ...]
+    """Types of its parameters as saved."""
+    parameters: dict[str, int]
+    """Parameters of each part: backbone, gru, w1, w2 (the last three only with a head), or fc, layer, lm_head and
+    embed_tokens (if the draft has its own); and total."""
+    file_bytes: int
+    """Size of its safetensors files."""
+
+
+def describe_draft(directory: Path) -> DraftDescription:
+    """Read a draft and count it.
+
+    Raises:
+        UserError: as `checkpoint.read_draft`.
+    """
+    draft = read_any_draft(directory, outline=True)
+    parts = draft.count_parameters()
+    return DraftDescription(
+        config=draft.config,
+        method=draft.kind,
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in draft.parameters()})),
+        parameters={**parts, "total": sum(parts.values())},
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+    )

@@ -1,9 +1,9 @@
 """What the `config.json` of a draft may say: keys that are read, with their types, and keys that are not.
 
-A published configuration belongs to others. What is read of it passes the typed door (`config.parse_settings`). A key
-that changes what a draft computes, and that no draft here can follow, is refused by name unless its value changes
-nothing (`refuse_unsupported`). All other keys are kept and written back; those that are not known to be harmless are
-named once when the draft is loaded (`unknown_keys`).
+A published configuration belongs to others. Keys that are read are checked for their types (`parse_settings`). A key
+that changes what a draft computes, and that is not supported here, is refused by name unless its value changes nothing
+(`refuse_unsupported`). All other keys are kept and written back; those that are not known to be harmless are named once
+when the draft is loaded (`unknown_keys`).
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from domino_spec.draft.config import EXTRA_KEY, AnyConfig
 from domino_spec.settings import Settings, UserError, distinct, found, parse_settings, require, shortened
 
 K = TypeVar("K", bound=Settings)
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
-"""Of one side of a matrix. No draft comes near the limit; far beyond it, sizes are refused before they are used."""
+"""One side of a matrix. No draft comes near the limit, which keeps absurd sizes from being allocated."""
 Rows = Annotated[int, Field(ge=1, le=2**24)]
-"""Of a vocabulary."""
+"""Tokens of a vocabulary."""
 Slots = Annotated[int, Field(ge=1, le=1024)]
-"""Of a block: a draft that long costs more than the target."""
+"""Slots of a block: a draft as long as the limit costs more than the target."""
 LayerId = Annotated[int, Field(ge=0, le=4096)]
 LayerIds = Annotated[tuple[LayerId, ...], Field(min_length=1, max_length=256), AfterValidator(distinct)]
 LayerIdsOrRule = Annotated[
     tuple[LayerId, ...], Field(max_length=256), AfterValidator(lambda ids: distinct(ids) or None)
 ]
-"""An empty list stands for one that is left out: the layers are those of the published rule."""
+"""An empty list means that the key is left out: the layers are those of the published rule."""
 Fingerprint = Annotated[str, Field(min_length=1, max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 
-OWN_SETTINGS = "domino_spec"
-"""Where EAGLE-3 and DART drafts made here hold what their layouts have no key for."""
 BEFORE_NORM, AFTER_NORM = "before_norm", "after_norm"
 """Values of `last_layer_tap`: the output of the target's last layer as it is, or after the target's final norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKeys(Settings):
-    """Of the draft's decoder layers."""
+    """Keys of the draft's decoder layers."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -77,7 +76,7 @@ class LayerKeys(Settings):
         )
 
     def refuse_window(self, used_if_unsaid: bool) -> None:
-        """Raise `UserError` where attention would be cut to a window.
+        """Raise `UserError` if attention would be limited to a window.
 
         Args:
             used_if_unsaid: whether a window without `use_sliding_window` is used (Llama, Mistral) or not (Qwen3).
@@ -87,14 +86,22 @@ class LayerKeys(Settings):
         require(window is None, f"sliding_window: expected null, found {window}; a draft attends to its whole context")
 
     @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
     def width(self) -> int:
-        """Of one head."""
+        """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def shape(self) -> dict[str, Any]:
+        """The fields of a `BaseConfig` that these keys give."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
+            "head_dim": self.width,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+        }
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class DFlashKeys(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockKeys(LayerKeys):
-    """Of a DFlash or Domino draft."""
+    """Keys of a DFlash or Domino draft."""
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
     num_target_layers: Annotated[int, Field(ge=1, le=4096)]
@@ -132,7 +139,7 @@ class EagleKeys(Settings):
 
 
 @dataclass(frozen=True)
-class OwnKeys(Settings):
+class ExtraKeys(Settings):
     """The object `domino_spec` of EAGLE-3 and DART drafts made here."""
 
     target_layer_ids: LayerIds | None = None
@@ -143,7 +150,7 @@ class OwnKeys(Settings):
 
 @dataclass(frozen=True)
 class PairKeys(Settings):
-    """Of an EAGLE-3 or DART draft, beside those of its layer."""
+    """Keys of an EAGLE-3 or DART draft, beside those of its layer."""
 
     draft_vocab_size: Rows | None = None
     draft_length: Slots | None = None
@@ -151,13 +158,13 @@ class PairKeys(Settings):
     target_layer_ids: LayerIds | None = None
     eagle_aux_hidden_state_layer_ids: LayerIdsOrRule | None = None
     eagle_config: EagleKeys = EagleKeys()
-    domino_spec: OwnKeys = OwnKeys()
+    domino_spec: ExtraKeys = ExtraKeys()
 
 
 ROPE_NAMES = ("rope_parameters", "rope_scaling")
-_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, OWN_SETTINGS: OwnKeys}
+_NESTED: dict[str, type[Settings]] = {"dflash_config": DFlashKeys, "eagle_config": EagleKeys, EXTRA_KEY: ExtraKeys}
 NESTED_LAYER = "transformer_layer_config"
-"""Where speculators keep the configuration of the layer; others have its keys at the top."""
+"""Under this key, speculators keep the configuration of the layer; others have its keys at the top."""
 
 
 def names_of(*classes: type[Settings]) -> set[str]:
@@ -184,10 +191,36 @@ def _known(cls: Any, published: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+def published_layers(config: AnyConfig, dtype: str) -> dict[str, Any]:
+    """What the `config.json` of a draft trained here says of its layers, in the keys of transformers' Llama or Qwen3.
+
+    Args:
+        config: of the draft.
+        dtype: of its tensors.
+    """
+    return {
+        "attention_bias": False,
+        "dtype": dtype,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def refuse_misplaced(
     misplaced: Mapping[str, Any], right: Mapping[str, Any], names: Iterable[str], where: str, belongs: str
 ) -> None:
-    """Refuse keys in an object where nobody reads them, unless they say what is read.
+    """Refuse keys that stand in the wrong object, where they are not read, unless they repeat the right value.
 
     Args:
         misplaced: the object.
@@ -322,15 +355,13 @@ class _RopeFile(Settings):
     rope_scaling: RopeKeys | None = None
 
 
-def read_rope(
-    published: Mapping[str, Any], where: str, default_theta: float | None
-) -> tuple[float, dict[str, Any] | None]:
-    """Base of RoPE and, where it is scaled, its settings beyond that.
+def read_rope(published: Mapping[str, Any], where: str, default_theta: float | None) -> dict[str, Any]:
+    """The RoPE of a draft as the fields `rope_theta` and `rope_scaling` of a `BaseConfig`.
 
     Args:
         published: the configuration, its top-level `rope_theta` already checked.
         where: for messages.
-        default_theta: what the layout means where it says nothing; None where it must say it.
+        default_theta: of the layout, if the file does not say it; None if it must.
 
     Raises:
         UserError: a setting is missing, wrong or contradicts another, or the kind is not supported.
@@ -350,11 +381,11 @@ def read_rope(
     theta = default_theta if theta is None else theta
     if theta is None:
         raise UserError(f"{where}: missing key 'rope_theta', the base of the draft's rotary embeddings; add it")
-    return float(theta), scalings[0] if scalings else None
+    return {"rope_theta": float(theta), "rope_scaling": scalings[0] if scalings else None}
 
 
 def _rope_keys(value: Any, name: str, where: str) -> RopeKeys | None:
-    """What `rope_parameters` or `rope_scaling` says of full attention; None where all of it is null or left out."""
+    """What `rope_parameters` or `rope_scaling` says of full attention; None if all of it is null or left out."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -443,8 +474,8 @@ _OF_EXPERTS = frozenset(
         *("scoring_func", "routed_scaling_factor", "output_router_logits", "router_aux_loss_coef"),
     }
 )
-"""Left over from a target with experts. They say nothing of a layer that has none: families with experts are refused by
-`model_type`, and tensors of experts are refused as unexpected."""
+"""Keys left over from a target with experts, without effect on a layer that has none. Drafts with experts are refused
+by `model_type`, and their tensors as unexpected."""
 _HARMLESS = frozenset(
     {
         *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
@@ -483,13 +514,13 @@ def refuse_unsupported(published: Mapping[str, Any], where: str, *, block: bool)
 
 
 def unknown_keys(published: Mapping[str, Any]) -> list[str]:
-    """Keys that are neither read, refused where they matter, nor known to be harmless."""
+    """Keys that are neither read nor refused nor known to be harmless."""
     of_layer = names_of(LayerKeys) | set(ROPE_NAMES)
     if isinstance(published.get("dflash_config"), Mapping):
         objects = {"": names_of(BlockKeys, DFlashKeys) | of_layer, "dflash_config": names_of(BlockKeys, DFlashKeys)}
     else:
         objects = {"": names_of(PairKeys) | of_layer | {NESTED_LAYER}, NESTED_LAYER: of_layer}
-        objects |= {"eagle_config": names_of(EagleKeys), OWN_SETTINGS: names_of(OwnKeys)}
+        objects |= {"eagle_config": names_of(EagleKeys), EXTRA_KEY: names_of(ExtraKeys)}
     harmless = {*_NEUTRAL, *_BLOCK_NEUTRAL, *_PAIR_NEUTRAL, *_HARMLESS, *PreTrainedConfig().to_dict()}
     unknown = []
     for place, names in objects.items():

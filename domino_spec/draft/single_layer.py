@@ -26,16 +26,19 @@ from domino_spec.draft.backbone import (
     Rotary,
     RotaryEmbedding,
     grouped_attention,
+    output_rows,
     rotary_config,
     rotate,
 )
 from domino_spec.draft.config import SingleLayerConfig, feature_levels
-from domino_spec.draft.domino import TargetEnds
+from domino_spec.draft.domino import BaseDraft
 from domino_spec.ops.native import steps as cpu
 from domino_spec.settings import UserError
 from domino_spec.target.native import FusedProjection, NotFusible, PackedLinear, fuse, pack_linears
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from domino_spec.target.model import Target
 
 
@@ -48,13 +51,13 @@ class PairKV(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a checkpoint file names and types what this class holds otherwise, so that saving keeps it."""
+    """How a checkpoint file names and types tensors that this class holds otherwise, so that saving keeps it."""
 
     layer: str = "midlayer"
     """What the layer's tensors are called: `midlayer`, or `layers.0`."""
     d2t: torch.dtype = torch.int64
     t2d: torch.dtype | None = torch.bool
-    """None where the file does without."""
+    """None if the file has none."""
 
 
 class PairAttention(nn.Module):
@@ -105,7 +108,7 @@ class FusedPairAttention(nn.Module):
         super().__init__()
         self.joined = FusedProjection(attention)
         self.o_proj = PackedLinear(attention.o_proj.weight)
-        # Most of a prompt's pairs are only looked at: their queries would be for nobody.
+        # Of most of a prompt's pairs only keys and values are needed.
         self.context = PackedLinear(torch.cat((attention.k_proj.weight, attention.v_proj.weight)))
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
 
@@ -122,7 +125,7 @@ class FusedPairAttention(nn.Module):
         return query, PairKV(key, value)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """As `PairAttention.attend`; every pair sees something."""
+        """As `PairAttention.attend`; every pair must attend to something."""
         out = cpu.attend(query.transpose(1, 2), keys, values, mask, self.head_dim**-0.5)
         return self.o_proj(out.flatten(2))
 
@@ -148,51 +151,41 @@ class PairLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class SingleLayerDraft(nn.Module):
+class SingleLayerDraft(BaseDraft):
     """An EAGLE-3 or DART draft.
 
     Args:
         config: its shape.
-        draft_vocab_ids: [draft_vocab_size], absolute token ids that it can propose, all different, in any order (that
-            of the LM head's rows); required exactly where the configuration has a draft vocabulary. Checkpoints hold
-            it as the offsets `d2t`.
+        draft_vocab_ids: as in `BaseDraft`, in the order of the LM head's rows. Checkpoints hold it as the offsets
+            `d2t`.
     """
 
-    draft_vocab_ids: Tensor | None
+    config: SingleLayerConfig
+    borrows_lm_head = False
     head: None = None
     """No Domino head: the logits are final."""
+    embed_tokens: Tensor | None
+    """[V, H], an embedding of the checkpoint's own; None uses the target's."""
 
     def __init__(self, config: SingleLayerConfig, draft_vocab_ids: Tensor | None = None) -> None:
-        super().__init__()
-        if (draft_vocab_ids is None) != (config.draft_vocab_size is None):
-            raise ValueError("draft_vocab_ids must be given exactly when draft_vocab_size is set")
-        self.config = config
+        super().__init__(config, draft_vocab_ids)
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
         self.midlayer = PairLayer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.logits_size, bias=False)
         # DART's masked position: what stands for its normed pair; the first half is its residual as well.
-        self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.method == "dart" else None
+        self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.kind == "dart" else None
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
-        self.register_buffer("draft_vocab_ids", draft_vocab_ids)
-        self.feature_scale: Tensor | None
-        self.register_buffer("feature_scale", None, persistent=False)
-        self.packed = False
-        self.embed_tokens: Tensor | None
-        """[V, H], an embedding of the checkpoint's own; None uses the target's."""
         self.register_buffer("embed_tokens", None, persistent=False)
         self.layout = TensorLayout()
-        self.custom_generate: Callable[..., Tensor] | None = None
-        """What `model.generate(custom_generate=...)` of transformers takes; set by `domino_spec.load_draft`."""
         self.stop_token_ids: frozenset[int] = frozenset()
         """Of the target: DART's search puts what ends an answer last."""
-        self._ends: list[TargetEnds] = []
 
-    def bind(self, target: Target) -> SingleLayerDraft:
-        """Borrow the embedding of `target`, and learn its depth where the checkpoint does not say; returns self.
+    def bind(self, target: Target) -> Self:
+        """As of any draft; learns the target's depth if the checkpoint does not say it. The LM head only teaches.
 
         Raises:
-            UserError: without an embedding of its own, a draft must be as wide as the target.
+            UserError: as of any draft; or it is not as wide as the target, and has no embedding of its own.
         """
         config = self.config
         if self.embed_tokens is None and config.hidden_size != target.hidden_size:
@@ -202,59 +195,33 @@ class SingleLayerDraft(nn.Module):
             )
         layers = config.target_layer_ids or feature_levels(target.num_layers)
         self.config = replace(config, target_layer_ids=layers, num_target_layers=target.num_layers)
-        weight = target.lm_head_weight
-        if self.draft_vocab_ids is not None:
-            weight = weight[self.draft_vocab_ids.to(weight.device)]
         self.stop_token_ids = target.stop_token_ids
-        self._ends = [TargetEnds(target.embedding, weight, target.final_norm)]
-        return self
+        return super().bind(target)
 
     @property
-    def ends(self) -> TargetEnds:
-        """What is borrowed from the target; its LM head only teaches, the draft has its own. `bind` comes first."""
-        assert self._ends, "the draft is not bound to a target"
-        return self._ends[0]
-
-    @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """Where the draft's parameters are."""
         return self.norm.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """Type of the draft's parameters."""
         return self.norm.weight.dtype
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Decoder layers of the target that it reads; `bind` comes first."""
-        assert self.config.target_layer_ids is not None, "the draft is not bound to a target"
-        return self.config.target_layer_ids
+    def lm_head_weight(self) -> Tensor:
+        """[V, H]."""
+        return self.lm_head.weight
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [...] to embeddings [..., H], in the draft's dtype."""
         if self.embed_tokens is not None:
             return F.embedding(token_ids, self.embed_tokens).to(self.dtype)
-        return self.ends.embedding(token_ids).to(self.dtype)
-
-    def to_token_ids(self, choices: Tensor) -> Tensor:
-        """Indices into the logits to absolute token ids, same shape."""
-        return choices if self.draft_vocab_ids is None else self.draft_vocab_ids[choices]
-
-    def to_choices(self, token_ids: Tensor) -> Tensor:
-        """Absolute token ids to indices into the logits, same shape; -1 for tokens the draft cannot propose."""
-        if self.draft_vocab_ids is None:
-            return token_ids
-        order = self.draft_vocab_ids.argsort()
-        place = torch.searchsorted(self.draft_vocab_ids, token_ids, sorter=order).clamp(max=len(order) - 1)
-        index = order[place]
-        return torch.where(self.draft_vocab_ids[index] == token_ids, index, -1)
+        return super().embed(token_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's hidden states [..., 3 * target H] to one feature [..., H]; never applied to own outputs."""
-        if self.feature_scale is not None:
-            features = features * self.feature_scale
-        return self.fc(features)
+        return self.fc(self.read_features(features))
 
     def rotary(self, positions: Tensor) -> Rotary:
         """RoPE factors in float32 for `positions` [R, n]; a pair stands at its feature's position."""
@@ -279,7 +246,7 @@ class SingleLayerDraft(nn.Module):
             residual: [R, n, H], the pairs' features before their norm.
             positions: [R, n].
             cached: keys and values of T earlier pairs, [R, kv_heads, T, D].
-            mask: [R, 1, n, T + n], True where a pair may look: cached ones first, then the new ones; or the attention.
+            mask: [R, 1, n, T + n], True where a pair may attend: cached ones first, then new ones; or the attention.
 
         Returns:
             The layer's output [R, n, H], before the final norm: what EAGLE-3 takes for the next feature, and what
@@ -298,12 +265,12 @@ class SingleLayerDraft(nn.Module):
     def extend(
         self, pairs: Tensor, residual: Tensor, positions: Tensor, write: Callable[[PairKV], PairKV], mask: Tensor
     ) -> Tensor:
-        """`forward` where the caller keeps keys and values, so that no pass copies them.
+        """`forward` for a caller that stores keys and values itself, so that no pass copies them.
 
         Args:
             pairs: as in `forward`, and so are `residual` and `positions`.
             write: stores the keys and values of the new pairs, and returns all that attention reads, m of them.
-            mask: [R, 1, n, m], True where a pair may look.
+            mask: [R, 1, n, m], True where a pair may attend.
 
         Returns:
             The layer's output [R, n, H].
@@ -325,7 +292,7 @@ class SingleLayerDraft(nn.Module):
         DART's released code norms twice, and released weights must meet the same.
         """
         hidden = self.norm(out)
-        return self.norm(hidden) if self.config.method == "dart" else hidden
+        return self.norm(hidden) if self.config.kind == "dart" else hidden
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """`final_hidden`'s [..., H] to logits [..., V or draft vocabulary]."""
@@ -335,20 +302,7 @@ class SingleLayerDraft(nn.Module):
         """The layer's output [..., H] to logits [..., V or draft vocabulary]."""
         return self.base_logits(self.final_hidden(out))
 
-    @torch.no_grad()
-    def scale_features(self, scale: Tensor, trained: bool = False) -> None:
-        """Train `fc` on features times `scale` [F]; `fc` comes from a checkpoint where `trained` (as in `Backbone`)."""
-        if trained:
-            scale = torch.exp2(scale.log2().round())
-            self.fc.weight /= scale
-        self.feature_scale = scale
-
-    @property
-    def fc_weight(self) -> Tensor:
-        """`fc.weight` for features as they are, [H, F]: what checkpoints hold."""
-        return self.fc.weight if self.feature_scale is None else self.fc.weight * self.feature_scale
-
-    def pack(self) -> SingleLayerDraft:
+    def pack(self) -> Self:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined; the draft can no longer be
         saved. Returns self."""
         attention = self.midlayer.self_attn
@@ -360,3 +314,23 @@ class SingleLayerDraft(nn.Module):
         pack_linears(self)
         self.packed = True
         return self
+
+    def trial_logits(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Logits [1, n, V] after tokens [1, n] with features [1, n, F], to see whether they are finite."""
+        count = tokens.shape[1]
+        positions = torch.arange(count, device=tokens.device)[None]
+        fused = self.fuse(features.to(self.dtype))
+        pairs = self.pair(tokens, fused)
+        causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
+        cached = PairKV(*(part[:, :, :0] for part in self.keys_values(pairs, positions)))
+        return self.logits(self(pairs, fused, positions, cached, causal[None, None])[0])
+
+    def keep_outputs(self, choices: Tensor) -> None:
+        """Keep some outputs of the LM head [n], in one of its own; `bind` comes next."""
+        self.lm_head = output_rows(self.lm_head, choices)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters of fc, layer (the norms and DART's mask included), lm_head, and embed_tokens if it has one."""
+        parts = {"fc": self.fc.weight.numel(), "layer": 0, "lm_head": self.lm_head.weight.numel()}
+        parts["layer"] = sum(p.numel() for p in self.parameters()) - sum(parts.values())
+        return parts if self.embed_tokens is None else {**parts, "embed_tokens": self.embed_tokens.numel()}

@@ -28,14 +28,14 @@ from domino_spec.draft.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from domino_spec.draft.config import FEATURE_LEVELS, SingleLayerConfig
+from domino_spec.draft.config import EXTRA_KEY, FEATURE_LEVELS, SingleLayerConfig
 from domino_spec.draft.schema import (
     NESTED_LAYER,
-    OWN_SETTINGS,
     ROPE_NAMES,
     LayerKeys,
     PairKeys,
     names_of,
+    published_layers,
     read_keys,
     read_rope,
     refuse_misplaced,
@@ -46,7 +46,7 @@ from domino_spec.settings import UserError, found, require
 
 ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "dart": "LlamaForCausalLMDart"}
 PUBLISHED_STEPS = 7
-"""Steps of EAGLE-3's training-time test, where a checkpoint does not say."""
+"""Steps of EAGLE-3's training-time test, if a checkpoint does not say."""
 _LAYER, _EMBEDDING, _D2T, _T2D, _MASK = "midlayer", "embed_tokens.weight", "d2t", "t2d", "mask_rep"
 _DEEPSPEC = (
     "an EAGLE-3 draft of DeepSpec's kind (five layers of the target, norms of queries and keys), which is another "
@@ -71,8 +71,8 @@ def is_single_layer(published: Mapping[str, Any]) -> bool:
 def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -> SingleLayerConfig:
     """Our settings from a published configuration.
 
-    Where it leaves out `head_dim`, hidden size over heads is assumed, and `read_single_layer` asks the tensors. A base
-    of RoPE that is left out is Llama's, 10,000, as for the other readers of these layouts.
+    If `head_dim` is left out, hidden size over heads is assumed, and `read_single_layer` compares the tensors. If the
+    base of RoPE is left out, it is Llama's, 10,000, as for the other readers of these layouts.
 
     Raises:
         UserError: a key is missing, wrong, contradicts another, or asks for something unsupported.
@@ -88,7 +88,7 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         refuse_misplaced(layer, published, names_of(PairKeys), of_layer, f"beside {NESTED_LAYER}")
     refuse_unsupported(published, where, block=False)
     shape, keys = read_keys(LayerKeys, layer, of_layer), read_keys(PairKeys, published, where)
-    own, (theta, rope) = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
+    extra, rope = keys.domino_spec, read_rope(layer, of_layer, default_theta=10000.0)
     try:
         shape.refuse_window(used_if_unsaid=True)
         require(
@@ -98,23 +98,15 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
         taps = _target_layer_ids(keys)
         require(len(taps or ()) <= FEATURE_LEVELS, f"this is {_DEEPSPEC}")
         return SingleLayerConfig(
-            method="eagle3" if keys.draft_length is None else "dart",
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.width,
-            vocab_size=shape.vocab_size,
+            kind="eagle3" if keys.draft_length is None else "dart",
+            **shape.shape(),
+            **rope,
             target_hidden_size=keys.target_hidden_size or shape.hidden_size,
             target_layer_ids=taps,
-            num_target_layers=own.num_target_layers,
-            block_size=(own.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
+            num_target_layers=extra.num_target_layers,
+            block_size=(extra.ttt_length or PUBLISHED_STEPS) if keys.draft_length is None else keys.draft_length + 1,
             draft_vocab_size=keys.draft_vocab_size,
-            rms_norm_eps=shape.rms_norm_eps,
-            rope_theta=theta,
-            rope_scaling=rope,
-            max_position_embeddings=shape.max_position_embeddings,
-            target_fingerprint=own.target_fingerprint,
+            target_fingerprint=extra.target_fingerprint,
             published=dict(published),
         )
     except UserError as error:
@@ -122,14 +114,14 @@ def parse_single_layer(published: Mapping[str, Any], where: str = CONFIG_FILE) -
 
 
 def _target_layer_ids(keys: PairKeys) -> tuple[int, ...] | None:
-    """Layers whose outputs are read, by whichever convention the file names them; None where it does not.
+    """Layers whose outputs are read, by whichever convention the file names them; None if it does not.
 
     Raises:
         UserError: two keys name different layers.
     """
     inputs = keys.eagle_aux_hidden_state_layer_ids
     stated = {
-        f"{OWN_SETTINGS}.target_layer_ids": keys.domino_spec.target_layer_ids,
+        f"{EXTRA_KEY}.target_layer_ids": keys.domino_spec.target_layer_ids,
         "target_layer_ids": keys.target_layer_ids,
         # As SGLang reads it: layers whose outputs are read.
         "eagle_config.eagle_aux_hidden_state_layer_ids": keys.eagle_config.eagle_aux_hidden_state_layer_ids,
@@ -147,43 +139,28 @@ def published_single_layer(config: SingleLayerConfig, dtype: torch.dtype) -> dic
     """The configuration file of a draft: as it was read, or in the published layout for one trained here."""
     if config.published:
         kept = dict(config.published)
-        if OWN_SETTINGS in kept and config.target_hidden_size == config.hidden_size:
+        if EXTRA_KEY in kept and config.target_hidden_size == config.hidden_size:
             kept.pop("target_hidden_size", None)  # the first drafts made here had it
         return kept
     assert config.target_layer_ids is not None
-    own: dict[str, Any] = {
+    extra: dict[str, Any] = {
         "num_target_layers": config.num_target_layers,
         "target_layer_ids": list(config.target_layer_ids),
         "target_fingerprint": config.target_fingerprint,
     }
-    extra = {"draft_length": config.num_masks} if config.method == "dart" else {}
-    if config.method == "eagle3":
-        own["ttt_length"] = config.block_size
+    rest = {
+        **published_layers(config, str(dtype).removeprefix("torch.")),
+        "draft_vocab_size": config.logits_size,
+    }
+    if config.kind == "dart":
+        rest["draft_length"] = config.num_masks
+    else:
+        extra["ttt_length"] = config.block_size
     if config.target_hidden_size != config.hidden_size:
         # The released EAGLE takes this key for a sign that the draft has an embedding of its own, and reads none.
-        extra["target_hidden_size"] = config.target_hidden_size
-    return {
-        "architectures": [ARCHITECTURES[config.method]],
-        "model_type": "llama",
-        "attention_bias": False,
-        "draft_vocab_size": config.logits_size,
-        **extra,
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": False,
-        "vocab_size": config.vocab_size,
-        OWN_SETTINGS: own,
-    }
+        rest["target_hidden_size"] = config.target_hidden_size
+    architecture = ARCHITECTURES[config.kind]
+    return {"architectures": [architecture], "model_type": "llama", **dict(sorted(rest.items())), EXTRA_KEY: extra}
 
 
 def single_layer_tensors(draft: SingleLayerDraft) -> dict[str, Tensor]:
@@ -273,12 +250,12 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
     check_tensors(tensors if embedding is None else tensors | {_EMBEDDING: embedding}, expected, where)
     with torch.device("meta") if outline else nullcontext():
         draft = SingleLayerDraft(config, vocabulary)
-    own_names = {
+    by_name = {
         f"{_LAYER}.{n.removeprefix(layer + '.')}" if n.startswith(layer + ".") else n: t for n, t in tensors.items()
     }
     if draft.mask_rep is not None:
-        own_names[_MASK] = own_names.pop(f"{_LAYER}.{_MASK}")
-    draft.load_state_dict(own_names, strict=False, assign=True)
+        by_name[_MASK] = by_name.pop(f"{_LAYER}.{_MASK}")
+    draft.load_state_dict(by_name, strict=False, assign=True)
     draft.embed_tokens, draft.layout = embedding, layout
     return draft.requires_grad_(False).eval()
 
@@ -286,7 +263,7 @@ def read_single_layer(directory: Path, *, outline: bool = False) -> SingleLayerD
 def _with_head_dim(
     config: SingleLayerConfig, queries: Tensor | None, published: Mapping[str, Any], where: Path
 ) -> SingleLayerConfig:
-    """The width of heads that the tensors have, which must be the stated one where one is stated."""
+    """`config` with the width of heads that the tensors have, which must be the stated one if one is stated."""
     heads = config.num_attention_heads
     if queries is None or queries.shape[0] == heads * config.head_dim:
         return config

@@ -16,18 +16,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from domino_spec.draft.backbone import sharing_copy
 from domino_spec.draft.load import AnyDraft
-from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.files import atomic_path, read_json
 from domino_spec.settings import Settings, UserError, parse_settings
 from domino_spec.target.model import Target
-from domino_spec.target.native import PackedLinear
 
 
 def count_tokens(texts: Iterable[Iterable[int]]) -> Counter[int]:
@@ -39,7 +38,7 @@ def count_tokens(texts: Iterable[Iterable[int]]) -> Counter[int]:
 
 
 def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int | None = None) -> list[int]:
-    """Absolute token ids, the most frequent first, the lower id first where two are equally frequent.
+    """Absolute token ids, the most frequent first, the lower id first if two are equally frequent.
 
     Args:
         counts: of `count_tokens`.
@@ -59,8 +58,8 @@ def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int
 def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -> list[int]:
     """The `size` first of `ranked`, with the tokens of `always` forced in.
 
-    A required token stands once: in its own place, or, where that is too far behind, at the end, which costs the last
-    of the others. (The published script appends its stop token even where it is in already.)
+    A required token occurs once: in its own place, or, if that is too far behind, at the end, which costs the last of
+    the others. (The published script appends its stop token even if it is there already.)
 
     Raises:
         UserError: more tokens are required than `size`.
@@ -84,7 +83,7 @@ def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -
 
 
 def fill_up(token_ids: Collection[int], size: int) -> list[int]:
-    """`token_ids` and, where they are fewer than `size`, the lowest unused ids; ascending."""
+    """`token_ids` and, if they are fewer than `size`, the lowest unused ids; ascending."""
     chosen = set(token_ids)
     filler = 0
     while len(chosen) < size:
@@ -106,7 +105,7 @@ class FrequentTokens(Settings):
     vocab_size: int
     """V of the target."""
     tokenizer: str | None
-    """Fingerprint of the tokenizer; None where the target has none."""
+    """Fingerprint of the tokenizer; None if the target has none."""
     target_fingerprint: str
     """The target that the counted texts were made for; another one with the same tokenizer may use them too."""
     source: str
@@ -214,7 +213,7 @@ def check_tokenizer(counted: str, vocab_size: int, tokenizer: str | None, target
     Args:
         counted: what they are, for the message.
         vocab_size: V that they were counted for.
-        tokenizer: fingerprint of theirs, None where it is not known.
+        tokenizer: fingerprint of theirs, None if it is not known.
         target: to be used with.
 
     Raises:
@@ -225,10 +224,10 @@ def check_tokenizer(counted: str, vocab_size: int, tokenizer: str | None, target
             f"{counted} was counted for a vocabulary of {vocab_size}, that of {target.name} has "
             f"{target.vocab_size}: build one for this target"
         )
-    own = tokenizer_fingerprint(target.tokenizer)
-    if None not in (own, tokenizer) and own != tokenizer:
+    theirs = tokenizer_fingerprint(target.tokenizer)
+    if None not in (theirs, tokenizer) and theirs != tokenizer:
         raise UserError(
-            f"{counted} was counted with tokenizer {tokenizer}, that of {target.name} is {own}: "
+            f"{counted} was counted with tokenizer {tokenizer}, that of {target.name} is {theirs}: "
             "build one for this target"
         )
 
@@ -261,7 +260,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
         target: what the new draft is bound to.
 
     Returns:
-        A bound draft with `draft_vocab_ids` ascending; `draft` itself where nothing is left out.
+        A bound draft with `draft_vocab_ids` ascending; `draft` itself if nothing is left out.
 
     Raises:
         UserError: ids outside the vocabulary, or none of them is one that `draft` can propose.
@@ -275,51 +274,18 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
         raise UserError("this draft can propose none of the tokens of the draft vocabulary asked for")
     if len(choices) == draft.config.logits_size:
         return draft
-    fewer = _sharing_copy(draft)
+    fewer = sharing_copy(draft)
     fewer.draft_vocab_ids = draft.to_token_ids(choices)
     fewer.config = replace(
         draft.config, draft_vocab_size=len(choices), published=_published(draft.config.published, len(choices))
     )
     fewer.custom_generate = None  # it would go on with the other draft
-    if isinstance(fewer, SingleLayerDraft):
-        fewer.lm_head = _rows(fewer.lm_head, choices)
-        return fewer.bind(target)
-    if fewer.head is not None:
-        down, activation, up = fewer.head.embed_proj
-        fewer.head = _sharing_copy(fewer.head)
-        fewer.head.embed_proj = nn.Sequential(down, activation, _rows(up, choices))
-    fewer.bind(target)
-    if draft.packed:
-        fewer._packed_lm_head = PackedLinear(fewer.ends.lm_head.to(draft.dtype))
-    return fewer
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def _sharing_copy(module: Module) -> Module:
-    """Another module with the same parts, which can be exchanged one by one."""
-    copy = module.__new__(type(module))
-    copy.__dict__ = {
-        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
-        for name, value in module.__dict__.items()
-    }
-    return copy
-
-
-def _rows(linear: Any, choices: Tensor) -> Any:
-    """The chosen outputs of a linear layer without a bias, packed where it is."""
-    packed = isinstance(linear, PackedLinear)
-    weight = linear.weight[choices]
-    if packed:
-        return PackedLinear(weight)
-    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    smaller.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    return smaller.train(linear.training)
+    fewer.keep_outputs(choices)
+    return fewer.bind(target)
 
 
 def _published(published: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A published configuration that tells of the draft vocabulary, where it has been read from a file."""
+    """A published configuration with the size of the draft vocabulary; empty if none was read from a file."""
     changed = dict(published)
     if isinstance(nested := changed.get("dflash_config"), Mapping):
         changed["dflash_config"] = {**nested, "draft_vocab_size": size}

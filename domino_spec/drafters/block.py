@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Proposal, State, Verdict
-from domino_spec.decoding.rows import RowCache
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
 from domino_spec.ops.rollout import head_rollout, head_tree
 from domino_spec.ops.trees import best_first_tree
 from domino_spec.settings import UserError
+from domino_spec.target.cache import RowCache
 
 BUILDERS = ("depth", "best-first", "quota")
 """Orders in which trees grow (`ops/`)."""

@@ -87,14 +87,14 @@ class DartDrafter:
         stop_token_ids: Iterable[int] = (),
         round_context: bool = False,
     ) -> None:
-        if draft.config.method != "dart":
-            raise UserError(f"method dart needs a DART draft; this one is made for {draft.config.method}")
+        if draft.kind != "dart":
+            raise UserError(f"method dart needs a DART draft; this one is made for {draft.kind}")
         if min(total, top, beam) < 1:
             raise ValueError(f"a tree needs a total, a top and a beam of at least 1, got {total}, {top} and {beam}")
         self.draft, self.ngrams, self.beam, self.round_context = draft, ngrams, beam, round_context
         self.top = min(top, draft.config.logits_size)
         self.stop_token_ids = np.array(sorted(stop_token_ids), dtype=np.int64)
-        self.feature_layers = draft.layers
+        self.feature_layers = draft.feature_layers
         scored = level = self.top
         for _ in range(draft.config.num_masks):
             level = min(beam, level) * self.top

@@ -61,8 +61,8 @@ class Eagle3Drafter:
         top_k: int = TOP_K,
         prune: bool | None = None,
     ) -> None:
-        if draft.config.method != "eagle3":
-            raise UserError(f"method eagle3 needs an EAGLE-3 draft; this one is made for {draft.config.method}")
+        if draft.kind != "eagle3":
+            raise UserError(f"method eagle3 needs an EAGLE-3 draft; this one is made for {draft.kind}")
         if total < 2 or depth < 0 or top_k < 1:
             raise ValueError(
                 f"a tree needs a total of at least 2, a depth of at least 0 and a top_k of at least 1, got {total}, "
@@ -71,7 +71,7 @@ class Eagle3Drafter:
         self.draft, self.depth = draft, depth
         self.top_k = min(top_k, draft.config.logits_size)
         self.prune = draft.device.type == "cpu" if prune is None else prune
-        self.feature_layers = draft.layers
+        self.feature_layers = draft.feature_layers
         self.max_drafts = min(total - 1, self.top_k + depth * self.top_k**2)
 
     def allocate(self, requests: int, capacity: int) -> PairCache:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict
-from domino_spec.decoding.rows import RowCache
+from domino_spec.target.cache import RowCache
 
 
 class NoCache(RowCache):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from domino_spec.draft.config import DEFAULT_CANDIDATES, SingleLayerConfig
+from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.settings import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ SMALLEST_TREE = 2
 class Ingredients:
     """What drafters are made of."""
 
-    draft: AnyDraft | None
+    draft: Any
+    """Of a kind that the method takes; None if it takes none."""
     candidates: int | None
     samples: bool
     draft_temperature: float | None
@@ -53,18 +54,11 @@ class Method:
     title: str
     """What a race calls the target with this method."""
     kinds: tuple[str, ...] = ()
-    """Kinds of draft that serve it (`kind_of`), the one it was made for first; none if it needs no draft."""
+    """Kinds of draft that serve it (`draft.kind`), the one it was made for first; none if it needs no draft."""
     settings: tuple[str, ...] = ()
     """Arguments of `make_drafter` that it reads; it ignores the others."""
     samples: bool = False
     """Whether it can sample its drafts above temperature 0; the others choose them at any temperature."""
-
-
-def kind_of(draft: AnyDraft) -> str:
-    """What a draft is: domino, dflash, eagle3 or dart."""
-    if isinstance(draft.config, SingleLayerConfig):
-        return draft.config.method
-    return "dflash" if draft.head is None else "domino"
 
 
 def _plain(given: Ingredients) -> Drafter:
@@ -81,10 +75,8 @@ def _lookup(given: Ingredients) -> Drafter:
 
 def _block(given: Ingredients, use_head: bool = True, tree: str | None = None) -> Drafter:
     """A chain, or a tree that grows in the order `tree` (of `block.BUILDERS`)."""
-    from domino_spec.draft.domino import Draft
     from domino_spec.drafters.block import BlockDrafter, TreeShape
 
-    assert isinstance(given.draft, Draft)
     return BlockDrafter(
         given.draft,
         use_head=use_head,
@@ -103,18 +95,14 @@ def _lookup_first(given: Ingredients, inner: Drafter) -> Drafter:
 
 
 def _eagle3(given: Ingredients) -> Drafter:
-    from domino_spec.draft.single_layer import SingleLayerDraft
     from domino_spec.drafters.eagle3 import Eagle3Drafter
 
-    assert isinstance(given.draft, SingleLayerDraft)
     return Eagle3Drafter(given.draft, total=given.tree_budget + 1)
 
 
 def _dart(given: Ingredients) -> Drafter:
-    from domino_spec.draft.single_layer import SingleLayerDraft
     from domino_spec.drafters.dart import DartDrafter
 
-    assert isinstance(given.draft, SingleLayerDraft)
     stop = given.draft.stop_token_ids
     return DartDrafter(given.draft, given.ngrams, total=given.tree_budget, stop_token_ids=stop)
 
@@ -168,7 +156,7 @@ def choose_draft(method: str, drafts: Sequence[AnyDraft]) -> AnyDraft | None:
     """The first draft of the kind that a method was made for, or else of another kind that serves it; None for none."""
     for kind in METHODS[method].kinds:
         for draft in drafts:
-            if kind_of(draft) == kind:
+            if draft.kind == kind:
                 return draft
     return None
 
@@ -224,8 +212,8 @@ def check_draft(method: str, draft: AnyDraft | None) -> None:
     kinds = known_method(method).kinds
     if kinds and draft is None:
         raise UserError(f"method {method} needs a draft")
-    if draft is not None and kinds and kind_of(draft) not in kinds:
-        kind = kind_of(draft)  # a method's name, too
+    if draft is not None and kinds and draft.kind not in kinds:
+        kind = draft.kind  # a method's name, too
         raise UserError(
             f"method {method} needs {KIND_NAMES[kinds[0]]} draft; this is {KIND_NAMES[kind]} draft (use {kind})"
         )
@@ -238,7 +226,7 @@ def default_method(draft: AnyDraft | None, sample_drafts: bool | None = None) ->
     """
     if draft is None:
         return "none"
-    kind = kind_of(draft)
+    kind = draft.kind
     return kind if sample_drafts or kind not in ("domino", "dflash") else f"{kind}-tree"
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.decoding.cycle import Verdict
-from domino_spec.decoding.rows import RowCache
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
+from domino_spec.target.cache import RowCache
 
 
 class PairCache(RowCache):

@@ -18,9 +18,8 @@ from typing import NoReturn
 
 import torch
 
-from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.load import AnyDraft
-from domino_spec.drafters.methods import KIND_NAMES, kind_of
+from domino_spec.drafters.methods import KIND_NAMES
 from domino_spec.settings import UserError
 
 ENGINES = ("vllm", "sglang")
@@ -103,9 +102,9 @@ def check_served(engine: str, draft: AnyDraft | None, num_drafts: int | None) ->
     """
     if draft is None:
         return 0
-    if not isinstance(draft.config, DraftConfig):
+    if draft.kind not in ("domino", "dflash"):
         raise UserError(
-            f"--engine {engine} serves Domino and DFlash drafts; this is {KIND_NAMES[kind_of(draft)]} draft, for which "
+            f"--engine {engine} serves Domino and DFlash drafts; this is {KIND_NAMES[draft.kind]} draft, for which "
             f"{engine} has options of its own"
         )
     if engine == "sglang":  # it verifies as many tokens as the draft has slots, the anchor included

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from domino_spec import __version__
 from domino_spec.decoding.cycle import Drafter, cycle_room
 from domino_spec.devices import free_memory
-from domino_spec.draft.config import DraftConfig
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft, draft_directory, fit_of, read_any_draft
 from domino_spec.drafters.lookup import PlainDecoding
-from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, kind_of, make_drafter
+from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, make_drafter
 from domino_spec.ops.native import steps as cpu
 from domino_spec.settings import UserError, found
 from domino_spec.target.load import load_tokenizer, target_source
@@ -173,14 +171,8 @@ def _outline_draft(name: str) -> AnyDraft:
 def _draft_sentence(draft: AnyDraft) -> str:
     config = draft.config
     subset = f" among {config.draft_vocab_size:,} frequent tokens" if config.draft_vocab_size else ""
-    kind = KIND_NAMES[kind_of(draft)].partition(" ")[2]
-    if not isinstance(config, DraftConfig):
-        return f"{kind}, one layer; trained for {config.max_drafts} drafts in a row{subset}"
-    labels = "one position later" if config.shift_label else "of their own position"
-    return (
-        f"{kind}, {config.num_hidden_layers} layers; {config.block_size} slots predict the token {labels}, so up to "
-        f"{config.max_drafts} drafts a cycle{subset}"
-    )
+    kind = KIND_NAMES[draft.kind].partition(" ")[2]
+    return f"{kind}, {config.drafting_summary}{subset}"
 
 
 def _method(plan: Plan, draft: AnyDraft) -> str:
@@ -189,7 +181,7 @@ def _method(plan: Plan, draft: AnyDraft) -> str:
         from domino_spec.engines.launch import check_served
 
         drafts = check_served(plan.engine, draft, plan.num_drafts)
-        method = f"{kind_of(draft)}, {drafts} drafts a cycle"
+        method = f"{draft.kind}, {drafts} drafts a cycle"
     else:
         method = plan.method or default_method(draft)
         check_draft(method, draft)
@@ -228,8 +220,8 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
             candidates=plan.candidates,
             num_drafts=plan.num_drafts,
         )
-        own_rows = draft.ends.lm_head.nbytes if isinstance(draft, Draft) and draft.draft_vocab_ids is not None else 0
-        packed = _packed_bytes(draft, draft.ends.lm_head, device) if isinstance(draft, Draft) else 0
+        own_rows = draft.ends.lm_head.nbytes if draft.borrows_lm_head and draft.draft_vocab_ids is not None else 0
+        packed = _packed_bytes(draft, draft.ends.lm_head, device) if draft.borrows_lm_head else 0
         needs["draft"] = _module_bytes(draft) + own_rows + copied * packed
     from domino_spec.serve.server import slot_capacity
 
@@ -245,7 +237,7 @@ def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: in
     caches: list[Any] = [target.new_cache(1, tokens)]
     if draft is not None:
         needs["draft"] = _module_bytes(draft)
-        caches.append(make_drafter(kind_of(draft), draft, requests=1, device=device).allocate(1, tokens))
+        caches.append(make_drafter(draft.kind, draft, requests=1, device=device).allocate(1, tokens))
     needs[f"caches of one text of {tokens:,} tokens"] = bytes_of(caches)
     return memory_finding(needs, device)
 

@@ -1,14 +1,15 @@
-"""Keys and values of the target for R requests of unequal length, in memory allocated once.
+"""The caches of requests (`RowCache`, `TargetCache`), and the target's attention over them: masks and function.
 
-Stands between the target's attention layers, which call `update`, and the decoding loop, which alone decides how
-many rows of each request are kept: `lengths` says so, and cropping rejected drafts is a change of `lengths`.
+The target's attention layers write their keys and values by `TargetCache.update`. The decoding loop alone decides how
+many rows of each request are kept, by setting `lengths`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,95 +19,127 @@ from transformers.masking_utils import sdpa_mask
 
 from domino_spec.settings import UserError
 
-
-class RequestRows:
-    """What is done with single requests of a cache whose rows stand as [layers, R, kv_heads, capacity, D]."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    """[R], valid rows of each request."""
-
-    def move(self, source: int, destination: int) -> None:
-        """Put request `source` in the place of `destination`, whose rows are lost."""
-        rows = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, destination, :, :rows] = stored[:, source, :, :rows]
-        self.lengths[destination] = self.lengths[source]
-
-    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
-        """Copies of a request's first rows, [..., rows, D] each."""
-        return tuple(stored[:, request, :, :rows].clone() for stored in (self.keys, self.values))
-
-    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
-        """Make the first `rows` rows of `rows_of` a request's own."""
-        for own, kept in zip((self.keys, self.values), stored, strict=True):
-            own[:, request, :, :rows] = kept[..., :rows, :]
-        self.lengths[request] = rows
-
-    def wipe(self, request: int, rows: int, first: int = 0) -> None:
-        """Zero a request's rows from `first` on, below `rows`.
-
-        A hidden row is multiplied by zero, which does not silence what is not finite: whoever ends with such values
-        must not leave them to the next.
-        """
-        self.keys[:, request, :, first:rows] = 0
-        self.values[:, request, :, first:rows] = 0
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class TargetCache(RequestRows, Cache):
-    """A preallocated cache with one length per request, behind the interface that transformers models call.
+class RowCache:
+    """What is kept of R requests of unequal length between two passes, in memory allocated once.
 
-    A forward pass over N tokens writes rows `lengths[r] .. lengths[r] + N - 1` of request r and reads rows
-    `0 .. extent - 1`; an attention mask hides what lies beyond each request's own rows. Rows past `lengths` hold
-    whatever the last pass left there and are overwritten by the next.
+    The base of the target's cache and of every drafter's. A subclass has the tensors that it names in `row_fields` and
+    `request_fields`, and `lengths`; a drafter that caches nothing has `lengths` alone. Rows past a request's length
+    hold whatever the last pass left there.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        requests: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    row_fields: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """Names of tensors [..., R, heads, capacity, D], which hold a row for each token."""
+    request_fields: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors [R, ...] beside `lengths`."""
+    lengths: Tensor
+    """[R], valid rows of each request. Dropping rejected drafts is a change of `lengths`."""
+    fixed_extent: int | None = None
+    """Rows that a pass reads, whatever the lengths are (for CUDA graphs). None reads as many as the longest request
+    needs, which makes the host wait for the device."""
+    scratch_rows: int = 0
+    """Rows past a request's own that a draft pass may write."""
+
+    def view(self, start: int, stop: int, extent: int | None = None) -> Self:
+        """The requests `start .. stop - 1` as a cache that shares this memory, with this `fixed_extent`."""
+        part = copy.copy(self)
+        for name in self.row_fields:
+            setattr(part, name, getattr(self, name)[..., start:stop, :, :, :])
+        for name in ("lengths", *self.request_fields):
+            setattr(part, name, getattr(self, name)[start:stop])
+        part.fixed_extent = extent
+        return part
+
+    def move(self, source: int, destination: int) -> None:
+        """Put request `source` in the place of request `destination`, which is lost."""
+        self.put_rows(destination, int(self.lengths[source]), self._memory_of(source))
+        for name in self.request_fields:
+            stored = getattr(self, name)
+            stored[destination] = stored[source]
+
+    def clear(self, request: int) -> None:
+        """Forget a request."""
+        for name in ("lengths", *self.request_fields):
+            getattr(self, name)[request] = 0
+
+    def wipe(self, request: int, rows: int, first: int = 0) -> None:
+        """Zero a request's rows `first .. rows - 1`, its scratch rows and its `request_fields`.
+
+        A masked row has weight 0, but 0 * NaN is NaN: values that are not finite must not stay for the next request.
+        """
+        for stored in self._memory_of(request):
+            stored[..., first : rows + self.scratch_rows, :] = 0
+        for name in self.request_fields:
+            getattr(self, name)[request] = 0
+
+    def rows_of(self, request: int, rows: int) -> tuple[Tensor, ...]:
+        """Copies of a request's first rows: for each of `row_fields` [..., heads, rows, D]."""
+        return tuple(stored[..., :rows, :].clone() for stored in self._memory_of(request))
+
+    def put_rows(self, request: int, rows: int, stored: tuple[Tensor, ...]) -> None:
+        """Make the first `rows` rows of `stored`, which is `rows_of` of a longer text, those of a request."""
+        for memory, kept in zip(self._memory_of(request), stored, strict=True):
+            memory[..., :rows, :] = kept[..., :rows, :]
+        self.lengths[request] = rows
+
+    def _memory_of(self, request: int) -> tuple[Tensor, ...]:
+        """Views [..., heads, capacity, D] of a request's memory."""
+        return tuple(getattr(self, name)[..., request, :, :, :] for name in self.row_fields)
+
+
+class TargetCache(RowCache, Cache):
+    """The target's keys and values, behind the interface that transformers models call.
+
+    A forward pass over N tokens writes rows `lengths[r] .. lengths[r] + N - 1` of request r and reads rows
+    `0 .. extent - 1`; an attention mask hides what lies beyond each request's own rows. The next pass overwrites rows
+    past `lengths`.
+
+    Args:
+        shape: layers, R, kv_heads, capacity, D.
+        dtype: of keys and values.
+        device: of keys and values.
+    """
+
+    keys: Tensor
+    """[layers, R, kv_heads, capacity, D], rotated."""
+    values: Tensor
+    rows: Tensor
+    """[R, N], where the pass that was begun writes."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
-        self.capacity = capacity
-        shape = (num_layers, requests, kv_heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(requests, dtype=torch.long, device=device)
-        """Valid rows of each request, [R]."""
-        self.fixed_extent: int | None = None
-        """Rows that attention reads, whatever the lengths are; None reads as many as the longest request needs, which
-        takes a look at the device."""
-        self._requests = torch.arange(requests, device=device)[:, None]
-        self._rows = torch.empty(0)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(shape[1], dtype=torch.long, device=device)
+        self.capacity = shape[3]
+        """Rows that there is memory for."""
         self._extent = 0
         self._contiguous: slice | None = None
+        """The rows that all requests write, if they are the same ones."""
 
     def begin_pass(self, num_tokens: int) -> int:
         """Prepare to write `num_tokens` rows per request; returns `extent`, the rows that attention will read.
 
-        With a `fixed_extent` nothing is checked: the caller answers for the rows of whoever still decodes being inside.
+        With a `fixed_extent` nothing is checked: the caller makes sure that the rows of all active requests fit.
 
         Raises:
             ValueError: the rows would not fit; the caller sized the cache wrongly or must stop.
         """
+        self.rows = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        self._requests = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+        self._contiguous = None
         if self.fixed_extent is not None:
-            self._extent, self._contiguous = self.fixed_extent, None
-            self._rows = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [R, N]
+            self._extent = self.fixed_extent
             return self._extent
         longest = int(self.lengths.max())
         self._extent = longest + num_tokens
         if self._extent > self.capacity:
             raise ValueError(f"cache of {self.capacity} rows cannot hold {self._extent}")
-        self._rows = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [R, N]
-        equal = bool((self.lengths == longest).all())
-        self._contiguous = slice(longest, self._extent) if equal else None
+        if bool((self.lengths == longest).all()):
+            self._contiguous = slice(longest, self._extent)
         return self._extent
 
     def update(
@@ -121,22 +154,18 @@ class TargetCache(RequestRows, Cache):
         for kind, new in (("keys", key_states), ("values", value_states)):
             if new.shape[1::2] != keys.shape[1::2]:
                 raise ValueError(
-                    f"layer {layer_idx} has {kind} of {new.shape[1]} heads of {new.shape[3]}, the cache holds "
-                    f"{keys.shape[1]} of {keys.shape[3]}"
+                    f"expected {kind} of {keys.shape[1]} heads of {keys.shape[3]}, as its configuration says, found "
+                    f"{new.shape[1]} of {new.shape[3]} in layer {layer_idx}: layers that cache other shapes (latent "
+                    "attention, say) are not supported"
                 )
         if self._contiguous is not None:
             keys[:, :, self._contiguous] = key_states
             values[:, :, self._contiguous] = value_states
         else:
             # Advanced indices around a slice put R and N first: the target of the assignment is [R, N, kv_heads, D].
-            keys[self._requests, :, self._rows] = key_states.transpose(1, 2)
-            values[self._requests, :, self._rows] = value_states.transpose(1, 2)
+            keys[self._requests, :, self.rows] = key_states.transpose(1, 2)
+            values[self._requests, :, self.rows] = value_states.transpose(1, 2)
         return keys[:, :, : self._extent], values[:, :, : self._extent]
-
-    @property
-    def rows(self) -> Tensor:
-        """[R, N], where the pass that was begun writes."""
-        return self._rows
 
     def keep_path(self, path: Tensor) -> None:
         """Move rows of the last pass to the places of a chain.
@@ -147,32 +176,20 @@ class TargetCache(RequestRows, Cache):
         places = torch.arange(path.shape[1], device=path.device)
         if self.fixed_extent is None and bool((path == places).all()):
             return
+        requests = torch.arange(len(path), device=path.device)[:, None]
         source, destination = self.lengths[:, None] + path, self.lengths[:, None] + places
         for stored in (self.keys, self.values):
             # Advanced indices around a slice put R and n first, on both sides alike; the right side is copied first.
-            stored[:, self._requests, :, destination] = stored[:, self._requests, :, source]
-
-    def view(self, start: int, stop: int, extent: int | None = None) -> TargetCache:
-        """The requests `start .. stop - 1` as a cache of their own, in the same memory, with this `fixed_extent`."""
-        seen = object.__new__(type(self))
-        seen.__dict__.update(self.__dict__)
-        seen.keys, seen.values = self.keys[:, start:stop], self.values[:, start:stop]
-        seen.lengths = self.lengths[start:stop]
-        seen._requests = self._requests[: stop - start]
-        seen.fixed_extent = extent
-        return seen
+            stored[:, requests, :, destination] = stored[:, requests, :, source]
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Rows before this pass, as transformers asks for it; positions and masks are always given explicitly here."""
         return int(self.lengths.max()) if self.fixed_extent is None else self.fixed_extent
 
 
-# ----------------------------------------------------------------------
-# Attention of the target over our cache: the mask of a pass, and the function that transformers modules call.
-#
-# Queries that share a key/value head are folded into rows of that head, so keys and values are read once and never
-# repeated in memory. Plain decoding and verification use the same function, so a ratio between them is fair.
-
+# Attention over the cache: the mask of a pass, and the function that transformers modules call. Queries that share a
+# key/value head are folded into rows of that head, so keys and values are read once and never repeated in memory.
+# Plain decoding and verification use the same function, so a ratio between them is fair.
 
 ATTENTION_NAME = "domino_spec"
 
@@ -221,15 +238,15 @@ _HARMLESS = frozenset(
         "use_cache",
     )
 )
-"""Arguments that reach attention because transformers hands them on to every module: they do not change its result.
-`is_causal` is among them because every mask says what is seen; where there is none, `folded_attention` reads it."""
+"""Arguments that reach attention because transformers passes them to every module; they do not change its result.
+`is_causal` is among them because every mask says what is seen; without a mask, `folded_attention` reads it."""
 
 _watchers: list[list[dict[str, Any]]] = []
 
 
 @contextmanager
 def watch_attention() -> Iterator[list[dict[str, Any]]]:
-    """Of every call of `folded_attention` meanwhile, the arguments that change a result: scaling, softcap, s_aux."""
+    """Collect, from every call of `folded_attention`, the arguments that change its result: scaling, softcap, s_aux."""
     calls: list[dict[str, Any]] = []
     _watchers.append(calls)
     try:
@@ -262,8 +279,8 @@ def folded_attention(
         scaling: of the products of queries and keys; None is 1 / sqrt(D).
         dropout: must be 0.
         softcap: scores are `softcap * tanh(scores / softcap)`.
-        s_aux: [heads], attention sinks: a score each that takes its share of the softmax and gives no value.
-        sliding_window: tokens seen, itself included, where there is no mask; a mask holds it already.
+        s_aux: [heads], attention sinks: a score for each head that takes a share of the softmax and gives no value.
+        sliding_window: tokens seen, itself included, if there is no mask; a mask holds it already.
         others: may be what does not change the result.
 
     Returns:
@@ -284,7 +301,7 @@ def folded_attention(
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     if attention_mask is None and others.get("is_causal", True) is not False:
-        # transformers leaves out a purely causal mask; folded rows need it spelled out.
+        # transformers leaves out a purely causal mask; folded rows need one.
         attention_mask = _causal_mask(tokens, key.shape[2], sliding_window, key.device)
     if attention_mask is not None and groups > 1 and tokens > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
@@ -298,7 +315,7 @@ def folded_attention(
 
 
 def _causal_mask(tokens: int, extent: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, N, T], the last N of T tokens attending to themselves and what is before; None where that is all."""
+    """[1, 1, N, T], the last N of T tokens attend to themselves and what is before; None if that hides nothing."""
     if tokens == 1 and (window is None or window >= extent):
         return None
     seen = torch.ones(tokens, extent, dtype=torch.bool, device=device).tril(extent - tokens)

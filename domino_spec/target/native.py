@@ -1,9 +1,15 @@
-"""Linear layers whose weights are laid out once for products with few rows, on CPU.
+"""Faster modules for inference on CPU: linear layers with packed weights, and fused norms, MLPs and attention.
 
 A verify pass multiplies 2 to 17 rows by every weight, and the stock product is slow at that size. In float32 the
-native loops (`kernels.cpu`) hold one layout that serves every number of rows. Without them, and in bfloat16, oneDNN's
-packed product is used beside the stock one, which is faster for the single row of plain decoding in float32: the number
-of rows decides, so the baseline gets the better one too.
+native loops (`ops.native`) have one layout that serves every number of rows. Without them, and in bfloat16, oneDNN's
+packed product is used. The stock product is faster for the single row of plain decoding in float32, so the number of
+rows decides, and the baseline gets the better one too.
+
+Half of a small model's pass on CPU goes into the dozens of small PyTorch calls of every layer, not into its products.
+Families differ in details (a scale here, a norm there), so a module is replaced only if the replacement gives the same
+output. Norms and MLPs are tried on random input, attention on the arguments of a real call, because transformers
+renames those. The check at load (`check.py`) then compares the whole target with the model's own modules. If all layers
+of a model consist of such modules, `fused_layers` runs them in one step.
 """
 
 from __future__ import annotations
@@ -63,7 +69,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build and device have packed products for `dtype`; says once where they are missing."""
+    """Whether this build and device have packed products for `dtype`; warns if they are missing."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     if cpu.is_available(device, dtype):
@@ -87,17 +93,6 @@ def pack_linears(module: nn.Module) -> int:
                 setattr(parent, name, PackedLinear(child.weight, bias))
                 replaced += 1
     return replaced
-
-
-# ----------------------------------------------------------------------
-# Modules of a target replaced by ones that do the same in fewer, native steps (`kernels.cpu`).
-#
-# Half of a small model's pass on CPU goes into the dozens of small PyTorch calls of every layer, not into its
-# products. Families of models differ in details (a scale here, a norm there), so nothing is assumed about a module
-# that only looks familiar: it is replaced if the replacement gives the same output, and stays if it does not. Norms
-# and MLPs are tried on random input, attention on the arguments of a real call, because transformers renames those.
-# The check at load (`check.py`) then compares the whole target with the model's own modules. If all layers of a model
-# consist of such modules, `fused_layers` runs them in one step.
 
 
 _TOLERANCE = 1e-4
@@ -140,7 +135,7 @@ class FusedMLP(nn.Module):
 
 
 class FusedProjection(nn.Module):
-    """Queries, keys and values by one product, normed where the model norms heads, and rotated in place.
+    """Queries, keys and values by one product, normed if the model norms heads, and rotated in place.
 
     Args:
         attention: has q_proj, k_proj, v_proj, `head_dim`, and maybe q_norm and k_norm.
@@ -235,7 +230,7 @@ class Call:
 
 @contextmanager
 def attention_calls(model: nn.Module) -> Iterator[dict[nn.Module, Call]]:
-    """The last call of every familiar attention module below `model` meanwhile."""
+    """Record the last call of every attention module below `model` that has the usual projections."""
     calls: dict[nn.Module, Call] = {}
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -271,9 +266,9 @@ def fuse(model: nn.Module, calls: Mapping[nn.Module, Call] | None = None) -> int
 
 
 def fused_layers(layers: Sequence[nn.Module], kinds: Sequence[str]) -> DecoderLayers | None:
-    """All layers of a decoder as one step; None where one has a part that is not fused, or parts of other names.
+    """All layers of a decoder as one step; None if one has a part that is not fused, or parts of other names.
 
-    That nothing else happens in them (a scaled sum, say) is for the caller to try.
+    The caller must try whether the layers do nothing else (a scaled sum, say).
 
     Args:
         layers: after `fuse`; their attention has `project`, `output` and `scaling`, as `FusedAttention` has.
@@ -315,7 +310,7 @@ def _fused_attention(attention: Any, call: Call) -> FusedAttention | None:
         with watch_attention() as watched:
             expected = call.repeat(attention)
         (asked,) = watched
-        if asked["softcap"] is not None or asked["s_aux"] is not None:  # a random call may not show what they change
+        if asked["softcap"] is not None or asked["s_aux"] is not None:  # a random call may not show their effect
             raise NotFusible
         fused = FusedAttention(attention, asked["scaling"] or attention.head_dim**-0.5)
         got = call.repeat(fused)

@@ -1,12 +1,13 @@
-"""A target known from its files alone: its configuration and the headers of its weights, which are not loaded.
+"""What is known of a target without its weights: from its configuration and the headers of its files.
 
-The outline is the model itself on PyTorch's meta device, so that everything that looks at shapes (whether it can be a
-target, what its cache takes, whether a draft fits) asks the very code that decoding uses.
+The outline of a target is the model itself on PyTorch's meta device. So everything that asks for shapes (whether it can
+be a target, what its cache takes, whether a draft fits) asks the same code that decoding uses. The targets that shipped
+recipes and benchmarks name are known without any files (`known_config`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from domino_spec.files import weight_files
 from domino_spec.target.load import (
@@ -33,13 +35,13 @@ class TargetOutline:
     """What is known of a target before its weights are loaded."""
 
     target: Target
-    """On the meta device, in the type its weights are stored in; its fingerprint is empty where it is not known."""
+    """On the meta device, in the type its weights are stored in; its fingerprint is empty if it is not known."""
     architecture: str
     """The model's class."""
     quantization: str | None
     """How its weights are quantised, or None."""
     weight_bytes: int | None
-    """Bytes of its weights as they are stored; None where the files are not on this machine."""
+    """Bytes of its weights as they are stored; None if the files are not on this machine."""
 
     @property
     def parameters(self) -> int:
@@ -51,7 +53,7 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
     """What a target is, without its weights; of a hub id only the configuration is fetched.
 
     Raises:
-        UserError: as `load_target`, but for what only loading can tell.
+        UserError: as `load_target`, except what only loading can show.
     """
     name = str(name_or_path)
     source = target_source(name)
@@ -79,7 +81,7 @@ def outline_target(name_or_path: str | Path) -> TargetOutline:
 
 
 def _downloaded(hub_id: str) -> Path | None:
-    """Where the weights of a hub id lie on this machine; None where they were not downloaded, or not all of them."""
+    """The directory of a hub id's weights on this machine; None if they were not all downloaded."""
     try:
         snapshot = Path(snapshot_download(hub_id, local_files_only=True))
     except (OSError, LocalEntryNotFoundError):
@@ -89,9 +91,9 @@ def _downloaded(hub_id: str) -> Path | None:
 
 
 def _fingerprint(model: Any, files: list[Path]) -> str | None:
-    """The fingerprint of the weights in files, of which a few values each are read; None where names or shapes differ.
+    """The fingerprint of the weights in files, from a few values of each; None if names or shapes differ.
 
-    Names differ where transformers joins or splits tensors while it loads them (mixtures of experts).
+    Names differ if transformers joins or splits tensors while it loads them (mixtures of experts).
     """
     decoder = model.get_decoder()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
@@ -111,3 +113,40 @@ def _fingerprint(model: Any, files: list[Path]) -> str | None:
             return weights_fingerprint(stored())
         except KeyError:
             return None
+
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+KNOWN_TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen3-8B": {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    "Qwen/Qwen3-4B": {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "smollm2-135m": {
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "tie_word_embeddings": True,
+    },
+}
+"""Configurations in transformers' form, by the name that `--target` takes: what their published `config.json` says."""
+
+
+def known_config(name: str) -> Any | None:
+    """The configuration of a target in `KNOWN_TARGETS`; None for another, and for a directory that has such a name."""
+    if name not in KNOWN_TARGETS or Path(name).is_dir():
+        return None
+    return AutoConfig.for_model(**KNOWN_TARGETS[name])

@@ -31,40 +31,50 @@ def encode_prompt(
     Args:
         tokenizer: of the target.
         prompt: a user's text, or a list of chat messages ({"role", "content"}).
-        chat: wrap a text in the tokenizer's chat template where it has one; False continues the raw text.
+        chat: wrap a text in the tokenizer's chat template if it has one; False continues the raw text.
         enable_thinking: passed to templates that know it (Qwen3); None leaves them their own default.
 
     Raises:
         ChatTemplateError: the chat template fails, or does not take the messages.
-        UserError: the prompt is empty, holds what is no character, or the tokenizer fails at it.
+        UserError: the prompt is empty or not valid Unicode, or the tokenizer fails at it.
     """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise UserError("the prompt is empty")
-    for text in [prompt] if isinstance(prompt, str) else [str(value) for part in prompt for value in part.values()]:
-        check_characters(text, "the prompt")
-    if not isinstance(prompt, str) and not prompt:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError("the prompt is empty")
+        if not chat or tokenizer.chat_template is None:
+            return _encode_text(tokenizer, prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    for message in prompt:
+        for value in message.values():
+            check_characters(str(value), "the prompt")
+    if not prompt:
         raise UserError("the prompt holds no messages")
-    if isinstance(prompt, str) and (not chat or tokenizer.chat_template is None):
-        try:
-            return list(tokenizer(prompt)["input_ids"])
-        except Exception as error:
-            where = f"the tokenizer of {tokenizer.name_or_path or 'the target'}"
-            raise UserError(f"{where} cannot encode the prompt: {reason(error)}") from error
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template is None:
         raise UserError("chat messages need a chat template, and this target's tokenizer has none")
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     with _rendering(tokenizer):
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        encoded: Any = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True, **options
+        )
         return list(encoded["input_ids"])
 
 
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that is continued as it is."""
+    check_characters(text, "the prompt")
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:
+        where = f"the tokenizer of {tokenizer.name_or_path or 'the target'}"
+        raise UserError(f"{where} cannot encode the prompt: {reason(error)}") from error
+
+
 def check_characters(text: str, what: str) -> None:
-    """Refuse text that UTF-8 cannot hold: bytes of another encoding on a command line, half a pair in JSON.
+    """Refuse text that UTF-8 cannot encode: bytes of another encoding on a command line, half a surrogate in JSON.
 
     Args:
-        text: from outside.
-        what: it is, for the message.
+        text: to check.
+        what: what it is, for the message.
 
     Raises:
         UserError: naming the first place.
@@ -112,16 +122,16 @@ def _rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; holds back characters whose bytes are not all there yet."""
+    """Turns tokens into text piece by piece; keeps a character back until all of its bytes are there."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = 0
-        """Characters of the window's text already given out."""
+        """Characters of the window's text that were returned already."""
 
     def push(self, token_ids: Sequence[int], final: bool = False) -> str:
-        """The text that these tokens complete; `final` gives out what was held back."""
+        """The text that these tokens complete; `final` returns what was kept back."""
         self._ids.extend(token_ids)
         text = self._text()
         if text.endswith("\ufffd") and not final:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from domino_spec.draft.config import SINGLE_LAYER_KINDS
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.single_layer import SingleLayerDraft
@@ -132,13 +134,14 @@ def forward_blocks(
         attention: auto, flex or sdpa.
     """
     size = draft.config.block_size if block_size is None else block_size
-    if isinstance(draft, SingleLayerDraft):
+    if draft.kind in SINGLE_LAYER_KINDS:
         blocks = gather_blocks(batch, anchors, size)
         # A chain at position 0 has no feature before it.
         blocks = replace(blocks, valid=blocks.valid & (blocks.positions > 0)[:, None])
         choices = draft.to_choices(blocks.labels).where(blocks.valid[:, :1], -1)
-        return DraftedTokens(forward_chains(draft, batch, blocks), None, blocks, choices)
-    first = 0 if draft.config.shift_label else 1  # the slot that predicts the first draft
+        return DraftedTokens(forward_chains(cast(SingleLayerDraft, draft), batch, blocks), None, blocks, choices)
+    draft = cast(Draft, draft)
+    first = draft.config.first_draft_slot  # the slot that predicts the first draft
     blocks = gather_blocks(batch, anchors, size - first)
     device = batch.tokens.device
 

@@ -66,7 +66,7 @@ def run_chains(
         cached: keys and values of the text's pairs.
         visible: attention of the chains.
     """
-    run = _eagle3 if draft.config.method == "eagle3" else _dart
+    run = _eagle3 if draft.kind == "eagle3" else _dart
     return run(draft, blocks, residual, pairs, positions, cached, visible, blocks.tokens.shape[1])
 
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,15 @@ from transformers import AutoConfig
 
 from domino_spec.draft.backbone import ContextKV
 from domino_spec.draft.checkpoint import read_config
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig
+from domino_spec.draft.config import SINGLE_LAYER_KINDS, DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import continued_config, fresh_config, single_layer_config
-from domino_spec.draft.load import AnyDraft, draft_directory, shape_mismatch
+from domino_spec.draft.load import AnyDraft, draft_directory, empty_draft, shape_mismatch
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
 from domino_spec.recipe import DataRecipe, DraftRecipe, OptimizationRecipe, Recipe
 from domino_spec.settings import UserError, require
 from domino_spec.target.load import outlined_model, target_config
-from domino_spec.target.shapes import KNOWN_TARGETS, known_config
+from domino_spec.target.outline import KNOWN_TARGETS, known_config
 from domino_spec.training.blocks import Blocks, gather_blocks, sample_anchors
 from domino_spec.training.chains import run_chains
 from domino_spec.training.data import Sequence, load_sequences, pack_batch, split_held_out
@@ -196,7 +196,7 @@ def draft_shape(recipe: Recipe, text_config: Any) -> DraftConfig | SingleLayerCo
     shape = _draft_shape(recipe, text_config)
     copied = recipe.draft.init_layers_from_target
     if copied is not None:
-        layers = shape.num_hidden_layers if isinstance(shape, DraftConfig) else 1
+        layers = shape.num_hidden_layers
         depth = text_config.num_hidden_layers
         what = "draft.init_layers_from_target"
         require(len(copied) == layers, f"{what} names {len(copied)} layers, but the draft has {layers}")
@@ -230,10 +230,8 @@ def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") ->
     size = config.draft_vocab_size
     with torch.device("meta"):
         vocabulary = None if size is None else torch.empty(size, dtype=torch.int64)
-        if isinstance(config, SingleLayerConfig):
-            return SingleLayerDraft(config, vocabulary)
-        draft = Draft(config, vocabulary)
-    draft.backbone.requires_grad_(trained == "all")
+        draft = empty_draft(config, vocabulary)
+    draft.prepare_training(trained)
     return draft
 
 
@@ -247,18 +245,13 @@ def _meta_target(text_config: Any, name: str) -> dict[str, int]:
 
 
 def _count_parameters(draft: AnyDraft) -> dict[str, int]:
-    def count(module: nn.Module | None) -> int:
-        return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-    if isinstance(draft, SingleLayerDraft):
-        lm_head = count(draft.lm_head)
-        return {"layer": count(draft) - lm_head, "lm_head": lm_head, "total": count(draft), "trained": count(draft)}
-    parts = {"backbone": count(draft.backbone)}
-    if draft.head is not None:
-        parts |= {"gru": count(draft.head.prefix_gru)}
-        parts |= {"w1": draft.head.input_weight.numel(), "w2": draft.head.correction_weight.numel()}
+    parts = draft.count_parameters()
+    if "fc" in parts:
+        parts["layer"] += parts.pop("fc")
+    head = sum(parts.get(name, 0) for name in ("gru", "w1", "w2"))
+    total = sum(p.numel() for p in draft.parameters())
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    return {**parts, "head": count(draft.head), "total": count(draft), "trained": trained}
+    return {**parts, **({"head": head} if "backbone" in parts else {}), "total": total, "trained": trained}
 
 
 def _data(recipe: DataRecipe, vocab_size: int) -> tuple[Data, list[Sequence]]:
@@ -337,8 +330,8 @@ def work_memory(
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
     activations = 0  # one layer's are few beside the rest
-    if isinstance(config, DraftConfig):
-        activations = activation_bytes(config, recipe, rows, blocks, size)
+    if config.kind not in SINGLE_LAYER_KINDS:
+        activations = activation_bytes(cast(DraftConfig, config), recipe, rows, blocks, size)
     return {
         "features": rows * token_features,
         "activations": activations,
@@ -384,9 +377,9 @@ def _saved_bytes(config: DraftConfig, recipe: OptimizationRecipe, rows: int, blo
     with FakeTensorMode(), precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         draft = Draft(replace(config, rope_scaling=None, draft_vocab_size=None))
         draft.backbone.requires_grad_(recipe.trained == "all")
-        draft.backbone.feature_scale = torch.empty(config.feature_size)
+        draft.feature_scale = torch.empty(config.feature_size)
         features = torch.empty(1, rows, config.feature_size, dtype=torch.bfloat16)
-        context = draft.backbone.project_context(features, torch.zeros(1, rows, dtype=torch.int64))
+        context = draft.backbone.project_context(draft.read_features(features), torch.zeros(1, rows, dtype=torch.int64))
         block = torch.empty(1, blocks * block_size, config.hidden_size)
         positions = torch.zeros(1, blocks * block_size, dtype=torch.int64)
         hidden = draft.backbone(block, positions, context, _FusedAttention.apply)
@@ -455,7 +448,7 @@ def step_operations(
         (all products with an LM head), head (GRU, W1 and W2).
     """
     sizes = (*recipe.block_schedule, config.block_size)
-    count = _count_block_draft if isinstance(config, DraftConfig) else _count_single_layer
+    count = _count_single_layer if config.kind in SINGLE_LAYER_KINDS else _count_block_draft
     totals: dict[str, float] = defaultdict(float)
     for size in sizes:
         for name, operations in count(config, recipe, _work(config, recipe, sample, size, draft_vocab_ids)).items():  # type: ignore[arg-type]
@@ -493,8 +486,7 @@ def _count(run: Callable[[], Tensor]) -> float:
 def _count_block_draft(config: DraftConfig, recipe: OptimizationRecipe, work: _Work) -> dict[str, float]:
     """Of a step over `work`, by part."""
     trained, hidden_size = recipe.trained == "all", config.hidden_size
-    draft = meta_draft(replace(config, rope_scaling=None), recipe.trained)
-    assert isinstance(draft, Draft)
+    draft = cast(Draft, meta_draft(replace(config, rope_scaling=None), recipe.trained))
     backbone, head = draft.backbone, draft.head
     short = replace(config, block_size=work.block_size)
     slots, num_drafts = work.blocks * work.block_size, short.max_drafts
@@ -553,8 +545,7 @@ def _count_block_draft(config: DraftConfig, recipe: OptimizationRecipe, work: _W
 
 def _count_single_layer(config: SingleLayerConfig, recipe: OptimizationRecipe, work: _Work) -> dict[str, float]:
     """Of a step over `work`, by part."""
-    draft = meta_draft(config)
-    assert isinstance(draft, SingleLayerDraft)
+    draft = cast(SingleLayerDraft, meta_draft(config))
     hidden_size, heads = config.hidden_size, config.num_key_value_heads
     with torch.device("meta"):
         target = SimpleNamespace(

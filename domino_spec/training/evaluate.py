@@ -355,15 +355,7 @@ class _Text:
         requests, longest = len(self.starts), int(self.starts.max())
         capacity = self.tokens.shape[1] + room
         device = self.tokens.device
-        cache = TargetCache(
-            num_layers=0,
-            requests=requests,
-            kv_heads=1,
-            capacity=capacity,
-            head_dim=1,
-            dtype=torch.float32,
-            device=device,
-        )
+        cache = TargetCache((0, requests, 1, capacity, 1), torch.float32, device)
         cache.lengths = self.starts - 1
         index = torch.arange(capacity, device=device).expand(requests, -1)
         known = index < self.starts[:, None]

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from domino_spec.draft.checkpoint import ARCHITECTURES, CONFIG_FILE, check_readers, read_published
-from domino_spec.draft.config import DraftConfig
+from domino_spec.draft.checkpoint import ARCHITECTURES, CONFIG_FILE, read_published
 from domino_spec.draft.load import AnyDraft, read_any_draft, save_any_draft
 from domino_spec.draft.single_layer_checkpoint import is_single_layer
 from domino_spec.settings import UserError, shortened
@@ -35,8 +34,7 @@ def export_draft(run: Path, out: Path, dtype: torch.dtype) -> AnyDraft:
         raise UserError(f"--out {out} is the run's own draft; choose another directory")
     _check_out(out)
     draft = read_any_draft(source)
-    if isinstance(draft.config, DraftConfig):
-        check_readers(draft.config, str(source))
+    draft.config.check_readers(str(source))
     if dtype == torch.float32 or (run / STATE_FILE).is_file():
         masters = _master_weights(draft, run)
     if dtype == torch.float32:

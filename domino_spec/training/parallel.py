@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from domino_spec.devices import choose_device
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.settings import UserError
 
@@ -170,13 +169,8 @@ def whole_draft(draft: AnyDraft) -> AnyDraft:
     """The draft with whole weights, for saving; the same draft if nothing is sharded. Every process must call this."""
     if not any(isinstance(p, DTensor) for p in draft.parameters()):
         return draft
-    copy = type(draft)(draft.config, draft.draft_vocab_ids)  # type: ignore[arg-type]
+    copy = draft.empty_copy()
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             parameter.copy_(whole(draft.get_parameter(name)))
-    if isinstance(draft, Draft) and isinstance(copy, Draft):
-        copy.backbone.feature_scale = draft.backbone.feature_scale
-        copy.nested_head_names = draft.nested_head_names
-    else:
-        copy.feature_scale = draft.feature_scale  # type: ignore[misc]
     return copy.to(draft.device)

@@ -29,7 +29,6 @@ import transformers
 import yaml
 
 from domino_spec.devices import choose_device, free_memory
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import new_draft
 from domino_spec.draft.load import AnyDraft, save_any_draft
 from domino_spec.files import atomic_path
@@ -117,8 +116,8 @@ def _train(
     if recipe.draft.draft_vocab_size is not None:
         vocabulary = frequent_tokens(training, recipe.draft.draft_vocab_size, target.stop_token_ids).to(target.device)
     draft = new_draft(recipe.draft, target, vocabulary, recipe.training.seed).float().to(target.device)
-    if recipe.training.block_schedule and isinstance(draft, Draft):
-        draft.config = dataclasses.replace(draft.config, short_blocks=True)
+    if recipe.training.block_schedule:
+        draft.config = draft.config.for_short_blocks()
     if all(end - start < draft.config.max_drafts for s in held_out for start, end in s.answers):
         raise UserError(f"no held-out answer is long enough for {draft.config.max_drafts} drafts; raise data.held_out")
 

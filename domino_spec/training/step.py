@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.recipe import OptimizationRecipe
 from domino_spec.settings import UserError, require
@@ -150,9 +149,7 @@ class BlockLoss(nn.Module):
         hidden = drafted.hidden.flatten(0, 1)[rows].to(dtype)
         low_rank = None if drafted.low_rank is None else drafted.low_rank.flatten(0, 1)[rows].to(dtype)
         correction = None if draft.head is None else draft.head.correction_weight
-        # A block draft uses the target's LM head; EAGLE-3 and DART drafts have one of their own.
-        target_lm_head = draft.ends.lm_head.detach()
-        lm_head = target_lm_head if isinstance(draft, Draft) else draft.lm_head.weight
+        target_lm_head, lm_head = draft.ends.lm_head.detach(), draft.lm_head_weight
         labels = drafted.choices.flatten()[rows]
         if recipe.position_weights == "acceptance":
             found = label_probabilities(hidden, low_rank, labels, lm_head, correction)
@@ -247,9 +244,7 @@ class Trainer:
         """Of the state that was saved or resumed last; empty before there is one, and in processes that do not save."""
         self.can_save = True
         """False while a step is half done: the optimizer is at work, or the step's evaluation is not recorded yet."""
-        if isinstance(draft, Draft):  # a recipe asks neither of a single layer
-            draft.backbone.requires_grad_(recipe.trained != "head")
-            draft.backbone.recompute_layers = recipe.activation_checkpointing
+        draft.prepare_training(recipe.trained, recipe.activation_checkpointing)
         self._micro_batches = micro_batches(recipe.batch_size, recipe.micro_batch_size, processes)
         self._loss = BlockLoss(draft, recipe, source.layers)
         low_precision = recipe.precision == "bfloat16"

@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.draft.checkpoint import last_layer_tap
-from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.load import AnyDraft
 from domino_spec.files import atomic_path, read_json, read_jsonl, write_json
 from domino_spec.recipe import Recipe
@@ -113,7 +111,7 @@ def run_facts(
     else:
         name = f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
     return RunFacts(
-        draft=_shape(draft.config),
+        draft=draft.config.training_summary,
         steps=settings.total_steps,
         training_sequences=len(training),
         training_tokens=sum(len(s.tokens) for s in training),
@@ -155,27 +153,6 @@ def _seconds_of_a_product(left: Tensor, right: Tensor, out: Tensor) -> float:
         torch.mm(left, right, out=out)
     out[0, 0].item()
     return (time.perf_counter() - started) / PRODUCTS
-
-
-def _shape(config: DraftConfig | SingleLayerConfig) -> str:
-    if isinstance(config, SingleLayerConfig):
-        taps = " ".join(map(str, config.target_layer_ids or ()))
-        vocabulary = "" if config.draft_vocab_size is None else f", draft vocabulary {config.draft_vocab_size}"
-        return f"{config.method}, {config.block_size} drafts in a row, taps {taps}{vocabulary}"
-    parts = [
-        f"{config.num_hidden_layers} layers",
-        f"blocks of {config.block_size}",
-        f"{config.max_drafts} drafts ({'shifted' if config.shift_label else 'unshifted'} labels)",
-        f"taps {' '.join(map(str, config.target_layer_ids))}",
-    ]
-    if config.reads_last_layer:
-        parts[-1] += f" (the last {last_layer_tap(config).replace('_', ' its final ')})"
-    if config.draft_vocab_size is not None:
-        parts.append(f"draft vocabulary {config.draft_vocab_size}")
-    if config.head is None:
-        return ", ".join([*parts, "no head"])
-    head, prefix = config.head, config.head.pure_draft_prefix_len
-    return ", ".join([*parts, f"head with GRU {head.gru_hidden_dim}, low rank {head.low_rank}, pure prefix {prefix}"])
 
 
 class Metrics:

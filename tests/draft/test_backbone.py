@@ -140,7 +140,7 @@ def test_blocks_over_a_cache_are_those_over_the_context_alone(target):
     """For requests of unequal length, plainly and in one native step, which writes behind the requests' rows only."""
     plain, packed = (tiny_draft(target, intermediate_size=48) for _ in range(2))
     packed.pack()
-    assert packed.backbone._in_one_step is not None and plain.backbone._in_one_step is None
+    assert packed.backbone.joined_layers is not None and plain.backbone.joined_layers is None
     config, lengths = plain.config, torch.tensor([9, 4, 0])
     slots = config.block_size
     shape = (config.num_hidden_layers, 3, config.num_key_value_heads, 9 + slots, config.head_dim)

@@ -136,7 +136,7 @@ def proposals(draft: Draft, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     positions = torch.arange(rows + config.block_size)[None].expand(len(features), -1)
     anchors = torch.arange(len(features)) + 3
     mask = torch.ones(1, 1, config.block_size, rows + config.block_size, dtype=torch.bool)
-    context = draft.backbone.project_context(features, positions[:, :rows])
+    context = draft.backbone.project_context(draft.read_features(features), positions[:, :rows])
     hidden = draft.backbone(draft.block_embeddings(anchors), positions[:, rows:], context, mask)
     hidden = hidden[:, config.first_draft_slot :]
     base = draft.base_logits(hidden)
@@ -147,7 +147,7 @@ def proposals(draft: Draft, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def checkpoint(directory: Path, target, nested: bool = False, dtype=torch.bfloat16, **options) -> Draft:
     """A random draft saved in `directory`, as it is read back."""
     draft = tiny_draft(target, **options)
-    draft.nested_head_names = nested
+    draft.layout = "logit_head." if nested else ""
     save_draft(draft, directory, dtype=dtype)
     return read_draft(directory).float().bind(target)
 
@@ -174,7 +174,7 @@ def test_a_warm_start_proposes_exactly_what_the_checkpoint_proposes(tmp_path, te
     source = checkpoint(tmp_path, text_target, **options)
     start = DraftRecipe(init_from=str(tmp_path), **({"head": None} if source.head is None else {}))
     draft = new_draft(start, text_target, None, seed=0)
-    draft.backbone.scale_features(wide_scale(draft), trained=True)
+    draft.scale_features(wide_scale(draft), trained=True)
     features = torch.randn(6, 7, draft.config.feature_size, generator=torch.Generator().manual_seed(0))
     for actual, expected in zip(proposals(draft, features), proposals(source, features), strict=True):
         assert torch.equal(actual, expected)
@@ -189,7 +189,7 @@ def test_a_warm_start_proposes_exactly_what_the_checkpoint_proposes(tmp_path, te
 def test_a_scale_without_compensation_would_change_the_proposals(tmp_path, text_target):
     source = checkpoint(tmp_path, text_target)
     draft = new_draft(DraftRecipe(init_from=str(tmp_path)), text_target, None, seed=0)
-    draft.backbone.scale_features(wide_scale(draft))
+    draft.scale_features(wide_scale(draft))
     features = torch.randn(6, 7, draft.config.feature_size, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(proposals(draft, features)[2], proposals(source, features)[2])
 

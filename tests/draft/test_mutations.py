@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from domino_spec.draft import schema
 from domino_spec.draft.load import describe_draft, load_draft, save_any_draft
-from domino_spec.drafters.methods import kind_of, make_drafter
+from domino_spec.drafters.methods import make_drafter
 from domino_spec.settings import UserError
 from tests.tiny import plain_greedy, random_prompts, run, tiny_draft, tiny_model, tiny_single_layer, tiny_target
 
@@ -92,7 +92,7 @@ def loads_and_drafts_or_is_refused(target, directory: Path) -> bool:
         message = str(error)
         assert "\n" not in message and message.count(str(directory)) <= 1 and len(message) < 600, message
         return False
-    drafter = make_drafter(kind_of(draft), draft, requests=1, device=target.device, num_drafts=3)
+    drafter = make_drafter(draft.kind, draft, requests=1, device=target.device, num_drafts=3)
     (prompt,) = random_prompts([6])
     (generation,) = run(target, drafter, [prompt], 4)
     assert generation.token_ids == plain_greedy(MODEL, prompt, 4)

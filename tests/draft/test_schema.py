@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from domino_spec.cli.show import draft_lines, draft_record
-from domino_spec.draft.checkpoint import check_readers, parse_config, read_draft, save_draft
+from domino_spec.draft.checkpoint import parse_config, read_draft, save_draft
 from domino_spec.draft.load import describe_draft, load_draft, save_any_draft
 from domino_spec.draft.schema import unknown_keys
 from domino_spec.draft.single_layer_checkpoint import parse_single_layer, save_single_layer
@@ -229,7 +229,7 @@ def test_a_draft_whose_layers_have_experts_is_refused(family):
 
 
 def test_what_is_neutral_depends_on_the_kind_of_draft():
-    assert parse_single_layer(pair.published_json(is_causal=True)).method == "eagle3"
+    assert parse_single_layer(pair.published_json(is_causal=True)).kind == "eagle3"
     assert "is_causal: expected true, found False" in refused(parse_single_layer, pair.published_json(is_causal=False))
     layer = pair.published_json("speculators")
     layer["transformer_layer_config"]["mlp_bias"] = True
@@ -256,7 +256,7 @@ def test_an_eagle_draft_that_lists_no_layers_follows_the_published_rule(tmp_path
     for config in (pair.published_json(**{name: ids}), pair.published_json(eagle_config={name: ids})):
         assert parse_single_layer(config) == replace(parse_single_layer(pair.published_json()), published=config)
     pair.write(tmp_path, config, pair.published_tensors())
-    assert load_draft(tmp_path, tiny_target(num_hidden_layers=8)).layers == (1, 3, 4)
+    assert load_draft(tmp_path, tiny_target(num_hidden_layers=8)).feature_layers == (1, 3, 4)
     other = {name: [2, 18, 33], "eagle_config": {name: ids}}
     assert parse_single_layer(pair.published_json(**other)).target_layer_ids == (1, 17, 32)
 
@@ -502,14 +502,14 @@ def test_engines_refuse_a_last_layer_that_they_cannot_hand_over():
 
 def test_a_draft_that_others_would_read_one_slot_late_is_not_exported(target):
     with pytest.raises(UserError, match="run/draft has no head and shift_label true"):
-        check_readers(tiny_draft(target, head=False, taps=(0, 2)).config, "run/draft")
-    check_readers(tiny_draft(target, head=False, shift_label=False, taps=(0, 2)).config, "run/draft")
-    check_readers(tiny_draft(target, taps=(0, 2)).config, "run/draft")
+        tiny_draft(target, head=False, taps=(0, 2)).config.check_readers("run/draft")
+    tiny_draft(target, head=False, shift_label=False, taps=(0, 2)).config.check_readers("run/draft")
+    tiny_draft(target, taps=(0, 2)).config.check_readers("run/draft")
 
 
 @pytest.mark.parametrize("last, warned", [(2, False), (3, True)])
 def test_an_export_that_others_read_after_the_norm_says_so(target, caplog, last, warned):
-    check_readers(tiny_draft(target, taps=(0, last)).config, "run/draft")
+    tiny_draft(target, taps=(0, last)).config.check_readers("run/draft")
     assert ("readers that do not know that key read it after the norm" in caplog.text) == warned
 
 

@@ -164,7 +164,7 @@ def test_layers_follow_the_published_rule_where_the_checkpoint_does_not_name_the
     deep = tiny_target(num_hidden_layers=9)
     draft = tiny_single_layer(deep)
     draft.config = replace(draft.config, target_layer_ids=None, num_target_layers=None)
-    assert draft.bind(deep).layers == (1, 9 // 2 - 1, 9 - 4)
+    assert draft.bind(deep).feature_layers == (1, 9 // 2 - 1, 9 - 4)
     assert draft.config.num_target_layers == 9
 
 

@@ -119,7 +119,7 @@ def test_a_published_checkpoint_survives_a_round_trip(tmp_path, kind, change):
     config, tensors = published_json(kind), change(published_tensors(kind))
     draft = read_any_draft(write(tmp_path / "published", config, tensors))
     assert isinstance(draft, SingleLayerDraft)
-    assert draft.config.method == ("dart" if kind == "dart" else "eagle3")
+    assert draft.config.kind == ("dart" if kind == "dart" else "eagle3")
     save_single_layer(draft, tmp_path / "ours")
     assert_saved_as_published(tmp_path / "ours", config, tensors)
 
@@ -146,11 +146,11 @@ def test_d2t_holds_offsets_from_the_row_and_not_tokens(tmp_path, ids):
 
 def test_settings_of_the_published_layouts_are_understood():
     eagle = parse_single_layer(published_json())
-    assert (eagle.method, eagle.block_size, eagle.num_masks, eagle.rope_theta) == ("eagle3", 7, 0, 10000.0)
+    assert (eagle.kind, eagle.block_size, eagle.num_masks, eagle.rope_theta) == ("eagle3", 7, 0, 10000.0)
     assert (eagle.target_layer_ids, eagle.num_target_layers, eagle.target_fingerprint) == (None, None, None)
     assert (eagle.head_dim, eagle.rms_norm_eps, eagle.target_hidden_size) == (HEAD_DIM, 1e-5, HIDDEN)
     dart = parse_single_layer(published_json("dart", target_hidden_size=48, rope_theta=1000000))
-    assert (dart.method, dart.num_masks, dart.max_drafts, dart.feature_size) == ("dart", 3, 4, 3 * 48)
+    assert (dart.kind, dart.num_masks, dart.max_drafts, dart.feature_size) == ("dart", 3, 4, 3 * 48)
     assert dart.rope_theta == 1e6
     nested = parse_single_layer(published_json("speculators"))
     assert replace(nested, published={}) == replace(eagle, published={})
@@ -213,7 +213,7 @@ def test_a_published_draft_is_joined_to_its_target(tmp_path, method, caplog):
     write(tmp_path, published_json(method), published_tensors(method))
     with caplog.at_level(logging.WARNING):
         draft = load_draft(tmp_path, deep)
-    assert draft.layers == (1, 3, 4) and draft.dtype == deep.dtype
+    assert draft.feature_layers == (1, 3, 4) and draft.dtype == deep.dtype
     shapes, keys = (record.getMessage() for record in caplog.records)
     assert "only shapes were checked" in shapes and "no effect: a_key_of_tomorrow;" in keys
 
@@ -309,7 +309,7 @@ def test_a_configuration_that_cannot_be_used_is_refused_by_name(changes, message
 
 
 def test_a_window_that_is_switched_off_does_no_harm():
-    assert parse_single_layer(published_json(sliding_window=512, use_sliding_window=False)).method == "eagle3"
+    assert parse_single_layer(published_json(sliding_window=512, use_sliding_window=False)).kind == "eagle3"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_pickle_is_never_loaded_and_the_way_out_is_named(tmp_path, monkeypatch
     assert "\n" not in message
     monkeypatch.chdir(tmp_path)
     exec(message.split('python -c "')[1].removesuffix('"'), {})  # the command in the message does what it says
-    assert read_any_draft(tmp_path).config.method == "eagle3"
+    assert read_any_draft(tmp_path).config.kind == "eagle3"
 
 
 def test_an_ordinary_model_is_not_a_draft(tmp_path):

@@ -51,7 +51,7 @@ def target(model):
 
 def single_layer_draft(target, draft_vocab_ids=None) -> SingleLayerDraft:
     config = SingleLayerConfig(
-        method="eagle3",
+        kind="eagle3",
         hidden_size=target.hidden_size,
         intermediate_size=40,
         num_attention_heads=4,

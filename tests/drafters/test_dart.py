@@ -228,7 +228,9 @@ def test_slots_of_every_cycle_equal_the_published_forward(model, target, lengths
     for (committed, _), slots in zip(watched.proposals, watched.slots, strict=True):
         for r, text in enumerate(committed):
             if len(text) > 1:  # one token has no feature
-                assert_close(slots[r], plain_logits(draft, target_features(target, text, draft.layers), text, 4))
+                assert_close(
+                    slots[r], plain_logits(draft, target_features(target, text, draft.feature_layers), text, 4)
+                )
                 compared += 1
     assert compared >= 4 * len(prompts)
 
@@ -264,7 +266,7 @@ def test_trees_of_every_cycle_equal_a_plain_search_over_the_published_forward(mo
             if len(text) == 1:
                 assert drafts(proposal, r) == []
                 continue
-            best = plain_logits(draft, target_features(target, text, draft.layers), text, 3).topk(6)
+            best = plain_logits(draft, target_features(target, text, draft.feature_layers), text, 3).topk(6)
             ids = best.indices if subset is None else subset[best.indices]
             expected = reference_tree(ids.tolist(), best.values.softmax(-1).tolist(), ngrams, text, 14, 4, {58})
             found = paths(*zip(*[(t, p) for p, t in drafts(proposal, r)], strict=True))
@@ -298,7 +300,7 @@ def test_top_and_beam_of_one_draft_the_slots_chain(target):
     draft = tiny_single_layer(target, "dart", block_size=5)
     (text,) = random_prompts([8])
     drafter = DartDrafter(draft, None, top=1, beam=1)
-    best = plain_logits(draft, target_features(target, text, draft.layers), text, 4).argmax(-1)
+    best = plain_logits(draft, target_features(target, text, draft.feature_layers), text, 4).argmax(-1)
     assert drafts(fresh_proposal(target, drafter, text)) == list(enumerate(best.tolist(), start=-1))
 
 

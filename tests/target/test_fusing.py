@@ -110,16 +110,16 @@ def test_attention_without_a_cache_or_with_an_additive_mask_still_works():
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "gemma3"])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-def test_layers_in_one_step_give_the_bits_of_layers_one_after_another(kind, tree):
+def test_layersjoined_layers_give_the_bits_of_layers_one_after_another(kind, tree):
     target = as_target(wide_model(kind)).pack()
-    one_step, lengths = target._in_one_step, torch.tensor([30, 17, 1])
+    one_step, lengths = target.joined_layers, torch.tensor([30, 17, 1])
     assert one_step is not None, "an ordinary decoder"
     prompts, drafts = torch.randint(0, VOCAB, (3, 30)), torch.randint(0, VOCAB, (3, 4))
     ancestors = torch.eye(4, dtype=torch.bool).expand(3, 4, 4).clone()
     ancestors[:, :, 0] = ancestors[0, 3, 1] = True  # all follow the first, and the last of a request its second
     passes, caches = [], []
     for step in (one_step, None):
-        target._in_one_step = step
+        target.joined_layers = step
         cache = target.new_cache(3, 40)
         target.prefill(prompts, lengths, cache)
         passes.append(target.forward(drafts, cache, (2, 0, 3), ancestors if tree else None))
@@ -155,6 +155,6 @@ def test_layers_that_do_more_than_they_seem_to_run_one_after_another():
     tokens = torch.randint(0, VOCAB, (1, 6))
     expected = target.forward(tokens, target.new_cache(1, 8)).hidden
     target.pack()
-    assert isinstance(layer.self_attn, FusedAttention) and target._in_one_step is None
+    assert isinstance(layer.self_attn, FusedAttention) and target.joined_layers is None
     torch.testing.assert_close(target.forward(tokens, target.new_cache(1, 8)).hidden, expected, rtol=1e-4, atol=1e-4)
-    assert as_target(wide_model("gemma3")).pack()._in_one_step is None
+    assert as_target(wide_model("gemma3")).pack().joined_layers is None

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from domino_spec.cli.group import prepare
 from domino_spec.settings import UserError, cache_directory
@@ -116,7 +117,7 @@ BAD_VALUES = {
     "rope_parameters": [5, {"rope_type": "nope"}, {"rope_type": "yarn", "rope_theta": "x", "factor": 2.0}],
     "rms_norm_eps": ["small", [1e-6]],
     "hidden_act": ["nope", 3],
-    "dtype": ["nope", "load", 3],
+    "dtype": ["nope", "load", 3, 1.5, ["float32"]],
     "pad_token_id": [2**31, "x"],
     "eos_token_id": ["58", 58.5, -1, [[58]], 60, [58, 60], True],
     "num_labels": [2**31],
@@ -149,6 +150,32 @@ def test_the_line_names_the_key_what_was_found_and_what_is_expected(copy):
     change(copy / "config.json", num_hidden_layers=4, text_config="")
     with pytest.raises(UserError, match=r"config\.json: text_config: expected mapping, found '' \(str\)"):
         target_config(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(dtype=1.5), r"dtype: expected a type such as float32 or bfloat16, found 1\.5 \(float\)"),
+        (dict(rope_parameters=7), r"rope_parameters: expected mapping, found 7 \(int\)"),
+        (
+            dict(rope_parameters={"rope_type": "magic"}),
+            r"rope_type: expected one of default, .*, found 'magic' \(str\)",
+        ),
+    ],
+)
+def test_a_type_or_rope_that_nobody_knows_is_named(copy, changes, said):
+    change(copy / "config.json", **changes)
+    for read in (load_target, outline_target):
+        with pytest.raises(UserError, match=rf"target .*: config\.json: {said}$"):
+            read(copy)
+
+
+def test_attention_that_cannot_be_exchanged_is_refused_by_family(copy):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
+    FalconForCausalLM(FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(copy)
+    for read in (load_target, outline_target):
+        with pytest.raises(UserError, match=r"target .* is not supported: families of type falcon have attention of"):
+            read(copy)
 
 
 @pytest.mark.parametrize("value", ["58", 58.5, -1, [[58]], 60, [58, 60], True])

@@ -87,13 +87,13 @@ def plain_chain(draft: SingleLayerDraft, tokens: list[int], features: Tensor, an
     out = plain(plain.pair(tokens[anchor], feature), feature, anchor - 1)
     outs = [out]
     for i in range(1, count):
-        if draft.config.method == "eagle3":
+        if draft.config.kind == "eagle3":
             out = plain(plain.pair(tokens[anchor + i], out), out, anchor - 1 + i)
         else:
             mask = plain.weights["mask_rep"]
             out = plain(mask, mask[: len(mask) // 2], anchor - 1 + i)
         outs.append(out)
-    if draft.config.method == "dart":
+    if draft.config.kind == "dart":
         outs = [rms(o, norm) for o in outs]
     return torch.stack([rms(o, norm) for o in outs])
 
@@ -114,7 +114,7 @@ def sequences() -> list[Sequence]:
 def test_every_chain_is_what_the_method_says(monkeypatch, target, sequences, method, chunk):
     monkeypatch.setattr(attention, "CHUNK_SLOTS", chunk)
     draft = tiny.tiny_single_layer(target, method)
-    source = tiny.MemoryCache(target, sequences, draft.layers)
+    source = tiny.MemoryCache(target, sequences, draft.feature_layers)
     anchors = [torch.tensor([2, 3, 7]), torch.tensor([1, 4]), torch.tensor([5])]
     batch = source.batch(sequences)
     blocks = gather_blocks(batch, anchors, draft.config.max_drafts)
@@ -134,7 +134,7 @@ def test_every_chain_is_what_the_method_says(monkeypatch, target, sequences, met
 def test_labels_are_the_tokens_behind_the_anchor(target, sequences, method):
     vocabulary = torch.arange(0, tiny.VOCAB, 2)
     draft = tiny.tiny_single_layer(target, method, draft_vocab_ids=vocabulary)
-    source = tiny.MemoryCache(target, sequences, draft.layers)
+    source = tiny.MemoryCache(target, sequences, draft.feature_layers)
     drafted = forward_blocks(draft, source.batch(sequences[:1]), [torch.tensor([4])])
     following = sequences[0].tokens[5:9]
     assert drafted.blocks.labels[0].tolist() == following.tolist()
@@ -146,7 +146,7 @@ def test_labels_are_the_tokens_behind_the_anchor(target, sequences, method):
 def test_an_anchor_without_a_feature_before_it_is_not_trained(target, sequences, method):
     """The first token of a text: its prompt is that one token."""
     draft = tiny.tiny_single_layer(target, method)
-    source = tiny.MemoryCache(target, sequences, draft.layers)
+    source = tiny.MemoryCache(target, sequences, draft.feature_layers)
     drafted = forward_blocks(draft, source.batch([sequences[1]]), [torch.tensor([0, 1])])
     assert drafted.blocks.valid[:, 0].tolist() == [False, True]
     assert (drafted.choices[0] == -1).all() and (drafted.choices[1] >= 0).all()
@@ -158,7 +158,7 @@ def test_every_weight_is_trained_and_the_target_is_not(target, sequences, method
     recipe = OptimizationRecipe(
         steps=1, batch_size=3, micro_batch_size=3, anchors=4, precision="float32", objective="kl", clip_norm=1e9
     )
-    source = tiny.MemoryCache(target, sequences, draft.layers)
+    source = tiny.MemoryCache(target, sequences, draft.feature_layers)
     gradients, _ = tiny.step_gradients(Trainer(draft, recipe, sequences, source))
     assert gradients.keys() == dict(draft.named_parameters()).keys()
     assert all(g.abs().max() > 0 for g in gradients.values())
@@ -174,7 +174,7 @@ def test_the_step_does_not_depend_on_how_sequences_are_packed(target, sequences,
         recipe = OptimizationRecipe(
             steps=1, batch_size=3, micro_batch_size=size, anchors=4, precision="float32", objective="kl", clip_norm=1e9
         )
-        source = tiny.MemoryCache(target, sequences, draft.layers)
+        source = tiny.MemoryCache(target, sequences, draft.feature_layers)
         gradients, result = tiny.step_gradients(Trainer(draft, recipe, sequences, source))
         found.append((gradients, result.final_loss))
     (one, loss), (other, other_loss) = found
@@ -194,7 +194,7 @@ def test_training_learns_a_text_by_heart(target, sequences, method):
 
 @torch.no_grad()
 def accuracy(draft: SingleLayerDraft, target: Target, sequences: list[Sequence]) -> float:
-    source = tiny.MemoryCache(target, sequences, draft.layers)
+    source = tiny.MemoryCache(target, sequences, draft.feature_layers)
     drafted = forward_blocks(draft, source.batch(sequences), [s.anchors[s.anchors > 0] for s in sequences])
     right = draft.base_logits(drafted.hidden).argmax(-1) == drafted.choices
     return right[drafted.blocks.valid].float().mean().item()

@@ -15,7 +15,7 @@ from domino_spec.draft.initialize import new_draft
 from domino_spec.recipe import DataRecipe, DraftRecipe, HeadRecipe, OptimizationRecipe, Recipe, load_recipe
 from domino_spec.settings import UserError
 from domino_spec.target.load import load_target, target_config
-from domino_spec.target.shapes import known_config
+from domino_spec.target.outline import known_config
 from domino_spec.training import blocks
 from domino_spec.training import estimate as estimate_module
 from domino_spec.training.blocks import forward_blocks, sample_anchors
@@ -131,7 +131,7 @@ def test_activations_are_those_that_a_real_pass_keeps(monkeypatch, changes):
     target = tiny_target(hidden_size=64)
     draft = tiny_draft(target, block_size=4, **options).train().requires_grad_(True)
     draft.backbone.requires_grad_(recipe.trained == "all")
-    draft.backbone.scale_features(torch.ones(draft.config.feature_size))
+    draft.scale_features(torch.ones(draft.config.feature_size))
     sequences = as_sequences(random_prompts([8] * 2), random_prompts([80] * 2, seed=5))
     batch = MemoryCache(target, sequences, draft.config.target_layer_ids).batch(sequences)
     monkeypatch.setattr(blocks, "block_attention", lambda *_: _FusedAttention.apply)

@@ -39,7 +39,7 @@ def test_a_run_leaves_a_draft_that_decodes_and_accepts(setup, finished):
     method, out = finished
     target = load_target(str(setup.target))
     draft = load_draft(out / "draft", target)
-    assert draft.config.method == method
+    assert draft.config.kind == method
     prompts = tiny.random_prompts([5, 3])
     drafted = generate(target, draft, prompts, method=method, max_new_tokens=30, num_drafts=12)
     assert [g.token_ids for g in drafted] == [g.token_ids for g in generate(target, None, prompts, max_new_tokens=30)]

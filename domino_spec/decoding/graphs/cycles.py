@@ -30,9 +30,9 @@ from domino_spec.decoding.adapt import DraftPolicy
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, verify
 from domino_spec.decoding.graphs.capture import Graphs
 from domino_spec.decoding.request import CycleResult, Slot
-from domino_spec.decoding.rows import RowCache
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
 from domino_spec.decoding.static_policy import LateChoice, best_drafts
+from domino_spec.target.cache import RowCache
 from domino_spec.target.model import Target
 
 _log = logging.getLogger(__name__)

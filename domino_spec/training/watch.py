@@ -96,7 +96,7 @@ def run_facts(
     held_out: SequenceType[Sequence],
     processes: int = 1,
 ) -> RunFacts:
-    """Count the data and measure the device (well under a second).
+    """Count data and operations, and measure the device (about a second).
 
     Args:
         recipe: of the run.

@@ -328,7 +328,7 @@ def regenerate(
         draft: makes decoding faster and changes no answer's distribution; None decodes without a draft.
         prompts: conversations, see `datasets.read_conversations`.
         out: JSONL to append to: {"id", "category", "temperature", "prompt_ids", "response_ids"} a line, and "thinking"
-            where the chat template knows it. The last turn of several has every earlier turn and answer in its prompt.
+            if the chat template knows it. The last turn of several has every earlier turn and answer in its prompt.
         recipe: settings.
         on_progress: called after every decoding cycle.
 

@@ -58,7 +58,7 @@ class DraftedTokens:
     hidden: Tensor
     """[A, N, H], the slot that predicts the token."""
     low_rank: Tensor | None
-    """[A, N, L], zero where the base logits are used alone; None without a head."""
+    """[A, N, L], zero if the base logits are used alone; None without a head."""
     blocks: Blocks
     choices: Tensor
     """[A, N], labels as indices into the draft's logits; -1 if the draft cannot propose the label."""

@@ -209,7 +209,7 @@ def conversation_sequences(chat: ChatFormat, conversation: Conversation, max_len
     """A conversation as sequences in which the assistant's turns alone are learned.
 
     Every answer follows the very tokens that serving puts before it. Turns share one sequence as long as that holds;
-    where a template rewrites earlier turns (Qwen3 drops their thinking), each turn has a sequence of its own.
+    if a template rewrites earlier turns (Qwen3 drops their thinking), each turn has a sequence of its own.
 
     Args:
         chat: the target's format.

@@ -78,7 +78,7 @@ class Turn(NamedTuple):
     """One answer and what came before it."""
 
     id: str
-    """The conversation's id, with `#` and the answer's number behind it where there are several."""
+    """The conversation's id, with `#` and the answer's number behind it if there are several."""
     prompt_ids: list[int]
     answer_ids: list[int]
 
@@ -123,7 +123,7 @@ def load_sequences(
 ) -> list[Sequence]:
     """Sequences of a JSONL of answers, cut to `max_length`; those with less than two answer tokens are left out.
 
-    Answers to consecutive turns of one conversation share a sequence where the later prompt holds the earlier answer
+    Answers to consecutive turns of one conversation share a sequence if the later prompt holds the earlier answer
     as it was given.
 
     Args:

@@ -58,7 +58,7 @@ ACHIEVED = 0.4
 """Share of that rate which training is taken to reach; a published trainer of such drafts reaches 0.435."""
 ASSUMED_CONVERSATIONS = 100_000
 ASSUMED_TOKENS, ASSUMED_PROMPT = 1024, 256
-"""Length of a conversation where there are no data yet, and how much of it is prompt."""
+"""Length of a conversation if there are no data yet, and how much of it is prompt."""
 _DFLASH = DraftRecipe(num_layers=5, block_size=16, mask_token_id=151669, shift_label=False, head=None)
 KNOWN_DRAFTS = {f"z-lab/{name}-DFlash-b16": (f"Qwen/{name}", _DFLASH) for name in ("Qwen3-4B", "Qwen3-8B")}
 """The published drafts that shipped recipes start from: target and shape."""
@@ -71,7 +71,7 @@ class Data:
     """What is trained on in one epoch, held-out sequences left out."""
 
     counted: str | None
-    """The file that holds it; None where `sequences` and `tokens` are assumptions."""
+    """The file that holds it; None if `sequences` and `tokens` are assumptions."""
     sequences: int
     tokens: int
     """Prompts included."""
@@ -117,7 +117,7 @@ def estimate_training(recipe: Recipe, processes: int | None = None) -> Estimate:
 
     Args:
         recipe: to be trained.
-        processes: that share the work; what `torchrun` says (WORLD_SIZE) where not given, else 1.
+        processes: that share the work; if not given, what `torchrun` says (WORLD_SIZE), else 1.
 
     Raises:
         UserError: target, draft or data cannot be read, or do not fit each other or the number of processes.
@@ -236,7 +236,7 @@ def meta_draft(config: DraftConfig | SingleLayerConfig, trained: str = "all") ->
 
 
 def _meta_target(text_config: Any, name: str) -> dict[str, int]:
-    """Parameters of the target's decoder, and of its two ends (one where they are tied)."""
+    """Parameters of the target's decoder, and of its two ends (one if they are tied)."""
     model = outlined_model(text_config, None, f"target {name}")
     total = sum(p.numel() for p in model.parameters())  # tied weights count once
     embedding = model.get_input_embeddings()
@@ -255,7 +255,7 @@ def _count_parameters(draft: AnyDraft) -> dict[str, int]:
 
 
 def _data(recipe: DataRecipe, vocab_size: int) -> tuple[Data, list[Sequence]]:
-    """What is trained on, and a sample of its sequences: of the assumed length where their tokens are not known yet."""
+    """What is trained on, and a sample of its sequences: of the assumed length if their tokens are not known yet."""
     path, rows = Path(recipe.responses), ASSUMED_CONVERSATIONS
     if path.is_file():
         try:
@@ -451,12 +451,12 @@ def step_operations(
     count = _count_single_layer if config.kind in SINGLE_LAYER_KINDS else _count_block_draft
     totals: dict[str, float] = defaultdict(float)
     for size in sizes:
-        for name, operations in count(config, recipe, _work(config, recipe, sample, size, draft_vocab_ids)).items():  # type: ignore[arg-type]
+        for name, operations in count(config, recipe, _work_of(config, recipe, sample, size, draft_vocab_ids)).items():  # type: ignore[arg-type]
             totals[name] += operations * recipe.batch_size / len(sample) / len(sizes)
     return dict(totals)
 
 
-def _work(
+def _work_of(
     config: DraftConfig | SingleLayerConfig,
     recipe: OptimizationRecipe,
     sample: SequenceType[Sequence],

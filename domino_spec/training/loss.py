@@ -170,8 +170,8 @@ def blended_loss(
 
     Args:
         hidden: [M, H], the slot that predicts each token.
-        low_rank: [M, L], `head.low_rank` of each, zero rows where the base logits are used alone; None without a head.
-        labels: [M], indices into the logits; -1 where the label cannot be proposed (its weight must be 0).
+        low_rank: [M, L], `head.low_rank` of each, zero rows if the base logits are used alone; None without a head.
+        labels: [M], indices into the logits; -1 if the label cannot be proposed (its weight must be 0).
         weights: [M] float32.
         lm_head: [V, H], the draft's output projection: the target's, frozen, or its own.
         correction_weight: W2 [V, L]; None without a head.
@@ -179,22 +179,22 @@ def blended_loss(
         target_hidden: [M, H], the target's own final hidden state before each label, for objectives that need its
             distribution.
         terms: of the objective.
-        target_lm_head: [V, H'], rows of the target's output projection for the same tokens; None where it is `lm_head`.
+        target_lm_head: [V, H'], rows of the target's output projection for the same tokens; None if it is `lm_head`.
     """
     dtype = hidden.dtype
-    own = lm_head.to(dtype)
-    theirs = own.detach() if target_lm_head is None else target_lm_head.to(dtype)
+    weight = lm_head.to(dtype)
+    target_weight = weight.detach() if target_lm_head is None else target_lm_head.to(dtype)
     return BlendedLoss(
         *_Blended.apply(
             hidden,
             None if low_rank is None else low_rank.to(dtype),
             labels.clamp(min=0),
             weights,
-            own,
+            weight,
             None if correction_weight is None else correction_weight.to(dtype),
             lambda_base,
             None if target_hidden is None else target_hidden.to(dtype),
-            theirs,
+            target_weight,
             terms,
         )
     )

@@ -62,7 +62,7 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
     """The processes that `torchrun` started, and this one's device; a single process without `torchrun`.
 
     Args:
-        device: "auto", "cpu" or "cuda"; each process takes a GPU of its own.
+        device: "auto", "cpu" or "cuda"; each process takes its own GPU.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

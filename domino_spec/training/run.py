@@ -179,12 +179,12 @@ def _check_fit(recipe: Recipe, processes: Processes, device: str) -> None:
     total = sum(p.numel() for p in draft.parameters())
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     needed = sum(state_memory(total, trained, recipe.training, processes.count).values())
-    where = choose_device(device)
-    free = free_memory(where)
+    chosen = choose_device(device)
+    free = free_memory(chosen)
     if free is not None and needed > free:
         raise UserError(
             f"the draft has {total:,} parameters: weights, gradients and optimizer take {needed / 1e9:.1f} GB, and "
-            f"{where} has {free / 1e9:.1f} GB free; make the draft smaller"
+            f"{chosen} has {free / 1e9:.1f} GB free; make the draft smaller"
         )
 
 

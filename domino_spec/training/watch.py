@@ -94,7 +94,7 @@ def run_facts(
     held_out: SequenceType[Sequence],
     processes: int = 1,
 ) -> RunFacts:
-    """Count the data and measure the device (well under a second).
+    """Count data and operations, and measure the device (about a second).
 
     Args:
         recipe: of the run.
@@ -132,7 +132,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     Sizes double while the next one still fits into the time; all of it takes well under a second. What else runs on the
     device lowers the result.
     """
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers alone
     size, seconds, best = 128, 0.0, 0.0
     while size < LARGEST_PRODUCT and 8 * (PRODUCTS + 1) * seconds < BENCHMARK_SECONDS:
         size *= 2
@@ -285,7 +285,7 @@ class _Tracker:
         title = directory.resolve().name
         options: dict[str, Any] = dict(project=os.environ.get(f"{name.upper()}_PROJECT", PROJECT), config=config)
         if name == "wandb":
-            # It would otherwise read along on standard output, where the progress bar is.
+            # It would otherwise capture standard output, which has the progress bar.
             options |= dict(name=title, id=identity, dir=str(directory), settings={"console": "off"})
         else:
             options |= dict(name=f"{title}-{identity}")  # trackio finds the run to resume by its name

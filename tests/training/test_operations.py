@@ -113,6 +113,13 @@ def test_shorter_blocks_are_more(target, sequences):
     assert halved["layers"] == pytest.approx(whole["layers"], rel=0.2) and halved["context"] == whole["context"]
 
 
+def test_counting_leaves_the_random_numbers_of_a_run_alone(target, sequences):
+    config = tiny_draft(target).config
+    before = torch.random.get_rng_state()
+    step_operations(config, step_recipe(sequences), sequences)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_the_matrix_rate_leaves_the_random_numbers_of_a_run_alone():
     before = torch.random.get_rng_state()
     matrix_rate.cache_clear()

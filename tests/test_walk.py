@@ -12,7 +12,7 @@ from domino_spec.drafters.methods import make_drafter
 from tests import tiny
 from tests.walk import Walk, recording
 
-CEILINGS = {"generate": (24, 1373), "cycle": (20, 757), "training": (19, 655), "request": (36, 1840)}
+CEILINGS = {"generate": (24, 1368), "cycle": (20, 757), "training": (19, 655), "request": (36, 1838)}
 """Files of the package entered, and lines of the functions entered in them. A request is decoded in a thread of its
 own, which may be a function further when the first token arrives: its ceiling leaves room for that."""
 

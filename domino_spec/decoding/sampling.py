@@ -143,7 +143,7 @@ class Warpers:
 
     samples: bool = False
     """Some request draws its tokens."""
-    greedy: bool = True
+    argmax: bool = True
     """Some request takes the most probable token."""
     top_k: int = 0
     """A power of two, at least the largest k; 0 if no request has one."""
@@ -161,7 +161,7 @@ class Warpers:
         top_k = max((s.top_k for s in drawn), default=0)
         return Warpers(
             samples=bool(drawn),
-            greedy=len(drawn) < len(settings),
+            argmax=len(drawn) < len(settings),
             top_k=1 << (top_k - 1).bit_length() if top_k else 0,
             top_p=any(s.top_p < 1 for s in drawn),
             min_p=any(s.min_p > 0 for s in drawn),
@@ -184,7 +184,7 @@ class Sampling:
     def __init__(self, settings: Sequence[SamplingSettings], device: torch.device | str = "cpu") -> None:
         self.warpers = Warpers.of(settings)
         self.seeds = torch.tensor([s.seed for s in settings], dtype=torch.long, device=device)
-        self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.long, device=device)
+        self.top_k = torch.tensor([min(s.top_k, INT64 - 1) for s in settings], dtype=torch.long, device=device)
         numbers = [
             (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
             for s in settings
@@ -242,7 +242,7 @@ class Sampling:
         probs = (self._filter(scaled) if self.warpers.top_k or self.warpers.top_p else scaled).softmax(-1)
         if self.warpers.min_p:
             probs = self._drop_improbable(probs)
-        return torch.where(temperature == 0, _one_hot(logits), probs) if self.warpers.greedy else probs
+        return torch.where(temperature == 0, _one_hot(logits), probs) if self.warpers.argmax else probs
 
     def warp(self, logits: Tensor, history: History | None = None) -> Tensor:
         """Logits [R, n, V] after bias and penalties, in float32; the argmax of these is the greedy choice."""

@@ -120,15 +120,10 @@ class BlockDrafter:
 
     def allocate(self, requests: int, capacity: int) -> ContextCache:
         """Memory for so many requests of `capacity` tokens."""
-        config, scratch_rows = self.draft.config, self.draft.backbone.rows_behind
-        shape = (
-            config.num_hidden_layers,
-            requests,
-            config.num_key_value_heads,
-            capacity + scratch_rows,
-            config.head_dim,
-        )
-        return ContextCache(torch.zeros(shape, dtype=self.draft.dtype, device=self.draft.device), scratch_rows)
+        draft, config, scratch_rows = self.draft, self.draft.config, self.draft.backbone.rows_behind
+        size = (config.num_key_value_heads, capacity + scratch_rows, config.head_dim)
+        keys = torch.zeros(config.num_hidden_layers, requests, *size, dtype=draft.dtype, device=draft.device)
+        return ContextCache(keys, scratch_rows)
 
     def read(self, cache: ContextCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
         """Project features [R, n, F] to context rows."""

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from domino_spec.api import default_min_confidence, load_draft, prompt_ids
-from domino_spec.bench.intervals import Draws, Samples
+from domino_spec.bench.figures import Draws, Samples
 from domino_spec.decoding.adapt import AdaptivePolicy
 from domino_spec.decoding.costs import measure_costs
 from domino_spec.decoding.engine import Engine

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from domino_spec.api import generate
-from domino_spec.bench.baseline import transformers_generate
-from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
+from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts, transformers_generate
+from domino_spec.bench.rows import Contender
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.decoding.request import Generation
 from domino_spec.decoding.sampling import SamplingSettings
@@ -70,17 +70,6 @@ METHODS: dict[str, Method] = {
 the most probable tokens; `-matching` samples, and accepts by the released rule. `-tree` proposes trees, chosen at any
 temperature. `-confident` proposes fewer drafts where the draft doubts them. `dflash` takes a DFlash draft where there
 is one, else a Domino draft with its head off; `domino-head-off` is always the latter."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method with one setting: a column of the report."""
-
-    method: str
-    """Key of `METHODS`, with `@SIZE` behind it where the draft vocabulary is cut."""
-    budget: int
-    """The most drafts of one pass, of a tree those of all its branches; 0 where nothing is drafted."""
-    temperature: float
 
 
 Run = Callable[[Contender, list[int], int, int], Generation]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from domino_spec.bench.cells import Record, number, table, with_interval
-from domino_spec.bench.intervals import Cluster, Draws, Samples, mean_of
+from domino_spec.bench.figures import Cluster, Draws, Record, Samples, mean_of
+from domino_spec.bench.page import number, table, with_interval
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, start, tree_ancestors, walk_tree
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.files import atomic_path, read_jsonl

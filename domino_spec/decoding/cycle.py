@@ -8,16 +8,25 @@ Shapes: R requests, N drafted tokens, K candidates, F feature width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from domino_spec.decoding.sampling import History, RandomStreams, Sampling, path_history
 from domino_spec.ops.acceptance import greedy_chain, match_chain, sampled_chain
 from domino_spec.target.cache import TargetCache
 from domino_spec.target.model import Target
+
+_NO_SCOPE = nullcontext()
+
+
+def scope(name: str) -> AbstractContextManager[object]:
+    """Mark a stage of the cycle as `domino::NAME` for torch's profiler; costs nothing when none runs."""
+    return record_function(f"domino::{name}") if torch.autograd._profiler_enabled() else _NO_SCOPE
 
 
 @dataclass
@@ -293,11 +302,7 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
 
 
 def verify(
-    target: Target,
-    state: State,
-    proposal: Proposal,
-    feature_layers: tuple[int, ...] = (),
-    matching_rule: bool = False,
+    target: Target, state: State, proposal: Proposal, feature_layers: tuple[int, ...] = (), matching_rule: bool = False
 ) -> Verdict:
     """Run the target once over [anchor, drafts] of every request and decide.
 
@@ -315,8 +320,10 @@ def verify(
     tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
     drafted = proposal.tokens.shape[1] > 0  # nothing drafted is a chain and a tree alike
     ancestors = tree_ancestors(proposal.parents) if drafted and proposal.parents is not None else None
-    output = target.forward(tokens, state.cache, feature_layers, ancestors)
-    logits = target.lm_head(output.hidden)  # [R, N + 1, V]
+    with scope("verify"):
+        output = target.forward(tokens, state.cache, feature_layers, ancestors)
+    with scope("verify_lm_head"):
+        logits = target.lm_head(output.hidden)  # [R, N + 1, V]
     history = _history(state, proposal, ancestors, logits.shape[-1]) if sampling.reads_history else None
     features, path = output.features, None
     if ancestors is not None:
@@ -392,8 +399,7 @@ def commit(state: State, verdict: Verdict) -> None:
 
     Requests that are no longer active stay as they are.
     """
-    width = verdict.tokens.shape[1]
-    offsets = torch.arange(width, device=verdict.tokens.device)
+    offsets = torch.arange(verdict.tokens.shape[1], device=verdict.tokens.device)
     index = (state.lengths[:, None] + offsets).clamp(max=state.tokens.shape[1] - 1)
     fresh = (offsets <= verdict.num_accepted[:, None]) & state.active[:, None]
     kept = torch.where(fresh, verdict.tokens, state.tokens.gather(1, index))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, is_static, verify
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, is_static, scope, verify
 from domino_spec.decoding.graphs.cycles import Flight, StaticCycles
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.request import Ending, Generation, Limits, Request, Slot, Stats, check_prompt, take_unread
@@ -178,10 +178,13 @@ class Engine:
         batch = self._batch = self._batch or self._view()
         wanted = self._wanted(batch)
         started = time.perf_counter()
-        proposal = self._propose(batch, wanted)
-        verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
-        commit(batch.state, verdict)
-        self._advance(batch, proposal, verdict)
+        with scope("propose"):
+            proposal = self._propose(batch, wanted)
+        with scope("accept"):
+            verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
+            commit(batch.state, verdict)
+        with scope("read"):
+            self._advance(batch, proposal, verdict)
         if self.policy is not None:
             self.policy.observe(proposal, verdict, time.perf_counter() - started)
         return self._deliver(proposal, verdict)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
 from domino_spec.ops.rollout import head_rollout, head_tree
@@ -120,14 +120,10 @@ class BlockDrafter:
         anchors, first = state.anchors, config.first_draft_slot
         block_size = first + num_drafts if config.short_blocks else config.block_size
         slots = torch.arange(block_size, device=anchors.device)
-        hidden = draft.backbone.over_cache(
-            draft.block_embeddings(anchors, block_size),
-            (state.lengths - 1)[:, None] + slots,
-            own.keys,
-            own.values,
-            own.lengths,
-            int(own.lengths.max()) if own.extent is None else own.extent,
-        )
+        block, positions = draft.block_embeddings(anchors, block_size), (state.lengths - 1)[:, None] + slots
+        extent = int(own.lengths.max()) if own.extent is None else own.extent
+        with scope("backbone"):
+            hidden = draft.backbone.over_cache(block, positions, own.keys, own.values, own.lengths, extent)
         return hidden[:, first : first + num_drafts]
 
     def propose(self, state: State, own: ContextCache, num_drafts: int) -> Proposal:
@@ -140,17 +136,12 @@ class BlockDrafter:
         if self.samples and not state.sampling.greedy:
             positions = state.lengths[:, None] + torch.arange(num_drafts, device=anchors.device)
             uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
-        rollout = head_rollout(
-            self.head,
-            hidden,
-            draft.base_logits(hidden),
-            draft.embed(anchors),
-            draft.choice_embedding,
-            self.candidates,
-            state.sampling.temperatures if self.temperature is None else self.temperature,
-            uniform,
-            self.min_confidence,
-        )
+        with scope("lm_head"):
+            logits = draft.base_logits(hidden)
+        given = (self.head, hidden, logits, draft.embed(anchors), draft.choice_embedding, self.candidates)
+        temperature = state.sampling.temperatures if self.temperature is None else self.temperature
+        with scope("head"):
+            rollout = head_rollout(*given, temperature, uniform, self.min_confidence)
         counts = torch.full_like(state.lengths, num_drafts)
         if rollout.confidence is not None:
             counts = (rollout.confidence >= self.min_confidence).sum(1)  # confidence only falls along a path
@@ -242,12 +233,14 @@ class TreeDrafter:
         if num_drafts == 0:
             return Proposal.empty(len(anchors), anchors.device)
         hidden = block.slots(state, own, min(num_drafts, block.max_drafts))  # no path is longer
-        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.choice_embedding)
-        if self.builder == "best-first":
-            tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
-        else:
-            width = None if self.width is None else min(self.width, num_drafts)
-            tree = head_tree(*given, block.candidates, num_drafts, width, block.min_confidence)
+        with scope("lm_head"):
+            logits = draft.base_logits(hidden)
+        given = (block.head, hidden, logits, draft.embed(anchors), draft.choice_embedding, block.candidates, num_drafts)
+        with scope("head"):
+            if self.builder == "best-first":
+                tree = best_first_tree(*given, block.min_confidence)
+            else:
+                tree = head_tree(*given, self.width and min(self.width, num_drafts), block.min_confidence)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 

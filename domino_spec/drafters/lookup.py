@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Drafter, NoCache, Proposal, State, Verdict
+from domino_spec.decoding.cycle import Drafter, NoCache, Proposal, State, Verdict, scope
 
 
 class PromptLookup:
@@ -44,7 +44,8 @@ class PromptLookup:
 
     def propose(self, state: State, own: NgramIndices, num_drafts: int) -> Proposal:
         """Drafts copied from earlier text; a request without a match gets none."""
-        drafts = own.continuations(state, self.shortest, num_drafts)
+        with scope("head"):
+            drafts = own.continuations(state, self.shortest, num_drafts)
         counts = torch.tensor([len(d) for d in drafts])
         tokens = torch.zeros(len(drafts), int(counts.max()), dtype=torch.long)
         for row, draft in zip(tokens, drafts, strict=True):
@@ -213,7 +214,8 @@ class LookupFirst:
 
     def propose(self, state: State, own: LookupCache, num_drafts: int) -> Proposal:
         """Copied drafts where the match is long; the inner drafter runs only if some request needs it."""
-        copied = own.indices.continuations(state, self.shortest, num_drafts)
+        with scope("head"):
+            copied = own.indices.continuations(state, self.shortest, num_drafts)
         if all(copied):
             proposal = Proposal.empty(len(copied), state.tokens.device)
         else:

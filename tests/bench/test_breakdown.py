@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from domino_spec.bench.breakdown import measure_breakdown, render_breakdown
-from domino_spec.bench.profile_watch import STAGES
+from domino_spec.bench.profile import STAGES, measure_breakdown
+from domino_spec.bench.profile_report import render_breakdown
 from domino_spec.settings import UserError
 from tests import tiny
 

@@ -9,11 +9,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from domino_spec.bench.measure import WARM_UP_TOKENS, Plan, measure
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
-from domino_spec.bench.run import run_bench
-from domino_spec.bench.turns import Request
+from domino_spec.bench.run import WARM_UP_TOKENS, Plan, measure, run_bench
+from domino_spec.bench.suites import Request
 from domino_spec.decoding.request import Generation
 from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw, without_times

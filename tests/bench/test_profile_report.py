@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import pytest
 
-from domino_spec.bench.profile import profile_cycles, profile_record
+from domino_spec.bench.profile import STAGES, profile_cycles, profile_record
 from domino_spec.bench.profile_report import (
     check_writable,
     profile_figure,
@@ -17,7 +17,6 @@ from domino_spec.bench.profile_report import (
     stage_name,
     write_profile,
 )
-from domino_spec.bench.profile_watch import STAGES
 from domino_spec.drafters.methods import METHODS
 from domino_spec.settings import UserError
 from tests import tiny

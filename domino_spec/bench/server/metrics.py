@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from domino_spec.bench.rows import Reading, RequestRow, WindowRow
 from domino_spec.bench.server.client import Connection, Fault
-from domino_spec.bench.server.rows import Reading, RequestRow, WindowRow
 
 OWN = ("domino_spec_verify_passes_total", "domino_spec_accepted_drafts_total", "domino_spec_drafts_total")
 VLLM = ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")

@@ -87,17 +87,23 @@ def record_scopes(device: torch.device, run: Callable[[], object]) -> tuple[list
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports every start and stop on stderr
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=activities) as profiler:
         run()
         synchronise(device)
     spans, waits = [], []
-    for event in profiler.events() or []:
-        if event.device_type == DeviceType.CPU and event.name.startswith("domino::"):
+    if on_cuda:  # kernels are assigned to the scopes that launched them
+        for event in profiler.events() or []:
             start, end = event.time_range.start / 1e6, event.time_range.end / 1e6
-            seconds = event.device_time_total / 1e6 if on_cuda else end - start
-            spans.append(Span(event.name.removeprefix("domino::"), start, end, seconds))
-        elif event.name.startswith("cuda") and event.name.endswith("Synchronize"):
-            waits.append(event.time_range.start / 1e6)
+            if event.device_type == DeviceType.CPU and event.name.startswith("domino::"):
+                spans.append(Span(event.name.removeprefix("domino::"), start, end, event.device_time_total / 1e6))
+            elif event.name.startswith("cuda") and event.name.endswith("Synchronize"):
+                waits.append(start)
+    else:  # the unprocessed events: hundreds of times faster
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name().startswith("domino::")]
+        first = min(event.start_ns() for event in events)
+        for event in events:
+            start, seconds = (event.start_ns() - first) / 1e9, event.duration_ns() / 1e9
+            spans.append(Span(event.name().removeprefix("domino::"), start, start + seconds, seconds))
     spans.sort(key=lambda span: (span.start, -span.end))
     return spans, any(spans[0].start < moment < spans[0].end for moment in waits)
 

@@ -1,15 +1,16 @@
-"""Simulated tau of any drafter: its proposals followed along cached answers of the target, without a target pass.
+"""Simulated tau of any drafter: its proposals compared with cached answers of the target, without a target pass.
 
-Verification walks along the target's own choices, so on text that the target wrote a *chosen* draft is accepted exactly
-while it follows the text: the most probable tokens at temperature 0, and at temperature 1 a draw from the same law that
-decoding draws from. The loop here is the decoding loop with the text in the target's place: propose, compare, commit
-what the text says, advance the drafter's caches with cached features. So chains, trees and look-up are all measured by
-their own code, and thousands of anchors cost what their drafts cost.
+On text that the target wrote, a *chosen* draft is accepted exactly while it follows the text. The loop here is the
+decoding loop with the text in the target's place: propose, compare, commit what the text says, advance the drafter's
+caches with cached features. So chains, trees and look-up are measured by their own code, and thousands of anchors cost
+what their drafts cost.
 
-With `every`, anchors stand evenly over the text, the same ones for every drafter, and differences are paired. Without,
-each drafter stands where decoding would make it stand, and its tau is the one that decoding would report.
+With `every`, anchors are evenly spaced and the same for all drafters, so differences are paired. Without, each anchor
+follows what was accepted at the one before, and tau is the one that decoding would report.
 
-*Sampled* drafts are random themselves: `training.compare.accepted_by_answer` gives what they can expect.
+*Sampled* drafts are random: `training.compare.accepted_by_answer` gives what they can expect.
+
+Everything up to `follow` depends on the loop and on training's data alone; the rest keeps and reports the results.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from domino_spec.bench.figures import Cluster, Draws, Record, Samples, mean_of
+from domino_spec.bench.figures import Cluster, Draws, Record, Samples, Sums, mean_of, with_intervals
 from domino_spec.bench.page import number, table, with_interval
 from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, start, tree_ancestors, walk_tree
 from domino_spec.decoding.sampling import Sampling, SamplingSettings
@@ -322,9 +323,12 @@ def summarize(results: Mapping[str, Simulated], ids: SequenceType[str], referenc
                 "answers": len(used),
                 "anchors": len(proposed),
                 "drafts": proposed.double().mean().item(),
-                "suites": {name: _figures(tau, other_suites[name]) for name, tau in suites.items()},
-                "mean": _figures(mean, other_mean),
-                "pooled": _figures(pooled, other_pooled),
+                "suites": {
+                    name: with_intervals({"tau": tau, "ratio": tau / other_suites[name]})
+                    for name, tau in suites.items()
+                },
+                "mean": with_intervals({"tau": mean, "ratio": mean / other_mean}),
+                "pooled": with_intervals({"tau": pooled, "ratio": pooled / other_pooled}),
             }
         )
     return entries
@@ -339,22 +343,11 @@ def _taus(
         lengths = result.accepted[i] + 1
         amounts[cluster[0]].append((cluster, (float(lengths.sum()), float(len(lengths)))))
 
-    def tau(amounts: list[tuple[Cluster, tuple[float, float]]]) -> Samples:
-        lengths, anchors = draws.totals(amounts, 2).unbind(1)
-        return Samples(lengths / anchors, frozenset(cluster for cluster, _ in amounts))
+    def tau(part: list[tuple[Cluster, tuple[float, float]]]) -> Samples:
+        return Sums(("lengths", "anchors"), part, draws).ratio("lengths", "anchors")
 
     suites = {name: tau(part) for name, part in amounts.items()}
     return suites, mean_of(list(suites.values())), tau([a for part in amounts.values() for a in part])
-
-
-def _figures(tau: Samples, reference: Samples) -> Record:
-    ratio = tau / reference
-    return {
-        "tau": tau.value,
-        "tau_interval": tau.interval,
-        "ratio": ratio.value,
-        "ratio_interval": ratio.interval,
-    }
 
 
 def render(entries: SequenceType[Record], reference: str) -> str:

@@ -73,7 +73,7 @@ class Samples:
 
     @property
     def value(self) -> float | None:
-        """As measured; None where there is nothing to divide by."""
+        """As measured; None if there is nothing to divide by."""
         value = self.values[0]
         return value.item() if value.isfinite() else None
 
@@ -118,7 +118,7 @@ class Draws:
         ordered = sorted(set(clusters))
         counts = []
         for suite, count in Counter(suite for suite, _ in ordered).items():
-            # A generator of its own for every suite: with one seed for all, suites of a size would be drawn in step.
+            # A generator of its runs for every suite: with one seed for all, suites of a size would be drawn in step.
             seed = int.from_bytes(hashlib.sha256(suite.encode()).digest()[:4], "big")
             drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
             whole = torch.ones(1 + resamples, count, dtype=torch.int16)
@@ -148,7 +148,7 @@ def tail_share(clusters: int, suites: int) -> float:
 
     Args:
         clusters: conversations, of all suites together.
-        suites: each of which gives one degree of freedom away to its own mean.
+        suites: each of which gives one degree of freedom away to its runs mean.
     """
     degrees = clusters - suites
     return NormalDist().cdf(-sqrt(clusters / degrees) * _student_quantile(degrees))
@@ -234,22 +234,22 @@ def measured(rows: Sequence[Row], contender: Contender, draws: Draws) -> MethodS
         contender: which of them to describe.
         draws: from `draws_of` these rows, or more.
     """
-    own = [row for row in rows if contender_of(row) == contender]
-    alone = _sums(own, draws)
+    runs = [row for row in rows if contender_of(row) == contender]
+    alone = _sums(runs, draws)
     samples = {
         "tau": alone.ratio("lengths", "passes"),
         "tokens_per_second": alone.ratio("decode_tokens", "seconds_decode"),
         "end_to_end_tokens_per_second": alone.ratio("tokens", "seconds"),
     }
     for baseline in ("none", "transformers"):
-        mine, theirs = (_sums(part, draws) for part in _paired(own, (row for row in rows if row.method == baseline)))
+        mine, theirs = (_sums(part, draws) for part in _paired(runs, (row for row in rows if row.method == baseline)))
         samples |= {
             f"speedup_over_{baseline}": theirs.ratio(*SECONDS_PER_TOKEN) / mine.ratio(*SECONDS_PER_TOKEN),
             f"end_to_end_speedup_over_{baseline}": theirs.ratio("seconds", "tokens") / mine.ratio("seconds", "tokens"),
         }
         if baseline == "none":
             samples["cost_ratio"] = mine.ratio(*SECONDS_PER_PASS) / theirs.ratio(*SECONDS_PER_PASS)
-    return MethodSamples(contender, own, samples)
+    return MethodSamples(contender, runs, samples)
 
 
 def figures(of: MethodSamples) -> Record:
@@ -289,8 +289,8 @@ def against(
     """
     sums = {}
     for suite, rows in suites.items():
-        own = [row for row in rows if contender_of(row) == contender]
-        mine, theirs = _paired(own, (row for row in rows if contender_of(row) == reference))
+        runs = [row for row in rows if contender_of(row) == contender]
+        mine, theirs = _paired(runs, (row for row in rows if contender_of(row) == reference))
         if mine:
             sums[suite] = _sums(mine, draws), _sums(theirs, draws)
 
@@ -369,10 +369,10 @@ def _values(samples: Mapping[str, Samples]) -> Record:
     return values
 
 
-def _paired(own: Sequence[Row], others: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+def _paired(runs: Sequence[Row], others: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """Runs of a method and of another for the same prompts, temperature and repeats."""
     by_task = {_task(row): row for row in others}
-    matched = [row for row in own if _task(row) in by_task]
+    matched = [row for row in runs if _task(row) in by_task]
     return matched, [by_task[_task(row)] for row in matched]
 
 
@@ -479,18 +479,18 @@ def server_means(figures: Sequence[Record], samples: Mapping[Place, ServerSample
     for f in figures:
         together.setdefault((f["server"], f["temperature"], f["concurrency"]), []).append(f)
     means = []
-    for (server, temperature, concurrency), own in together.items():
-        if {f["suite"] for f in own} != suites:
+    for (server, temperature, concurrency), runs in together.items():
+        if {f["suite"] for f in runs} != suites:
             continue
-        of = [samples[server, f["suite"], temperature, concurrency] for f in own]
+        of = [samples[server, f["suite"], temperature, concurrency] for f in runs]
         names = [name for name in ("tokens_per_second", "speedup") if all(name in s for s in of)]
-        lengths = [f["acceptance_length"] for f in own if f["acceptance_length"] is not None]
+        lengths = [f["acceptance_length"] for f in runs if f["acceptance_length"] is not None]
         means.append(
             {
-                **{"server": server, "temperature": temperature, "concurrency": concurrency, "suites": len(own)},
+                **{"server": server, "temperature": temperature, "concurrency": concurrency, "suites": len(runs)},
                 **{"speedup": None, "speedup_interval": None},
                 **with_intervals({name: mean_of([s[name] for s in of]) for name in names}),
-                "acceptance_length": sum(lengths) / len(lengths) if len(lengths) == len(own) else None,
+                "acceptance_length": sum(lengths) / len(lengths) if len(lengths) == len(runs) else None,
             }
         )
     return means

@@ -151,7 +151,7 @@ def timed_generate(
 ASSISTED, LOOKUP, DFLASH = "transformers-assisted", "transformers-lookup", "transformers-dflash"
 PEERS = (ASSISTED, LOOKUP, DFLASH)
 DEFAULT_DRAFTS = {ASSISTED: 20, LOOKUP: 10}
-"""Drafts of a pass where none are asked for: transformers' defaults."""
+"""Drafts of a pass if none are asked for: transformers' defaults."""
 
 
 def peer_drafts(method: str, draft: Any, budget: int | None) -> int:
@@ -190,7 +190,7 @@ class Peers:
     """What the peers of a bench run with."""
 
     model: Any
-    """The target's weights as a stock transformers model (`baseline.load_baseline`)."""
+    """The target's weights as a stock transformers model (`load_baseline`)."""
     stop_token_ids: Collection[int]
     assistant: Any = None
     """A small language model with the target's tokenizer."""
@@ -199,7 +199,7 @@ class Peers:
     dflash: Any = None
     """transformers' DFlash model with the weights of a draft."""
     dflash_head: nn.Module | None = None
-    """LM head of a draft with a draft vocabulary; None where the target's own serves."""
+    """LM head of a draft with a draft vocabulary; None if the target's own serves."""
 
     def generate(
         self, method: str, budget: int, prompt: list[int], temperature: float, seed: int, max_new_tokens: int
@@ -244,10 +244,10 @@ def load_peers(
     """Prepare the peers among `methods`.
 
     Args:
-        model: from `baseline.load_baseline`.
+        model: from `load_baseline`.
         target: the model served.
         methods: of the bench; those that are no peers are passed over.
-        draft: name, directory or hub id of the draft for `transformers-dflash`; read anew, since decoding packs it.
+        draft: name, directory or hub id of the draft for `transformers-dflash`; read again, since decoding packs it.
         assistant: name, directory or hub id of a small language model for `transformers-assisted`; None for the
             target's own first layers.
 

@@ -37,7 +37,7 @@ _COLORS = tuple(
     f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
 )
 _PLACES = [(dx, dy, side) for dy in (9, -9, 0, 20, -20, 31, -31, 42, -42) for dx, side in ((8, "left"), (-8, "right"))]
-"""Where the name of a point may stand: points to the right and up, and which side of the text is there."""
+"""Where the name of a point may be put: points to the right and up, and which side of the text is there."""
 
 
 class Style(NamedTuple):
@@ -98,7 +98,7 @@ def save_figure(figure: Figure, out: Path, name: str) -> str:
 
 
 def distances(entry: Record, figure: str) -> list[list[float]] | None:
-    """The interval of a figure, where the report has one, as distances [[below], [above]]."""
+    """The interval of a figure, if the report has one, as distances [[below], [above]]."""
     bounds = entry.get(f"{figure}_interval")
     if bounds is None:
         return None

@@ -147,23 +147,23 @@ class Cycle:
         target: the model served.
         state: the texts, at that point; several cycles may share it.
         drafter: of the method.
-        own: its caches, at that point.
+        cache: the drafter's, at that point.
         num_drafts: per request.
         draft: that it drafts with; None if it needs none.
     """
 
     def __init__(
-        self, target: Target, state: State, drafter: Drafter, own: Any, num_drafts: int, draft: AnyDraft | None = None
+        self, target: Target, state: State, drafter: Drafter, cache: Any, num_drafts: int, draft: AnyDraft | None = None
     ) -> None:
-        self.target, self.state, self.drafter, self.own, self.draft = target, state, drafter, own, draft
+        self.target, self.state, self.drafter, self.cache, self.draft = target, state, drafter, cache, draft
         self.num_drafts = min(num_drafts, drafter.max_drafts)
         self._logits = 0
         counting: Any = nullcontext()
         if draft is not None:
             counting = mock.patch.object(draft, "base_logits", self._counted(draft.base_logits))
         with counting:  # not timed: look-up indexes the whole text in its first proposal
-            drafter.propose(state, own, self.num_drafts)
-        self._put_back = hold_state(state), hold_caches(own)
+            drafter.propose(state, cache, self.num_drafts)
+        self._put_back = hold_state(state), hold_caches(cache)
 
     def _counted(self, base_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def counted(hidden: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ class Cycle:
         layers = self.drafter.feature_layers
         with scope("cycle"):
             with scope("propose"):
-                proposal = self.drafter.propose(self.state, self.own, self.num_drafts)
+                proposal = self.drafter.propose(self.state, self.cache, self.num_drafts)
             with scope("accept"):
                 verdict = verify(self.target, self.state, proposal, layers)
                 commit(self.state, verdict)
             with scope("read" if layers else "no_read"):  # without features nothing is projected
-                self.drafter.advance(self.own, verdict)
+                self.drafter.advance(self.cache, verdict)
         return verdict
 
     def reset(self) -> None:
@@ -286,13 +286,13 @@ class StageProfile:
 
     seconds: Timing
     bytes: int
-    """That it must move at least, see `profile_bytes`."""
+    """That it must move at least, see `roofline`."""
     floor: float | None
-    """Seconds that those bytes take at the device's copy bandwidth; None where that was not measured."""
+    """Seconds that these bytes take at the device's copy bandwidth; None if that was not measured."""
 
     @property
     def over_floor(self) -> float | None:
-        """Its time as a multiple of its floor; None where there is no floor."""
+        """Its time as a multiple of its floor; None if there is no floor."""
         return self.seconds.median / self.floor if self.floor else None
 
 
@@ -345,11 +345,11 @@ class Profile:
     repeats: int
     threads: int
     copy_bandwidth: float | None
-    """Bytes per second of a large copy, read and written ones; None where it was not measured."""
+    """Bytes per second of a large copy, read and written ones; None if it was not measured."""
     methods: tuple[MethodProfile, ...]
     """`none` first."""
     rows: tuple[RowCost, ...]
-    """One row first; empty where none were asked for."""
+    """One row first; empty if none were asked for."""
 
     @property
     def plain_step(self) -> Timing:
@@ -375,7 +375,7 @@ def profile_cycles(
     bandwidth: bool = True,
     show: Show = lambda what, done, total, line: None,
 ) -> Profile:
-    """Time a cycle of each method, its stages, a plain step and, where asked for, verify passes of several sizes.
+    """Time a cycle of each method, its stages, a plain step and, if asked for, verify passes of several sizes.
 
     Args:
         target: the model served.
@@ -413,26 +413,26 @@ def profile_cycles(
     cycles = []
     for drafter, (_, count) in zip(drafters, wanted, strict=True):
         if text is None:
-            own = filled_caches(target, drafter, state)
+            cache = filled_caches(target, drafter, state)
         else:
             state = new_state(target, text, 2 * most)
-            own = read_state(target, drafter, state)
-        own_draft = draft if drafter.feature_layers else None
-        cycles.append(Cycle(target, state, drafter, own, count or drafter.max_drafts, own_draft))
+            cache = read_state(target, drafter, state)
+        its_draft = draft if drafter.feature_layers else None
+        cycles.append(Cycle(target, state, drafter, cache, count or drafter.max_drafts, its_draft))
     passes = verify_passes(target, state, sorted({1, *rows})) if rows else {}
 
     samples: list[list[Sample]] = [[] for _ in cycles]
     spent: dict[tuple[str, int], list[float]] = {key: [] for key in passes}
     for repeat in range(-WARM_UP, repeats):
-        for cycle, own_samples in zip(cycles, samples, strict=True):
-            own_samples.append(cycle.sample())
+        for cycle, of_cycle in zip(cycles, samples, strict=True):
+            of_cycle.append(cycle.sample())
         for key, one_pass in passes.items():
             spent[key].append(one_pass())
         latest = (f"{name} {own[-1].cycle * 1e3:.3g} ms" for (name, _), own in zip(wanted, samples, strict=True))
         show("repeats", max(0, repeat + 1), repeats, ", ".join(latest))
     found = [
-        _method(method, cycle, own_samples[WARM_UP:], length, speed)
-        for (method, _), cycle, own_samples in zip(wanted, cycles, samples, strict=True)
+        _method(method, cycle, of_cycle[WARM_UP:], length, speed)
+        for (method, _), cycle, of_cycle in zip(wanted, cycles, samples, strict=True)
     ]
     costs = _row_costs({key: seconds[WARM_UP:] for key, seconds in spent.items()})
     return Profile(length, batch, candidates, repeats, torch.get_num_threads(), speed, tuple(found), costs)
@@ -441,9 +441,9 @@ def profile_cycles(
 def _drafter(
     target: Target, draft: AnyDraft | None, method: str, num_drafts: int | None, batch: int, candidates: int | None
 ) -> Drafter:
-    own_draft = draft if METHODS[method].kinds else None
+    its_draft = draft if METHODS[method].kinds else None
     options: dict[str, Any] = {"candidates": candidates, "num_drafts": num_drafts}
-    return make_drafter(method, own_draft, requests=batch, device=target.device, **options)
+    return make_drafter(method, its_draft, requests=batch, device=target.device, **options)
 
 
 def _check_caches(
@@ -460,7 +460,7 @@ def _check_caches(
 
 
 def default_methods(draft: AnyDraft | None) -> list[str]:
-    """What is profiled where nothing is asked for: the draft's own method; of a Domino draft with its head off too."""
+    """What is profiled if nothing is asked for: the draft's own method; of a Domino draft with its head off too."""
     if draft is None:
         return ["none"]
     kind = kind_of(draft)
@@ -503,7 +503,7 @@ def copy_bandwidth(device: torch.device, size: int | None = None, repeats: int =
 
     Args:
         device: whose memory.
-        size: bytes of the tensor; less where memory is short. None for what no cache holds.
+        size: bytes of the tensor; less if memory is short. None for what no cache holds.
         repeats: how often.
     """
     size = size or COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
@@ -605,7 +605,7 @@ class Breakdown:
     """One step of method `none` at the same context."""
     cycle: float
     stages: dict[str, float]
-    """By the names in `profile_watch.STAGES`, and `host_gap`: what they leave of the cycle. Each is a median of its
+    """By the names in `STAGES`, and `host_gap`: what they leave of the cycle. Each is a median of its
     own, so they add up to the cycle but for noise."""
 
     @property

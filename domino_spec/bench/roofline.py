@@ -130,7 +130,7 @@ def draft_bytes(draft: AnyDraft | None, drafter: Drafter, work: Work, requests: 
 
 
 def _head_bytes(draft: Draft, drafter: Drafter, work: Work, requests: int) -> int:
-    """GRU, W1, and the rows of W2 that correct the candidates of each slot; 0 where the head is left off."""
+    """GRU, W1, and the rows of W2 that correct the candidates of each slot; 0 if the head is left off."""
     block: Any = drafter
     while not isinstance(block, BlockDrafter):  # a tree's, or one that looks up first
         block = block.block if isinstance(block, TreeDrafter) else block.inner
@@ -243,7 +243,7 @@ def fill_state(state: State) -> None:
 def filled_caches(target: Target, drafter: Drafter, state: State) -> Any:
     """A drafter's caches that have read random features in place of the target's."""
     requests, capacity = state.tokens.shape
-    own, rows = drafter.allocate(requests, capacity), int(state.lengths.max()) - 1
+    cache, rows = drafter.allocate(requests, capacity), int(state.lengths.max()) - 1
     width = len(drafter.feature_layers) * target.hidden_size
     for first in range(0, rows, PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, rows - first)
@@ -251,8 +251,8 @@ def filled_caches(target: Target, drafter: Drafter, state: State) -> Any:
         if width:
             features = torch.randn(requests, count, width, dtype=target.dtype, device=target.device)
         following = state.tokens[:, first + 1 : first + count + 1]
-        drafter.read(own, following, features, torch.full_like(state.lengths, count))
-    return own
+        drafter.read(cache, following, features, torch.full_like(state.lengths, count))
+    return cache
 
 
 def hold_state(state: State) -> Callable[[], None]:
@@ -266,14 +266,14 @@ def hold_state(state: State) -> Callable[[], None]:
     return put_back
 
 
-def hold_caches(own: Any) -> Callable[[], None]:
+def hold_caches(cache: Any) -> Callable[[], None]:
     """What puts a drafter's caches back to what they are now, keys and values aside."""
     steps: list[Callable[[], None]] = []
-    for name, value in vars(own).items():
+    for name, value in vars(cache).items():
         if name in ("keys", "values"):
             continue
         if isinstance(value, Tensor):
-            steps.append(functools.partial(_refill, own, name, value.clone()))
+            steps.append(functools.partial(_refill, cache, name, value.clone()))
         elif isinstance(value, list):
             steps.append(functools.partial(_replace_items, value, copy.deepcopy(value)))
         elif hasattr(value, "__dict__"):
@@ -286,8 +286,8 @@ def hold_caches(own: Any) -> Callable[[], None]:
     return put_back
 
 
-def _refill(own: Any, name: str, saved: Tensor) -> None:
-    getattr(own, name).copy_(saved)
+def _refill(cache: Any, name: str, saved: Tensor) -> None:
+    getattr(cache, name).copy_(saved)
 
 
 def _replace_items(items: list[Any], saved: list[Any]) -> None:

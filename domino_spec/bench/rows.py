@@ -29,7 +29,7 @@ RAW_FILE, SETTINGS_FILE = "raw.jsonl", "settings.json"
 
 
 def turn_suffix(turn: int) -> str:
-    """What stands behind a conversation's id in the id of one of its turns."""
+    """The suffix that makes the id of a turn from its conversation's."""
     return "" if turn == 1 else f"#{turn}"
 
 
@@ -94,7 +94,7 @@ class Row(Settings):
 
     @property
     def conversation(self) -> str:
-        """The id that all turns of a conversation share: what intervals draw anew."""
+        """The id that all turns of a conversation share: what intervals resample."""
         return conversation_of(self.id, self.turn)
 
     @property
@@ -189,7 +189,7 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def cut_partial_line(path: Path) -> None:
-    """Cut off a last line without its end, which a killed writer left; nothing where the file is whole or missing."""
+    """Cut off a last line without its end, which a killed writer left; nothing if the file is whole or missing."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -266,7 +266,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this package's checkout, `-dirty` where files differ; None where there is no checkout."""
+    """The git commit of this package's checkout, `-dirty` where files differ; None if there is no checkout."""
     checkout = Path(__file__).resolve().parents[2]
     try:
         top, head, changes = (
@@ -343,14 +343,14 @@ class RequestRow(Settings):
     """Requests in flight."""
     repeat: int
     attempt: int
-    """Of its window; an interrupted one is measured anew under the next number."""
+    """Of its window; an interrupted one is measured again under the next number."""
     round: int
     """How often the window had asked this before: small suites are gone through several times."""
     turn: int
     started: float
     """Seconds from the window's start until it was this request's turn."""
     sent: float
-    """The same for the try that counts: later than `started` where the server first said 429."""
+    """The same for the try that counts: later than `started` if the server first said 429."""
     rejected: int
     """How often it said 429, or 503 with Retry-After."""
     chunks: tuple[float, ...]
@@ -366,10 +366,10 @@ class RequestRow(Settings):
     """What was received, reasoning first."""
     finish_reason: str | None
     verify_passes: int | None
-    """As the answer itself says, where it does; `domino-spec serve` and SGLang do."""
+    """As the answer itself says, if it does; `domino-spec serve` and SGLang do."""
     accepted_drafts: int | None
     error: str | None
-    """Why there is no answer; None where there is one."""
+    """Why there is no answer; None if there is one."""
 
     @property
     def window(self) -> WindowKey:
@@ -383,7 +383,7 @@ class RequestRow(Settings):
 
     @property
     def conversation(self) -> str:
-        """The id that all turns of a conversation share: what intervals draw anew."""
+        """The id that all turns of a conversation share: what intervals resample."""
         return conversation_of(self.id, self.turn)
 
     @property
@@ -435,7 +435,7 @@ class WindowRow(Settings):
     seconds: float
     """From the first request's start to the last one's end."""
     readings: tuple[Reading, ...]
-    """What the engine's metrics said (`metrics`); empty where it has none."""
+    """What the engine's metrics said (`metrics`); empty if it has none."""
 
     @property
     def key(self) -> WindowKey:
@@ -471,7 +471,7 @@ def append_window(out: Path, row: WindowRow) -> None:
 
 
 def read_measured(out: Path) -> Measured:
-    """Everything that a directory holds; nothing where nothing was measured yet.
+    """Everything that a directory holds; nothing if nothing was measured yet.
 
     Raises:
         UserError: naming file and line.

@@ -86,7 +86,7 @@ def run_bench(
     """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
     Interrupted at any point, the same call goes on where it stopped. Of a conversation every turn is measured, after
-    the target's own greedy answers to the turns before it (`turns`).
+    the target's own greedy answers to the turns before it (`suites`).
 
     Args:
         target: embedded name, directory or hub id.
@@ -106,8 +106,8 @@ def run_bench(
         candidates: K of the head's restricted candidates; None for the whole draft vocabulary.
         enable_thinking: of targets whose chat template knows it.
         assistant: a transformers model, for the methods that are assisted by one.
-        ranking: tokens by frequency (`drafters.vocabulary`), for methods with `@SIZE`.
-        ngrams: counts of text (`drafters.ngram_model`), for method `dart`.
+        ranking: tokens by frequency (`draft.vocabulary`), for methods with `@SIZE`.
+        ngrams: counts of text (`drafters.ngram_counts`), for method `dart`.
         allow_other_target: accept a draft trained for other weights of the same shape.
         check: as `load_target` takes it.
         breakdown: time the stages of a cycle too, at a real context.

@@ -135,7 +135,7 @@ def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.dev
     Args:
         shape: of `find_shape`.
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
-        device: "auto" is CUDA where there is one, else CPU.
+        device: "auto" is CUDA if there is one, else CPU.
 
     Raises:
         UserError: the shape is no model that this package can decode with, or there is no such device.
@@ -158,7 +158,7 @@ def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.dev
     with _making(torch.device("meta"), dtype):
         draft = Draft(draft_config, _vocabulary(draft_config))
     weights = sum(weight.numel() for part in (model, draft) for weight in part.parameters())
-    if can_pack(device, dtype):  # an LM head of each is laid out anew beside the one that was there
+    if can_pack(device, dtype):  # an LM head of each is laid out again beside the one that was there
         weights += (text.vocab_size + draft_config.logits_size) * text.hidden_size
     return Plan(shape, config, draft, dtype, device, weights * dtype.itemsize)
 

@@ -43,7 +43,7 @@ HORIZON = 16
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a drafter's proposals are worth along some answers: [A] per answer, empty where it has no anchor."""
+    """What a drafter's proposals are worth along some answers: [A] per answer, empty if it has no anchor."""
 
     anchors: list[Tensor]
     """Positions of the last committed token."""
@@ -124,7 +124,7 @@ def _places(source: FeatureSource, wanted: SequenceType[int]) -> list[int]:
 
 @dataclass
 class _Text:
-    """R answers with what stands before them: it takes the target's place."""
+    """R answers with the text before them, in the target's place."""
 
     tokens: Tensor
     """[R, L], -1 past the end of each."""
@@ -207,9 +207,9 @@ def _follow(
     """Yields, anchor by anchor, who is active, the anchors, and accepted and proposed drafts, each [R]."""
     longest_commit = drafter.max_drafts + 1  # of decoding: a drafter need not take more at once
     state = text.state(room=2 * longest_commit)
-    own = start(drafter, state)
+    cache = start(drafter, state)
     while True:
-        proposal = drafter.propose(state, own, num_drafts)
+        proposal = drafter.propose(state, cache, num_drafts)
         accepted = follow(proposal, text.after(state.lengths, proposal.tokens.shape[1] + 1))
         yield state.active.clone(), state.lengths - 1, accepted, proposal.num_drafts
         steps = accepted + 1 if every is None else torch.full_like(accepted, every)
@@ -221,7 +221,7 @@ def _follow(
             counts = steps.clamp(max=longest_commit)
             verdict = text.verdict(state.lengths, counts)
             commit(state, verdict)
-            drafter.advance(own, verdict)
+            drafter.advance(cache, verdict)
             steps = steps - counts
 
 
@@ -260,7 +260,7 @@ def save_simulated(simulated: Simulated, ids: SequenceType[str], settings: Mappi
 
 
 def load_simulated(ids: SequenceType[str], settings: Mapping[str, Any], path: Path) -> Simulated | None:
-    """What `save_simulated` wrote, or None where there is no such file.
+    """What `save_simulated` wrote, or None if there is no such file.
 
     Raises:
         UserError: it was measured with other settings or on other answers, or cannot be read.
@@ -285,11 +285,11 @@ def suite_of(id_: str) -> str:
 
 
 def summarize(results: Mapping[str, Simulated], ids: SequenceType[str], reference: str) -> list[Record]:
-    """tau of every method, and its ratio to one of them on the same resamples of the answers (see `intervals`).
+    """tau of every method, and its ratio to one of them on the same resamples of the answers (see `figures`).
 
     Args:
         results: by method, all on the same answers.
-        ids: of the answers; what stands before the first slash is the suite.
+        ids: of the answers; the part before the first slash is the suite.
         reference: the method that ratios are to.
 
     Returns:

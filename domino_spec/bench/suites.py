@@ -244,7 +244,7 @@ def _answer(target: Target, request: Request, max_new_tokens: int, path: Path, k
 
 
 def read_answers(path: Path) -> dict[tuple[str, str, int], str]:
-    """What earlier_answers.jsonl holds: texts by suite, conversation and turn; nothing where it is missing.
+    """What earlier_answers.jsonl holds: texts by suite, conversation and turn; nothing if it is missing.
 
     Raises:
         UserError: naming the line that is malformed.

@@ -41,7 +41,7 @@ class Parting(Settings):
     position: int
     """Generated tokens that are equal before it."""
     token: int | None
-    """What the method wrote there; None where its text had ended."""
+    """What the method wrote there; None if its text had ended."""
     reference_token: int | None
 
 
@@ -155,7 +155,7 @@ def save_ties(ties: Sequence[Tie], out: Path) -> None:
 
 
 def load_ties(out: Path) -> list[Tie]:
-    """What `save_ties` wrote; nothing where it has not."""
+    """What `save_ties` wrote; nothing if it has not."""
     path = out / TIES_FILE
     if not path.exists():
         return []
@@ -180,7 +180,7 @@ class TopTwo:
 
     @property
     def near_tie(self) -> bool:
-        """True where rounding can turn the order: each of the two logits may move by `rounding`."""
+        """True if rounding can turn the order: each of the two logits may move by `rounding`."""
         return self.margin <= 2 * self.rounding
 
 
@@ -226,7 +226,7 @@ def _next_logits(target: Target, prompt_ids: Sequence[int], token_ids: Sequence[
 
 
 _CONTEXT = 24
-"""Characters shown from where texts part."""
+"""Characters shown from where two texts differ."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class ServerEquality:
 
 @dataclass(frozen=True)
 class ServerDifference:
-    """A prompt whose texts part, where they do so first."""
+    """A prompt whose texts differ, and where they first do."""
 
     server: str
     concurrency: int
@@ -252,11 +252,11 @@ class ServerDifference:
     suite: str
     id: str
     times: int
-    """Requests of this prompt whose texts part, over rounds and repeats; the rest describes the first of them."""
+    """Requests of this prompt whose texts differ, over rounds and repeats; the rest describes the first of them."""
     position: int
     """Characters that are equal before."""
     wrote: str
-    """What follows there; empty where the text has ended."""
+    """What follows there; empty if the text has ended."""
     reference_wrote: str
 
 

@@ -18,7 +18,7 @@ from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw, without_times
 
 CONFIGURATION = {"target": "t", "seed": 5}
-KEYS = [  # DESIGN section 8
+KEYS = [  # docs/design.md, section 8
     *("suite", "id", "method", "budget", "temperature", "seed", "repeat", "batch", "threads", "prompt_tokens"),
     *("token_ids", "num_verify_passes", "num_drafts", "acceptance_lengths", "seconds_prefill", "seconds_decode"),
     "turn",

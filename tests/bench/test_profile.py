@@ -66,13 +66,13 @@ def test_a_cycle_starts_again_where_it_started(target, method):
     state = new_state(target, synthetic_text(target, 12), 64)
     fill_state(state)
     cycle = Cycle(target, state, drafter, filled_caches(target, drafter, state), 4, draft)
-    before, verdicts = cycle.drafter.propose(state, cycle.own, 4), []
+    before, verdicts = cycle.drafter.propose(state, cycle.cache, 4), []
     for _ in range(3):
         verdicts.append(cycle.run())
         assert int(state.lengths[0]) > 12
         cycle.reset()
         assert state.lengths.tolist() == [12] and state.cache.lengths.tolist() == [11]
-    assert torch.equal(cycle.drafter.propose(state, cycle.own, 4).tokens, before.tokens)
+    assert torch.equal(cycle.drafter.propose(state, cycle.cache, 4).tokens, before.tokens)
     for verdict in verdicts[1:]:
         count = int(verdict.num_accepted) + 1
         assert torch.equal(verdict.num_accepted, verdicts[0].num_accepted)

@@ -197,7 +197,7 @@ def make_turns(
 
     Args:
         baseline: the server that answers earlier turns.
-        prompts: that passed `turns.check_ids`.
+        prompts: that passed `suites.check_ids`.
         sampling: of those answers; they are greedy.
         out: the bench directory, prepared by `rows.take_directory`.
         concurrency: answers that are made at a time.

@@ -34,7 +34,7 @@ from domino_spec.bench.rows import (
     session_record,
     start_or_resume,
 )
-from domino_spec.bench.suites import Request, check_prompts, load_suites, make_requests, suites_settings
+from domino_spec.bench.suites import EncodedPrompt, check_prompts, load_suites, make_requests, suites_settings
 from domino_spec.bench.ties import TextCheck, measure_ties, save_ties
 from domino_spec.decoding.request import Generation
 from domino_spec.decoding.sampling import seed_of
@@ -171,7 +171,7 @@ def run_bench(
     if len(rows) < planned:
         record_session(out, session_record(len(rows)))
     requests = make_requests(loaded, prompts, max_new_tokens, out, enable_thinking, say)
-    plan = Plan(requests, competing, repeats, max_new_tokens, seed)
+    plan = RunPlan(requests, competing, repeats, max_new_tokens, seed)
     if len(rows) < planned:
         run = runner(drafting, baseline, candidates, peers)
         rows = measure(plan, run, out, rows, say)
@@ -224,7 +224,7 @@ def _digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _breakdowns(drafting: Drafting, plan: Plan, rows: Sequence[Row], candidates: int | None) -> list[Breakdown]:
+def _breakdowns(drafting: Drafting, plan: RunPlan, rows: Sequence[Row], candidates: int | None) -> list[Breakdown]:
     """The stages of every greedy chain of a block draft, in the middle of the answer to the prompt of median length."""
     request = sorted(plan.requests, key=lambda r: len(r.token_ids))[len(plan.requests) // 2]
     context = _middle_of_answer(request, rows)
@@ -244,7 +244,7 @@ def _breakdowns(drafting: Drafting, plan: Plan, rows: Sequence[Row], candidates:
     return found
 
 
-def _middle_of_answer(request: Request, rows: Sequence[Row]) -> list[int]:
+def _middle_of_answer(request: EncodedPrompt, rows: Sequence[Row]) -> list[int]:
     answer = next(row.token_ids for row in rows if (row.suite, row.id) == (request.suite, request.id))
     return request.token_ids + list(answer[: max(1, len(answer) // 2)])
 
@@ -259,17 +259,17 @@ def print_progress(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Everything that is to be measured."""
 
-    requests: Sequence[Request]
+    requests: Sequence[EncodedPrompt]
     contenders: Sequence[Contender]
     repeats: int
     max_new_tokens: int
     seed: int
     """Repeat r of a run uses seed + r."""
 
-    def runs(self) -> Iterator[tuple[RunKey, Request, Contender]]:
+    def runs(self) -> Iterator[tuple[RunKey, EncodedPrompt, Contender]]:
         """All runs in the order in which they are measured."""
         for repeat in range(self.repeats):
             for index, request in enumerate(self.requests):
@@ -279,7 +279,7 @@ class Plan:
                     yield RunKey(request.suite, request.id, *contender, repeat), request, contender
 
 
-def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> list[Row]:
+def measure(plan: RunPlan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> list[Row]:
     """Measure what is not there yet, appending to `out`/raw.jsonl as it goes.
 
     Args:
@@ -322,7 +322,7 @@ def measure(plan: Plan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> l
     return rows
 
 
-def _row(key: RunKey, seed: int, request: Request, generation: Generation, before: Load, after: Load) -> Row:
+def _row(key: RunKey, seed: int, request: EncodedPrompt, generation: Generation, before: Load, after: Load) -> Row:
     stolen = None
     if before["steal_seconds"] is not None and after["steal_seconds"] is not None:
         stolen = round(after["steal_seconds"] - before["steal_seconds"], 3)

@@ -122,7 +122,7 @@ ANSWERS_FILE = "earlier_answers.jsonl"
 
 
 @dataclass(frozen=True)
-class Request:
+class EncodedPrompt:
     """A prompt as the models see it."""
 
     suite: str
@@ -174,7 +174,7 @@ def make_requests(
     out: Path,
     enable_thinking: bool,
     say: Callable[[str], None],
-) -> list[Request]:
+) -> list[EncodedPrompt]:
     """Every turn of every prompt in the target's chat template, a conversation's turns in order.
 
     Suites take turns, so that an interrupted bench has measured something of every one. Answers that earlier_answers
@@ -223,7 +223,7 @@ def _encode(
     messages: Sequence[Message],
     max_new_tokens: int,
     enable_thinking: bool,
-) -> Request:
+) -> EncodedPrompt:
     text = prompt.turns[turn - 1]
     id_ = prompt.id + turn_suffix(turn)
     asked = [*messages, {"role": "user", "content": text}] if messages else text
@@ -233,10 +233,10 @@ def _encode(
             f"prompt {id_} of suite {prompt.suite} has {len(ids)} tokens: with max_new_tokens "
             f"{max_new_tokens} it exceeds the context of {target.max_length} tokens of {target.name}"
         )
-    return Request(prompt.suite, id_, ids, turn)
+    return EncodedPrompt(prompt.suite, id_, ids, turn)
 
 
-def _answer(target: Target, request: Request, max_new_tokens: int, path: Path, key: tuple[str, str, int]) -> str:
+def _answer(target: Target, request: EncodedPrompt, max_new_tokens: int, path: Path, key: tuple[str, str, int]) -> str:
     (answer,) = generate(target, None, [request.token_ids], method="none", max_new_tokens=max_new_tokens)
     names = dict(zip(("suite", "id", "turn"), key, strict=True))
     append_line(path, names | {"text": answer.text, "token_ids": answer.token_ids})

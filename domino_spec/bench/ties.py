@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.bench.rows import Measured, RequestRow, Row
-from domino_spec.bench.suites import Request
+from domino_spec.bench.suites import EncodedPrompt
 from domino_spec.files import read_json, write_json
 from domino_spec.settings import Settings, parse_settings
 from domino_spec.target.model import Target
@@ -131,7 +131,7 @@ def find_partings(rows: Sequence[Row]) -> list[Parting]:
     return found
 
 
-def measure_ties(target: Target, requests: Sequence[Request], rows: Sequence[Row]) -> list[Tie]:
+def measure_ties(target: Target, requests: Sequence[EncodedPrompt], rows: Sequence[Row]) -> list[Tie]:
     """The target's margin at every parting; each costs as much as decoding the text before it plainly.
 
     Args:

@@ -11,8 +11,8 @@ import pytest
 
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
-from domino_spec.bench.run import WARM_UP_TOKENS, Plan, measure, run_bench
-from domino_spec.bench.suites import Request
+from domino_spec.bench.run import WARM_UP_TOKENS, RunPlan, measure, run_bench
+from domino_spec.bench.suites import EncodedPrompt
 from domino_spec.decoding.request import Generation
 from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw, without_times
@@ -27,10 +27,10 @@ KEYS = [  # docs/design.md, section 8
 ]
 
 
-def plan(repeats: int = 2) -> Plan:
-    requests = [Request(suite, f"{suite}/{i}", [1, 2, 3][: i + 1]) for suite in ("x", "y") for i in range(3)]
+def plan(repeats: int = 2) -> RunPlan:
+    requests = [EncodedPrompt(suite, f"{suite}/{i}", [1, 2, 3][: i + 1]) for suite in ("x", "y") for i in range(3)]
     contenders = [Contender("none", 0, 0.0), Contender("domino", 4, 0.0), Contender("ngram", 8, 0.0)]
-    return Plan(requests, contenders, repeats, max_new_tokens=20, seed=5)
+    return RunPlan(requests, contenders, repeats, max_new_tokens=20, seed=5)
 
 
 def fake_run(contender: Contender, prompt: list[int], seed: int, max_new_tokens: int) -> Generation:

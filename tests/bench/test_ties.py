@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from domino_spec.bench.rows import Row
-from domino_spec.bench.suites import Request
+from domino_spec.bench.suites import EncodedPrompt
 from domino_spec.bench.ties import (
     TextCheck,
     find_partings,
@@ -85,7 +85,7 @@ def test_an_injected_difference_is_found_against_each_reference_with_the_models_
         ("domino", "transformers", 7),
     ]
     assert partings[0].token == wrong[7] and partings[0].reference_token == text[7]
-    for tie in measure_ties(target, [Request("s", "s/0", PROMPT)], rows):
+    for tie in measure_ties(target, [EncodedPrompt("s", "s/0", PROMPT)], rows):
         logits = model(torch.tensor([PROMPT + text[:7]])).logits[0, -1].detach()
         best = logits.topk(2)
         assert list(tie.top_tokens) == best.indices.tolist() and tie.top_tokens[0] == text[7]
@@ -101,7 +101,7 @@ def test_a_near_tie_is_called_one(text):
         model.lm_head.weight[other] = model.lm_head.weight[text[3]]
     wrong = [*text[:3], other, *text[4:]]
     rows = rows_of({"none": text, "domino": wrong})
-    (tie,) = measure_ties(tiny.as_target(model), [Request("s", "s/0", PROMPT)], rows)
+    (tie,) = measure_ties(tiny.as_target(model), [EncodedPrompt("s", "s/0", PROMPT)], rows)
     assert tie.parting.position == 3 and set(tie.top_tokens) == {text[3], other}
     assert tie.margin == 0 and tie.near_tie
 
@@ -119,7 +119,7 @@ def test_only_greedy_runs_of_the_same_prompt_and_repeat_are_compared(text):
 
 def test_ties_survive_being_written(target, text, tmp_path):
     rows = rows_of({"none": text, "domino": text[:5]})
-    ties = measure_ties(target, [Request("s", "s/0", PROMPT)], rows)
+    ties = measure_ties(target, [EncodedPrompt("s", "s/0", PROMPT)], rows)
     assert load_ties(tmp_path) == []
     save_ties(ties, tmp_path)
     assert load_ties(tmp_path) == ties

@@ -129,7 +129,7 @@ def run_server_bench(
         record_session(out, _session(len(measured.windows), endpoints))
         greedy = Sampling(max_new_tokens, 0.0, thinking, request_timeout)
         turns = make_turns(baseline, prompts, greedy, out, concurrency=levels[-1], api_key=api_key, say=say)
-        plan = Plan(turns, endpoints, levels, degrees, repeats, max_new_tokens, seed, thinking, request_timeout)
+        plan = WindowPlan(turns, endpoints, levels, degrees, repeats, max_new_tokens, seed, thinking, request_timeout)
         measure_servers(plan, out, measured, say, api_key)
     report = write_report(out, write_plots(build_report(out), out))
     say(f"wrote {out / 'report.md'} and {out / 'report.html'}")
@@ -254,7 +254,7 @@ LEAST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class WindowPlan:
     """Everything that is to be measured."""
 
     turns: Sequence[Turn]
@@ -295,7 +295,7 @@ class Plan:
         return Sampling(self.max_new_tokens, temperature, self.thinking, self.timeout)
 
 
-def measure_servers(plan: Plan, out: Path, measured: Measured, say: Say, api_key: str | None = None) -> None:
+def measure_servers(plan: WindowPlan, out: Path, measured: Measured, say: Say, api_key: str | None = None) -> None:
     """Measure the windows that are not finished yet, appending to `out`/raw.jsonl as it goes.
 
     Args:
@@ -320,7 +320,7 @@ def measure_servers(plan: Plan, out: Path, measured: Measured, say: Say, api_key
 
 
 def _measure_window(
-    plan: Plan,
+    plan: WindowPlan,
     key: WindowKey,
     server: Endpoint,
     out: Path,

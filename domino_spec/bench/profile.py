@@ -79,33 +79,52 @@ class Span(NamedTuple):
     """Seconds; of one profile, all from the same moment."""
     end: float
     seconds: float
-    """Of the host on a CPU, of the scope's kernels on CUDA."""
+    """Of the host, or of the kernels of the scope on CUDA."""
 
 
-def record_scopes(device: torch.device, run: Callable[[], object]) -> tuple[list[Span], bool]:
-    """Run under torch's profiler: the scopes in the order in which they began, and whether the host waited for CUDA."""
+class Recording(NamedTuple):
+    """What torch's profiler saw of a cycle."""
+
+    host: list[Span]
+    """Scopes in the order in which they began."""
+    device: list[Span] | None
+    """The same on the device's timeline, without scopes that launched nothing; None on a CPU."""
+    waited: bool
+    """On CUDA, whether the host waited for the device inside the cycle."""
+
+
+def record_scopes(device: torch.device, run: Callable[[], object]) -> Recording:
+    """Run under torch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports every start and stop on stderr
-    on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profiler:
         run()
         synchronise(device)
-    spans, waits = [], []
-    if on_cuda:  # kernels are assigned to the scopes that launched them
-        for event in profiler.events() or []:
-            start, end = event.time_range.start / 1e6, event.time_range.end / 1e6
-            if event.device_type == DeviceType.CPU and event.name.startswith("domino::"):
-                spans.append(Span(event.name.removeprefix("domino::"), start, end, event.device_time_total / 1e6))
-            elif event.name.startswith("cuda") and event.name.endswith("Synchronize"):
-                waits.append(start)
-    else:  # the unprocessed events: hundreds of times faster
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name().startswith("domino::")]
-        first = min(event.start_ns() for event in events)
-        for event in events:
-            start, seconds = (event.start_ns() - first) / 1e9, event.duration_ns() / 1e9
-            spans.append(Span(event.name().removeprefix("domino::"), start, start + seconds, seconds))
-    spans.sort(key=lambda span: (span.start, -span.end))
-    return spans, any(spans[0].start < moment < spans[0].end for moment in waits)
+    # The unprocessed events: hundreds of times faster than `profiler.events()`.
+    return read_events(profiler.profiler.kineto_results.events(), device.type == "cuda")
+
+
+def read_events(events: Sequence[Any], on_cuda: bool) -> Recording:
+    """The scopes of a cycle from the events of a profile."""
+    host, device, kernels, waits = list[Span](), list[Span](), list[tuple[float, float]](), list[float]()
+    first = min(event.start_ns() for event in events)
+    for event in events:
+        name, start, seconds = event.name(), (event.start_ns() - first) / 1e9, event.duration_ns() / 1e9
+        on_device = event.device_type() == DeviceType.CUDA
+        if name.startswith("domino::"):
+            span = Span(name.removeprefix("domino::"), start, start + seconds, seconds)
+            (device if on_device else host).append(span)
+        elif on_device and not event.is_user_annotation():
+            kernels.append((start, seconds))
+        elif name.startswith("cuda") and name.endswith("Synchronize"):
+            waits.append(start)
+    for spans in (host, device):
+        spans.sort(key=lambda span: (span.start, -span.end))
+    if not on_cuda:
+        return Recording(host, None, False)
+    # On the device a scope lasts from its first kernel to its last. It counts the kernels, not the gaps between them.
+    busy = [span._replace(seconds=sum(s for at, s in kernels if span.start <= at < span.end)) for span in device]
+    return Recording(host, busy, any(host[0].start < moment < host[0].end for moment in waits))
 
 
 def stage_seconds(spans: Sequence[Span]) -> dict[str, float]:
@@ -195,8 +214,8 @@ class Cycle:
         """Run, timed, and go back; on CUDA twice, by the wall clock and by the device's."""
         wall = self._wall_clock() if self.target.device.type == "cuda" else None
         verdicts: list[Verdict] = []
-        spans, waited = record_scopes(self.target.device, lambda: verdicts.append(self.run()))
-        (verdict,), names = verdicts, [span.name for span in spans]
+        recorded = record_scopes(self.target.device, lambda: verdicts.append(self.run()))
+        (verdict,), names = verdicts, [span.name for span in recorded.host]
         work = Work(
             rows=verdict.tokens.numel(),
             committed=int(verdict.num_accepted.sum()) + len(verdict.num_accepted),
@@ -204,7 +223,10 @@ class Cycle:
             lm_head_passes=names.count("lm_head"),
             logits=self._logits,
         )
-        sample = Sample(spans[0].seconds if wall is None else wall, stage_seconds(spans), work, waited)
+        stages = stage_seconds(recorded.host)
+        if recorded.device is not None:
+            stages = dict.fromkeys(stages, 0.0) | stage_seconds(recorded.device)
+        sample = Sample(recorded.host[0].seconds if wall is None else wall, stages, work, recorded.waited)
         self.reset()
         return sample
 
@@ -286,7 +308,7 @@ class StageProfile:
 
     seconds: Timing
     bytes: int
-    """That it must move at least, see `roofline`."""
+    """Bytes that it must move at least, see `roofline`."""
     floor: float | None
     """Seconds that these bytes take at the device's copy bandwidth; None if that was not measured."""
 
@@ -304,17 +326,16 @@ class MethodProfile:
     num_drafts: int
     """Per request, at most; 0 for `none`."""
     rows: int
-    """Of a request in the verify pass."""
+    """Rows of a request in the verify pass."""
     committed: int
     """Tokens that a cycle committed, over all requests."""
     cycle: Timing
     stages: dict[str, StageProfile]
-    """By the names in `STAGES`, without those that the method has not."""
+    """By the names in `STAGES`; a method has some of them."""
     host_gap: Timing
-    """What the stages leave of the cycle, in each repeat."""
+    """The rest of the cycle, which no stage accounts for, in each repeat."""
     waited: bool
-    """On CUDA, whether the host waited for the device inside a cycle: stages then hold such waits, and the gap is not
-    all of the host's."""
+    """On CUDA, whether the host waited for the device inside a cycle: the host gap then holds that too."""
     samples: dict[str, list[float]]
     """Seconds of every repeat: of `cycle`, of each stage, and `host_gap`, which together make the cycle."""
 
@@ -388,7 +409,7 @@ def profile_cycles(
         repeats: how often all is measured.
         rows: rows of a request in verify passes to be timed beside the cycles, chains and trees.
         bandwidth: whether to measure it, and so the stages' floors.
-        show: is told about progress.
+        show: called with progress after every repeat.
 
     Raises:
         UserError: a number out of range, a method that the draft does not serve, or more than memory can hold.
@@ -460,7 +481,7 @@ def _check_caches(
 
 
 def default_methods(draft: AnyDraft | None) -> list[str]:
-    """What is profiled if nothing is asked for: the draft's own method; of a Domino draft with its head off too."""
+    """The methods that are profiled by default: the draft's own; for a Domino draft also the one without its head."""
     if draft is None:
         return ["none"]
     kind = kind_of(draft)

@@ -256,7 +256,7 @@ def filled_caches(target: Target, drafter: Drafter, state: State) -> Any:
 
 
 def hold_state(state: State) -> Callable[[], None]:
-    """What puts the texts back to where they are now: lengths do; rows behind them may hold anything."""
+    """A function that puts the texts back to their present lengths; rows behind them may hold anything."""
     lengths = state.lengths.clone()
 
     def put_back() -> None:
@@ -267,7 +267,7 @@ def hold_state(state: State) -> Callable[[], None]:
 
 
 def hold_caches(cache: Any) -> Callable[[], None]:
-    """What puts a drafter's caches back to what they are now, keys and values aside."""
+    """A function that puts a drafter's caches back to their present contents, except keys and values."""
     steps: list[Callable[[], None]] = []
     for name, value in vars(cache).items():
         if name in ("keys", "values"):

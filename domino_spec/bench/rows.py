@@ -279,7 +279,7 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    if Path(top) != checkout:  # installed into an environment inside somebody else's repository
+    if Path(top) != checkout:  # installed into an environment inside another repository
         return None
     return f"{head}-dirty" if changes else head
 

@@ -81,7 +81,7 @@ def simulate(
         answers: the target's own text, greedy or sampled.
         source: of its features, at the drafter's layers and perhaps more.
         num_drafts: drafts per proposal at most; None for the drafter's most.
-        every: an anchor at each so many tokens, from the last token of the prompt on, whoever drafts. None puts the
+        every: tokens from one anchor to the next, from the last token of the prompt on, for any drafter. None puts the
             next anchor behind what was accepted, as decoding does.
         horizon: only anchors that so many tokens of their answer follow are counted. A draft past the end of the answer
             counts as rejected, so it should be no less than a proposal is deep.
@@ -204,7 +204,7 @@ class _Text:
 def _follow(
     drafter: Drafter, text: _Text, num_drafts: int, every: int | None, horizon: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields, anchor by anchor, who is active, the anchors, and accepted and proposed drafts, each [R]."""
+    """Yields for each anchor, each [R]: active requests, anchors, and accepted and proposed drafts."""
     longest_commit = drafter.max_drafts + 1  # of decoding: a drafter need not take more at once
     state = text.state(room=2 * longest_commit)
     cache = start(drafter, state)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from domino_spec.bench.profile import (
     STAGES,
@@ -12,6 +15,7 @@ from domino_spec.bench.profile import (
     copy_bandwidth,
     default_methods,
     profile_cycles,
+    read_events,
     record_scopes,
     stage_seconds,
 )
@@ -119,6 +123,51 @@ def test_a_scope_counts_without_those_inside_it():
     assert stage_seconds(spans) == expected | {"accept_commit": 3}
 
 
+class Event(NamedTuple):
+    """An event as torch's profiler holds it."""
+
+    text: str
+    begin: int
+    nanoseconds: int
+    on: DeviceType = DeviceType.CPU
+
+    def name(self) -> str:
+        return self.text
+
+    def start_ns(self) -> int:
+        return self.begin
+
+    def duration_ns(self) -> int:
+        return self.nanoseconds
+
+    def device_type(self) -> DeviceType:
+        return self.on
+
+    def is_user_annotation(self) -> bool:
+        return self.text.startswith("domino::")
+
+
+def test_on_cuda_a_scope_takes_the_time_of_its_kernels():
+    cuda, second = DeviceType.CUDA, 10**9
+    events = [
+        Event("domino::cycle", 0, 9 * second),
+        Event("domino::accept", 1 * second, 4 * second),
+        Event("domino::verify", 2 * second, second),
+        Event("domino::head", 6 * second, second),  # on the host alone
+        Event("aten::mm", 2 * second, second),
+        Event("domino::accept", 10 * second, 8 * second, cuda),
+        Event("domino::verify", 10 * second, 5 * second, cuda),
+        Event("gemm", 10 * second, second, cuda),
+        Event("gemm", 13 * second, 2 * second, cuda),
+        Event("argmax", 16 * second, 2 * second, cuda),
+        Event("cudaDeviceSynchronize", 11 * second, second),
+    ]
+    recorded = read_events(events, on_cuda=True)
+    assert [span.name for span in recorded.host] == ["cycle", "accept", "verify", "head"] and not recorded.waited
+    assert stage_seconds(recorded.device) == {"verify": 3, "accept_commit": 2}
+    assert read_events([*events, Event("cudaStreamSynchronize", 3 * second, 1)], on_cuda=True).waited
+
+
 @torch.inference_mode()
 def test_a_tree_that_runs_its_draft_again_is_counted_pass_by_pass(target):
     drafter, draft = drafter_for(target, "eagle3", num_drafts=8)
@@ -136,10 +185,10 @@ def test_the_engine_marks_the_stages_that_a_profile_measures(target, method):
     engine = Engine(target, drafter, slots=1, capacity=64)
     engine.submit(Request([1, 2, 1, 2], SamplingSettings(), Limits(32, stop_token_ids=frozenset())))
     engine.step()
-    spans, waited = record_scopes(CPU, engine.step)
-    names = [span.name for span in spans]
+    recorded = record_scopes(CPU, engine.step)
+    names = [span.name for span in recorded.host]
     measured = small_profile(target, method, draft).methods[-1].stages
-    assert {"context", *stage_seconds(spans)} == {"context", *measured} and not waited
+    assert {"context", *stage_seconds(recorded.host)} == {"context", *measured} and recorded.device is None
     assert [n for n in names if n in ("propose", "accept", "read")] == ["propose", "accept", "read"]
 
 

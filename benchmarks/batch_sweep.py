@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from domino_spec.api import default_min_confidence, load_draft, prompt_ids
-from domino_spec.bench.intervals import Draws, Samples
+from domino_spec.bench.figures import Draws, Sums, with_intervals
+from domino_spec.bench.page import Column, figure_column, number_column, records_table, text_column
 from domino_spec.decoding.adapt import AdaptivePolicy
 from domino_spec.decoding.costs import measure_costs
 from domino_spec.decoding.engine import Engine
@@ -171,9 +172,8 @@ def summarize(runs: Sequence[Run]) -> list[dict]:
         rates = {}
         for method in dict.fromkeys(run.method for run in mine):
             own = [run for run in mine if run.method == method]
-            totals = draws.totals(((clusters[r.group], (r.full_tokens, r.full_seconds)) for r in own), 2)
-            rates[method] = Samples(totals[:, 0] / totals[:, 1], frozenset(clusters.values()))
-            ratio = rates[method] / rates[PLAIN]
+            amounts = [(clusters[r.group], (r.full_tokens, r.full_seconds)) for r in own]
+            rates[method] = Sums(("tokens", "seconds"), amounts, draws).ratio("tokens", "seconds")
             plain = [run for run in mine if run.method == PLAIN]
             whole = sum(r.tokens for r in own) / sum(r.seconds for r in own)
             entries.append(
@@ -181,8 +181,7 @@ def summarize(runs: Sequence[Run]) -> list[dict]:
                     "batch": batch,
                     "method": method,
                     "tokens_per_second": rates[method].value,
-                    "over_plain": ratio.value,
-                    "over_plain_interval": ratio.interval,
+                    **with_intervals({"over_plain": rates[method] / rates[PLAIN]}),
                     "whole_groups_over_plain": whole / (sum(r.tokens for r in plain) / sum(r.seconds for r in plain)),
                     "tau": sum(r.committed for r in own) / sum(r.passes for r in own),
                     "drafts_per_pass": sum(r.drafts for r in own) / sum(r.passes for r in own),
@@ -193,21 +192,17 @@ def summarize(runs: Sequence[Run]) -> list[dict]:
     return entries
 
 
-def render(entries: Sequence[dict]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| R | drafts | tokens/s | over plain | whole groups | tau | drafts a pass | drafted cycles | equal texts |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for e in entries:
-        interval = e["over_plain_interval"]
-        ratio = f"{e['over_plain']:.2f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
-        lines.append(
-            f"| {e['batch']} | {e['method']} | {e['tokens_per_second']:.1f} | {ratio} | "
-            f"{e['whole_groups_over_plain']:.2f} | {e['tau']:.2f} | "
-            f"{e['drafts_per_pass']:.1f} | {e['drafted_cycles']:.0%} | {e['equal_texts']} |"
-        )
-    return "\n".join(lines)
+COLUMNS = (
+    text_column("R", "batch"),
+    text_column("drafts", "method"),
+    number_column("tokens/s", "tokens_per_second", 1),
+    figure_column("over plain", "over_plain"),
+    number_column("whole groups", "whole_groups_over_plain"),
+    number_column("tau", "tau"),
+    number_column("drafts a pass", "drafts_per_pass", 1),
+    Column("drafted cycles", lambda entry: f"{entry['drafted_cycles']:.0%}"),
+    text_column("equal texts", "equal_texts"),
+)
 
 
 def numbers(text: str) -> list[int]:
@@ -256,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "runs": [asdict(run) for run in runs],
             }
             write_json(record, options.out)
-    print(render(summarize(runs)))
+    print(records_table(COLUMNS, summarize(runs)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import torch
 from batch_sweep import numbers  # beside this program
 
 from domino_spec.api import load_draft
-from domino_spec.bench.profile import MethodProfile, Profile, profile_cycles
+from domino_spec.bench.page import Column, records_table
+from domino_spec.bench.profile import MethodProfile, profile_cycles
 from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.methods import default_method
@@ -50,28 +51,16 @@ def drafting_share(method: MethodProfile) -> float:
     return sum(stage.seconds.median for name, stage in method.stages.items() if name in DRAFTING) / method.cycle.median
 
 
-def rows_of(profile: Profile) -> list[list[str]]:
-    """Of a table: one for each method that drafts."""
-    return [
-        [
-            f"{method.method} ({method.num_drafts})",
-            str(profile.context),
-            str(profile.batch),
-            f"{profile.plain_step.median * 1e3:.1f}",
-            f"{method.cycle.median * 1e3:.1f}",
-            f"{profile.cost_ratio(method):.2f}",
-            f"{drafting_share(method):.0%}",
-        ]
-        for method in profile.methods
-        if method.method != "none"
-    ]
-
-
-def render(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    head = ["method (drafts)", "context", "R", "plain step, ms", "cycle, ms", "c", "drafting"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * 6], *rows)]
-    return "\n".join(lines)
+COLUMNS = (
+    Column("method (drafts)", lambda e: f"{e['method'].method} ({e['method'].num_drafts})"),
+    Column("context", lambda e: str(e["profile"].context)),
+    Column("R", lambda e: str(e["profile"].batch)),
+    Column("plain step, ms", lambda e: f"{e['profile'].plain_step.median * 1e3:.1f}"),
+    Column("cycle, ms", lambda e: f"{e['method'].cycle.median * 1e3:.1f}"),
+    Column("c", lambda e: f"{e['profile'].cost_ratio(e['method']):.2f}"),
+    Column("drafting", lambda e: f"{drafting_share(e['method']):.0%}"),
+)
+"""Of a profile and one of its methods that draft."""
 
 
 class Part:
@@ -91,10 +80,10 @@ class Part:
             profile = profile_cycles(
                 target, draft, methods, context=context, batch=batch, repeats=self.repeats, bandwidth=False
             )
-            rows += rows_of(profile)
+            rows += [{"profile": profile, "method": method} for method in profile.methods if method.method != "none"]
             records.append(asdict(profile))
         write_json({"threads": torch.get_num_threads(), "profiles": records}, self.path)
-        print(f"\n{self.name}\n\n{render(rows)}\n")
+        print(f"\n{self.name}\n\n{records_table(COLUMNS, rows)}\n")
 
 
 def made_pair(name: str, longest: int) -> tuple[Target, AnyDraft]:

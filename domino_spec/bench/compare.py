@@ -1,56 +1,33 @@
 """Two finished benches side by side, from their raw rows: what changed between two drafts, commits or machines.
 
 Only what both measured is compared: the same contender on the same prompts. Ratios are B over A, with intervals from
-the same resamples of the prompts for both (`intervals`), so that what makes a prompt easy for both cancels out.
+the same resamples of the prompts for both (`figures`), so that what makes a prompt easy for both cancels out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_spec.bench.cells import Record, name_of, number, table, with_interval
-from domino_spec.bench.figures import contender_of, contenders_of, draws_of, measured
-from domino_spec.bench.intervals import Bounds, Draws
-from domino_spec.bench.methods import Contender
-from domino_spec.bench.rows import RAW_FILE, SETTINGS_FILE, Row, RunKey, read_rows
+from domino_spec.bench.figures import Draws, Record, contender_of, contenders_of, draws_of, measured, with_intervals
+from domino_spec.bench.page import (
+    Column,
+    facts_table,
+    name_of,
+    number,
+    number_column,
+    records_table,
+    text_column,
+    with_interval,
+)
+from domino_spec.bench.rows import RAW_FILE, SETTINGS_FILE, Contender, Row, RunKey, read_rows
 from domino_spec.files import atomic_path, read_json, write_json
 from domino_spec.settings import UserError
 
 COMPARISON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
 DERIVED = ("planned_runs", "limit")
-"""Settings that differ wherever the number of prompts, methods or repeats does, which is said by itself."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One contender in both runs, on the prompts that both have."""
-
-    suite: str | None
-    """None for all suites together."""
-    method: str
-    budget: int
-    temperature: float
-    conversations: int
-    tau_a: float | None
-    tau_b: float | None
-    tau_ratio: float | None
-    """B / A."""
-    tau_ratio_interval: Bounds | None
-    """None where a suite has only one conversation."""
-    tokens_per_second_a: float | None
-    tokens_per_second_b: float | None
-    speedup_over_none_a: float | None
-    speedup_over_none_b: float | None
-    """Each over the `none` of its own run; None where that has none."""
-    speedup_ratio: float | None
-    """B / A."""
-    speedup_ratio_interval: Bounds | None
-    texts: int
-    """Greedy texts that both wrote for the same prompt, turn and repeat."""
-    equal_texts: int
+"""Settings that follow from the numbers of prompts, methods and repeats, which are compared by themselves."""
 
 
 def compare_runs(a: Path, b: Path) -> Record:
@@ -62,7 +39,8 @@ def compare_runs(a: Path, b: Path) -> Record:
 
     Returns:
         `a` and `b` (their names), `differing_settings` (name to both values), `only_in_a` and `only_in_b` (contenders
-        and suites that the other lacks), `suites` (a `Compared` of every common contender, by suite) and `pooled`.
+        and suites that the other lacks), `suites` (an entry of `_compared` for every common contender, by suite) and
+        `pooled`.
 
     Raises:
         UserError: one of them is no bench directory, or they have nothing in common.
@@ -90,8 +68,8 @@ def compare_runs(a: Path, b: Path) -> Record:
         "differing_settings": _differing_settings(a, b),
         "only_in_a": _only_in(rows_a, rows_b),
         "only_in_b": _only_in(rows_b, rows_a),
-        "suites": {suite: [asdict(entry) for entry in entries] for suite, entries in suites.items()},
-        "pooled": [asdict(_compared(None, contender, cases, sides, draws)) for contender in contenders_of(common)],
+        "suites": suites,
+        "pooled": [_compared(None, contender, cases, sides, draws) for contender in contenders_of(common)],
     }
 
 
@@ -118,16 +96,13 @@ def render_comparison(comparison: Record) -> str:
     parts = ["# Two benches side by side", f"A is `{comparison['a']}`, B is `{comparison['b']}`."]
     if comparison["differing_settings"]:
         rows = [[name, _shown(a), _shown(b)] for name, (a, b) in comparison["differing_settings"].items()]
-        parts += [
-            "## What they were measured with, where it differs",
-            table(["", "A", "B"], rows).replace("---:", "---"),
-        ]
+        parts += ["## What they were measured with, where it differs", facts_table(rows, ["", "A", "B"])]
     else:
         parts.append("Both were measured with the same settings, commit and versions.")
-    parts += ["## All common runs together", EXPLANATION, _compared_table(comparison["pooled"])]
+    parts += ["## All common runs together", EXPLANATION, _table(comparison["pooled"])]
     if len(comparison["suites"]) > 1:
         for suite, entries in comparison["suites"].items():
-            parts += [f"## {suite}", _compared_table(entries)]
+            parts += [f"## {suite}", _table(entries)]
     parts += [
         f"Only in {side.upper()}: {', '.join(comparison[f'only_in_{side}'])}."
         for side in ("a", "b")
@@ -141,6 +116,32 @@ Ratios are B / A, with 95% intervals over the prompts that both have; in bold wh
 
 **Tokens/s of two sessions or machines do not compare: load, clocks and versions move them. Only each run's speed-up
 over its own `none`, measured beside it, does.**"""
+
+
+def _ratio(entry: Record, key: str) -> str:
+    """A ratio with its interval, in bold if the interval leaves out 1."""
+    text, interval = with_interval(entry, key, 3), entry[f"{key}_interval"]
+    return text if interval is None or interval[0] <= 1 <= interval[1] else f"**{text}**"
+
+
+COLUMNS = (
+    text_column("prompts", "conversations"),
+    Column("tau A", lambda e: number(e["tau_a"] if e["budget"] else None)),
+    Column("tau B", lambda e: number(e["tau_b"] if e["budget"] else None)),
+    Column("tau B / A", lambda e: _ratio(e, "tau_ratio") if e["budget"] else "–"),
+    number_column("tokens/s A", "tokens_per_second_a", 1),
+    number_column("tokens/s B", "tokens_per_second_b", 1),
+    number_column("speed-up A", "speedup_over_none_a"),
+    number_column("speed-up B", "speedup_over_none_b"),
+    Column("speed-up B / A", lambda e: "–" if e["method"] == "none" else _ratio(e, "speedup_ratio")),
+    Column("equal greedy texts", lambda e: f"{e['equal_texts']} of {e['texts']}" if e["texts"] else "–"),
+)
+
+
+def _table(entries: Sequence[Record]) -> str:
+    greedy = {entry["temperature"] for entry in entries} == {0.0}
+    method = Column("method", lambda e: name_of(e) + ("" if greedy else f", T = {e['temperature']:g}"))
+    return records_table([method, *COLUMNS], entries)
 
 
 def _rows(out: Path) -> list[Row]:
@@ -167,7 +168,12 @@ def _of_conversations(rows: Sequence[Row], common: Sequence[Row]) -> list[Row]:
 
 def _compared(
     suite: str | None, contender: Contender, cases: set[RunKey], sides: tuple[list[Row], list[Row]], draws: Draws
-) -> Compared:
+) -> Record:
+    """One contender in both runs, on the prompts that both have; `suite` None for all suites together.
+
+    Speed-ups are each over the `none` of its own run, None if that has none. `texts` counts greedy texts that both
+    wrote for the same prompt, turn and repeat.
+    """
     own: list[list[Row]] = []
     samples = []
     for rows in sides:
@@ -175,28 +181,26 @@ def _compared(
         baseline = [] if contender.method == "none" else [row for row in rows if row.method == "none"]
         samples.append(measured([*own[-1], *baseline], contender, draws).samples)
     a, b = samples
-    tau, speedup = b["tau"] / a["tau"], b["speedup_over_none"] / a["speedup_over_none"]
     written = {row.key: row.token_ids for row in own[0] if contender.temperature == 0}
     equal = [written[row.key] == row.token_ids for row in own[1] if row.key in written]
-    return Compared(
-        suite=suite,
-        method=contender.method,
-        budget=contender.budget,
-        temperature=contender.temperature,
-        conversations=len({(row.suite, row.conversation) for row in own[0]}),
-        tau_a=a["tau"].value,
-        tau_b=b["tau"].value,
-        tau_ratio=tau.value,
-        tau_ratio_interval=tau.interval,
-        tokens_per_second_a=a["tokens_per_second"].value,
-        tokens_per_second_b=b["tokens_per_second"].value,
-        speedup_over_none_a=a["speedup_over_none"].value,
-        speedup_over_none_b=b["speedup_over_none"].value,
-        speedup_ratio=speedup.value,
-        speedup_ratio_interval=speedup.interval,
-        texts=len(equal),
-        equal_texts=sum(equal),
-    )
+    return {
+        "suite": suite,
+        **contender._asdict(),
+        "conversations": len({(row.suite, row.conversation) for row in own[0]}),
+        **{
+            f"{name}_{side}": of[name].value
+            for name in ("tau", "tokens_per_second", "speedup_over_none")
+            for side, of in (("a", a), ("b", b))
+        },
+        **with_intervals(
+            {
+                "tau_ratio": b["tau"] / a["tau"],
+                "speedup_ratio": b["speedup_over_none"] / a["speedup_over_none"],
+            }
+        ),
+        "texts": len(equal),
+        "equal_texts": sum(equal),
+    }
 
 
 def _differing_settings(a: Path, b: Path) -> dict[str, list[Any]]:
@@ -204,7 +208,7 @@ def _differing_settings(a: Path, b: Path) -> dict[str, list[Any]]:
     held = [_settings(read_json(out / SETTINGS_FILE)) for out in (a, b)]
     found = {name: [settings.get(name) for settings in held] for name in held[0] | held[1] if name not in DERIVED}
     differing = {name: values for name, values in found.items() if values[0] != values[1]}
-    if "suites" in differing:  # which prompts there are, in short
+    if "suites" in differing:  # these follow from the suites
         differing = {name: values for name, values in differing.items() if name not in ("prompts_digest", "turns")}
     return differing
 
@@ -228,37 +232,12 @@ def _only_in(rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
 
 
 def _named(contender: Contender) -> str:
-    return f"{name_of(asdict(contender))} at temperature {contender.temperature:g}"
+    return f"{name_of(contender._asdict())} at temperature {contender.temperature:g}"
 
 
 def _contents(rows: Sequence[Row]) -> str:
     suites = ", ".join(dict.fromkeys(row.suite for row in rows))
     return f"{', '.join(map(_named, contenders_of(rows)))} on {suites}"
-
-
-def _compared_table(entries: Sequence[Record]) -> str:
-    temperatures = {entry["temperature"] for entry in entries}
-    rows = [
-        [
-            name_of(e) + (f", T = {e['temperature']:g}" if temperatures != {0.0} else ""),
-            str(e["conversations"]),
-            *(("–",) * 3 if not e["budget"] else (number(e["tau_a"]), number(e["tau_b"]), _ratio(e, "tau_ratio"))),
-            number(e["tokens_per_second_a"], 1),
-            number(e["tokens_per_second_b"], 1),
-            number(e["speedup_over_none_a"]),
-            number(e["speedup_over_none_b"]),
-            "–" if e["method"] == "none" else _ratio(e, "speedup_ratio"),
-            f"{e['equal_texts']} of {e['texts']}" if e["texts"] else "–",
-        ]
-        for e in entries
-    ]
-    headers = ["method", "prompts", "tau A", "tau B", "tau B / A", "tokens/s A", "tokens/s B"]
-    return table([*headers, "speed-up A", "speed-up B", "speed-up B / A", "equal greedy texts"], rows)
-
-
-def _ratio(entry: Record, name: str) -> str:
-    text, interval = with_interval(entry, name, 3), entry[f"{name}_interval"]
-    return text if interval is None or interval[0] <= 1 <= interval[1] else f"**{text}**"
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """What a bench compares: methods by name, each with a budget and a temperature, and how one prompt is run with it.
 
 Our own methods run through `domino_spec.api`, exactly as a user runs them; outside baselines run through their own
-library (`baseline`, `peers`). A method may be written NAME:DRAFTS, with a budget of its own, and NAME@SIZE, with its
+library (`peers`). A method may be written NAME:DRAFTS, with a budget of its own, and NAME@SIZE, with its
 draft vocabulary cut to the SIZE most frequent tokens (FR-Spec): eagle3:15, eagle3@2048:15.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from domino_spec.api import generate
-from domino_spec.bench.baseline import transformers_generate
-from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts
+from domino_spec.bench.peers import ASSISTED, DFLASH, LOOKUP, PEERS, Peers, peer_drafts, transformers_generate
+from domino_spec.bench.rows import Contender
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.decoding.request import DraftWatch, Generation
 from domino_spec.decoding.sampling import SamplingSettings
@@ -46,7 +46,7 @@ class Method:
 
     @property
     def needs_temperature(self) -> bool:
-        """True where temperature 0 would make it another method's twin."""
+        """True if temperature 0 would make it another method's twin."""
         return self.sample_drafts is not None
 
 
@@ -67,19 +67,8 @@ METHODS: dict[str, Method] = {
 }
 """Methods of the bench by name. Above temperature 0, plain `domino` and `dflash` sample their drafts; `-argmax` takes
 the most probable tokens; `-matching` samples, and accepts by the released rule. `-tree` proposes trees, chosen at any
-temperature. `-confident` proposes fewer drafts where the draft doubts them. `dflash` takes a DFlash draft where there
-is one, else a Domino draft with its head off; `domino-head-off` is always the latter."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method with one setting: a column of the report."""
-
-    method: str
-    """Key of `METHODS`, with `@SIZE` behind it where the draft vocabulary is cut."""
-    budget: int
-    """The most drafts of one pass, of a tree those of all its branches; 0 where nothing is drafted."""
-    temperature: float
+temperature. `-confident` leaves out drafts of little probability. `dflash` takes a DFlash draft if there is one, else a
+Domino draft with its head off; `domino-head-off` is always the latter."""
 
 
 Run = Callable[[Contender, list[int], int, int], Generation]
@@ -92,7 +81,7 @@ class Wanted(NamedTuple):
     name: str
     """NAME or NAME@SIZE."""
     budget: int | None
-    """None where it has no budget of its own."""
+    """None if it has no budget of its own."""
 
 
 def parse_method(text: str) -> Wanted:
@@ -155,7 +144,7 @@ class Drafting:
         self._cut: dict[tuple[int, int], AnyDraft] = {}
 
     def draft_for(self, name: str) -> AnyDraft | None:
-        """The draft of a method, its vocabulary cut where the name says so; None where it needs none or has none.
+        """The draft of a method, its vocabulary cut if the name says so; None if it needs none or has none.
 
         Raises:
             UserError: a cut without a ranking, or one that the draft does not allow.
@@ -202,7 +191,7 @@ def check_options(methods: Sequence[str], given: Sequence[str]) -> None:
 
     Args:
         methods: as `parse_method` reads them.
-        given: `num_drafts`, `candidates` or `ngrams`, where they were asked for.
+        given: `num_drafts`, `candidates` or `ngrams`, if they were asked for.
 
     Raises:
         UserError: naming the first of them.

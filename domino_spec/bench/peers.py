@@ -1,20 +1,14 @@
-"""Outside peers: transformers' own speculative decoding, run through `model.generate` and not through our loop.
+"""The outside baseline: `model.generate` of an ordinary transformers model, as its users run it.
 
-Three of its ways to draft: a small language model (`assistant_model`) or, without one, the target's own first layers;
-look-up in the text so far; and DFlash, with the weights of one of our drafts. They run as `baseline` runs plain
-decoding: stock model, stock cache, the same clock, one request at a time. A hook on the model counts the rows of every
-target pass, the streamer the tokens that it brought, so passes, drafts and acceptance lengths are what transformers
-did, not what it should have done. What differs from our own counts:
-
-- The pass over the prompt also gives tokens, with accepted drafts where the peer drafts from the prompt on. It is
-  prefill, as in `baseline`: neither its tokens nor its drafts are counted among the passes.
-- transformers cuts a pass at a stop token or at the limit before it hands the tokens out, so the last acceptance length
-  may be shorter than what was accepted.
+Stock SDPA attention, stock cache, stock linear layers; only the clock is ours, a streamer that notes when each token
+became available. What it measures beside our loop: its prefill ends with the first token, ours before it, so its
+decode time belongs to one token fewer (`Row.decode_tokens` counts accordingly).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +18,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
-from domino_spec.bench.baseline import timed_generate
 from domino_spec.decoding.request import Generation
 from domino_spec.draft.checkpoint import draft_tensors, read_draft
 from domino_spec.draft.config import DraftConfig
@@ -37,10 +31,127 @@ from domino_spec.target.embedded import EMBEDDED_TARGET
 from domino_spec.target.load import load_config, load_model, load_tokenizer, target_source
 from domino_spec.target.model import Target
 
+
+class TokenClock(BaseStreamer):
+    """Notes when `generate` hands out tokens, and how many at once."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        """`time.perf_counter()` after every pass."""
+        self.tokens: list[int] = []
+        """Tokens that each pass brought; one, unless transformers drafts."""
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """The first call carries the prompt, every later one the tokens of a pass."""
+        if self._prompt_seen:
+            self.seconds.append(time.perf_counter())
+            self.tokens.append(value.numel())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def load_baseline(target: Target) -> Any:
+    """The target's weights as a stock transformers model, same dtype and device."""
+    model = load_model(target_source(target.name), f"target {target.name}", target.dtype, attention="sdpa")
+    return model.to(target.device).eval()
+
+
+def transformers_generate(
+    model: Any,
+    stop_token_ids: Collection[int],
+    prompt: list[int],
+    temperature: float,
+    seed: int,
+    max_new_tokens: int,
+) -> Generation:
+    """One prompt through `model.generate`, timed.
+
+    Args:
+        model: from `load_baseline`.
+        stop_token_ids: the same that our loop stops at.
+        prompt: token ids.
+        temperature: 0 is `do_sample=False`.
+        seed: of PyTorch's generator, at temperature > 0.
+        max_new_tokens: as everywhere.
+
+    Returns:
+        Its tokens; a pass of one token each after the first; seconds until the first token as prefill and from there
+        to the last as decode.
+    """
+    generation, _ = timed_generate(model, stop_token_ids, prompt, temperature, seed, max_new_tokens)
+    return generation
+
+
+def timed_generate(
+    model: Any,
+    stop_token_ids: Collection[int],
+    prompt: list[int],
+    temperature: float,
+    seed: int,
+    max_new_tokens: int,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Generation, TokenClock]:
+    """`model.generate`, timed; arguments as in `transformers_generate`, and:
+
+    Args:
+        settings: more of the model's generation configuration.
+        options: more arguments of `generate`.
+
+    Returns:
+        What it produced, drafts not counted; and the clock.
+    """
+    stop = sorted(stop_token_ids)
+    # A model's own defaults (Qwen's repetition penalty, its sampling) would make the texts differ for no fault of ours.
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0, **(settings or {})
+    )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    ids = torch.tensor([prompt], device=model.device)
+    clock = TokenClock()
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=clock, **sampling, **options
+    )
+    tokens = output[0, len(prompt) :].tolist()
+    assert len(tokens) == sum(clock.tokens)
+    generation = Generation(
+        prompt_ids=list(prompt),
+        token_ids=tokens,
+        finish_reason="stop" if tokens[-1] in stop_token_ids else "length",
+        acceptance_lengths=clock.tokens[1:],
+        num_drafts=[0] * (len(clock.tokens) - 1),
+        accepted=[i < count - 1 for count in clock.tokens for i in range(count)],
+        seconds_prefill=clock.seconds[0] - started,
+        seconds_decode=clock.seconds[-1] - clock.seconds[0],
+    )
+    return generation, clock
+
+
+# Outside peers: transformers' own speculative decoding, run through `model.generate` and not through our loop.
+#
+# Three ways to draft: a small language model (`assistant_model`) or, without one, the target's own first layers;
+# look-up in the text so far; and DFlash, with the weights of one of our drafts. They run like plain decoding above:
+# stock model, stock cache, the same clock, one request at a time. A hook on the model counts the rows of every target
+# pass, and the streamer counts the tokens of each, so passes, drafts and acceptance lengths are what transformers did.
+# Two counts differ from ours:
+#
+# - The pass over the prompt also gives tokens, and accepted drafts if the peer drafts from the prompt on. It is
+#   prefill: neither its tokens nor its drafts are counted among the passes.
+# - transformers cuts a pass at a stop token or at the limit before it hands out the tokens, so the last acceptance
+#   length may be shorter than what was accepted.
+
+
 ASSISTED, LOOKUP, DFLASH = "transformers-assisted", "transformers-lookup", "transformers-dflash"
 PEERS = (ASSISTED, LOOKUP, DFLASH)
 DEFAULT_DRAFTS = {ASSISTED: 20, LOOKUP: 10}
-"""Drafts of a pass where none are asked for: transformers' defaults."""
+"""Drafts of a pass if none are asked for: transformers' defaults."""
 
 
 def peer_drafts(method: str, draft: Any, budget: int | None) -> int:
@@ -79,7 +190,7 @@ class Peers:
     """What the peers of a bench run with."""
 
     model: Any
-    """The target's weights as a stock transformers model (`baseline.load_baseline`)."""
+    """The target's weights as a stock transformers model (`load_baseline`)."""
     stop_token_ids: Collection[int]
     assistant: Any = None
     """A small language model with the target's tokenizer."""
@@ -88,7 +199,7 @@ class Peers:
     dflash: Any = None
     """transformers' DFlash model with the weights of a draft."""
     dflash_head: nn.Module | None = None
-    """LM head of a draft with a draft vocabulary; None where the target's own serves."""
+    """LM head of a draft with a draft vocabulary; None if the target's own serves."""
 
     def generate(
         self, method: str, budget: int, prompt: list[int], temperature: float, seed: int, max_new_tokens: int
@@ -133,10 +244,10 @@ def load_peers(
     """Prepare the peers among `methods`.
 
     Args:
-        model: from `baseline.load_baseline`.
+        model: from `load_baseline`.
         target: the model served.
         methods: of the bench; those that are no peers are passed over.
-        draft: name, directory or hub id of the draft for `transformers-dflash`; read anew, since decoding packs it.
+        draft: name, directory or hub id of the draft for `transformers-dflash`; read again, since decoding packs it.
         assistant: name, directory or hub id of a small language model for `transformers-assisted`; None for the
             target's own first layers.
 

@@ -1,13 +1,13 @@
-"""Plots of a report: PNG files beside it to look at, SVG files for papers and for report.html.
+"""Plots of a report: PNG files to look at, SVG files for papers and for report.html.
 
-A contender has the same colour, marker and line in every plot. Bars and histograms stand in panels of their own, named
-where they are, so that a dozen contenders can still be told apart.
+A contender, or a server, has the same colour, marker and line in every plot. Bars and histograms have panels of their
+own with names, so that a dozen contenders can still be told apart. Matplotlib's constrained layout places everything.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,28 +15,29 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
-from domino_spec.bench.cells import Record, name_of
+from domino_spec.bench.figures import Record
+from domino_spec.bench.page import at, in_paper_order, name_of
 from domino_spec.files import atomic_path
 
 WIDTH = 10.0
 """Inches."""
+TITLES = 0.9
+"""Inches of a block for its title, the labels of its axes and the names of a row of panels."""
 FEW_PASSES = 10
 """A share of fewer passes than this is noise, and is left out of the curves."""
 GRAY = "0.55"
-_TITLE, GAP = 0.35, 0.45
-"""Inches: of the title of a block; between the rows of its panels, where their names stand."""
 LEGEND = 5
 """Names in a row of a legend."""
 _COLORS = tuple(
     f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
 )
 _PLACES = [(dx, dy, side) for dy in (9, -9, 0, 20, -20, 31, -31, 42, -42) for dx, side in ((8, "left"), (-8, "right"))]
-"""Where the name of a point may stand: points to the right and up, and which side of the text is there."""
+"""Where the name of a point may be put: points to the right and up, and which side of the text is there."""
 
 
 class Style(NamedTuple):
@@ -51,7 +52,7 @@ def write_plots(report: Record, out: Path) -> list[str]:
     """Draw what the report has figures for, each as PNG and as SVG.
 
     Args:
-        report: what `report.build_report` returned.
+        report: from `report.build_report`, of methods or of servers.
         out: where the files go.
 
     Returns:
@@ -60,15 +61,8 @@ def write_plots(report: Record, out: Path) -> list[str]:
     Raises:
         UserError: a file cannot be written.
     """
-    drawn = []
-    if any(entry["speedup_over_none"] is not None for entry in report["pooled"] if entry["method"] != "none"):
-        drawn.append(save_figure(_speedups(report), out, "speedup"))
-    if any(_has_cost(entry) for entry in report["pooled"]):
-        drawn.append(save_figure(_tau_against_cost(report), out, "tau_against_cost"))
-    if report["acceptance"]:
-        drawn.append(save_figure(_histograms(report), out, "acceptance_lengths"))
-        drawn.append(save_figure(_positions(report), out, "acceptance_by_position"))
-    return drawn
+    draw = _server_plots if "servers" in report["settings"] else _method_plots
+    return [save_figure(figure, out, name) for name, figure in draw(report).items()]
 
 
 def styles(report: Record) -> dict[str, Style]:
@@ -103,124 +97,87 @@ def save_figure(figure: Figure, out: Path, name: str) -> str:
     return f"{name}.png"
 
 
-def _temperatures(entries: Iterable[Record]) -> list[float]:
-    return list(dict.fromkeys(entry["temperature"] for entry in entries))
-
-
-def _at(entries: Iterable[Record], temperature: float) -> list[Record]:
-    return [entry for entry in entries if entry["temperature"] == temperature]
-
-
 def distances(entry: Record, figure: str) -> list[list[float]] | None:
-    """The interval of a figure, where the report has one, as distances [[below], [above]]."""
+    """The interval of a figure, if the report has one, as distances [[below], [above]]."""
     bounds = entry.get(f"{figure}_interval")
     if bounds is None:
         return None
     return [[max(0.0, entry[figure] - bounds[0])], [max(0.0, bounds[1] - entry[figure])]]
 
 
-class Sheet:
-    """A figure that is filled from top to bottom, in inches: a block per temperature, each a grid of panels.
+def _blocks(entries: Sequence[Record], height: float) -> tuple[Figure, dict[float, SubFigure]]:
+    """A figure with a block for each temperature of some entries, each so many inches high."""
+    temperatures = list(dict.fromkeys(entry["temperature"] for entry in entries))
+    figure = Figure(figsize=(WIDTH, height * len(temperatures)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    blocks = figure.subfigures(len(temperatures), 1, squeeze=False)[:, 0]
+    for temperature, block in zip(temperatures, blocks, strict=True):
+        block.suptitle(f"temperature {temperature:g}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, dict(zip(temperatures, blocks, strict=True))
 
-    Fixed places, because laying out many panels by measuring their texts takes longer than drawing them.
-    """
 
-    def __init__(self, blocks: Mapping[float, float]) -> None:
-        """`blocks`: the height below its title of every temperature's block."""
-        self.figure = Figure(figsize=(WIDTH, sum(blocks.values()) + _TITLE * len(blocks)), dpi=120)
-        FigureCanvasAgg(self.figure)
-        self._tops: dict[float, float] = {}
-        top = 0.0
-        for temperature, height in blocks.items():
-            self._text(0.1, top + 0.2, f"temperature {temperature:g}", fontsize=11, fontweight="bold")
-            self._tops[temperature] = top + _TITLE
-            top += _TITLE + height
+def _panels(block: SubFigure, names: Sequence[str], columns: int, labels: tuple[str, str]) -> list[Axes]:
+    """Named panels in rows of so many, with shared axes; `labels` of the horizontal and of the vertical axes."""
+    grid = block.subplots(math.ceil(len(names) / columns), columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for index, panel in enumerate(panels):
+        if index >= len(names):
+            panel.set_visible(False)
+            continue
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_title(names[index], loc="left", fontsize=9)
+        lowest = index + columns >= len(names)
+        panel.tick_params(labelsize=8, labelbottom=lowest)
+        panel.set_xlabel(labels[0] if lowest else "", fontsize=8)
+    block.supylabel(labels[1], fontsize=9)
+    return panels[: len(names)]
 
-    def _text(self, x: float, y: float, text: str, **options: Any) -> None:
-        """Text at so many inches from the left and from the top."""
-        width, height = self.figure.get_size_inches()
-        self.figure.text(x / width, 1 - y / height, text, va="center", **options)
 
-    def panels(
-        self,
-        temperature: float,
-        names: Sequence[str],
-        columns: int,
-        tall: float,
-        labels: tuple[str, str],
-        left: float = 0.65,
-        right: float = 0.15,
-    ) -> list[Axes]:
-        """So many named panels, row by row, with axes in common.
+def _legend(block: SubFigure, panel: Axes) -> None:
+    """Below a block: what the colours and markers of a panel mean."""
+    handles, labels = panel.get_legend_handles_labels()
+    place: dict[str, Any] = dict(loc="outside lower center", ncols=min(LEGEND, len(labels)))
+    block.legend(handles, labels, frameon=False, fontsize=8, **place)
 
-        Args:
-            temperature: of the block that they fill.
-            names: above each panel.
-            columns: panels in a row.
-            tall: height of a panel in inches.
-            labels: of the horizontal and of the vertical axes.
-            left: margin in inches.
-            right: margin in inches.
-        """
-        width, height = self.figure.get_size_inches()
-        wide = (width - left - right - 0.15 * (columns - 1)) / columns
-        panels: list[Axes] = []
-        for index, name in enumerate(names):
-            row, column = divmod(index, columns)
-            x, y = left + column * (wide + 0.15), self._tops[temperature] + row * (tall + GAP) + 0.25
-            shared: dict[str, Any] = dict(sharex=panels[0], sharey=panels[0]) if panels else {}
-            place = (x / width, 1 - (y + tall) / height, wide / width, tall / height)
-            panel = self.figure.add_axes(place, **shared)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.set_title(name, loc="left", fontsize=9)
-            panel.tick_params(labelsize=8, labelleft=column == 0, labelbottom=index + columns >= len(names))
-            panels.append(panel)
-        rows = math.ceil(len(names) / columns)
-        bottom = self._tops[temperature] + rows * (tall + GAP) + 0.2
-        self._text(left + (width - left) / 2, bottom, labels[0], fontsize=9, ha="center")
-        middle = self._tops[temperature] + rows * (tall + GAP) / 2
-        self._text(0.13, middle, labels[1], fontsize=9, ha="center", rotation=90)
-        return panels
 
-    def legend(self, temperature: float, below: float, panel: Axes) -> None:
-        """Who is who, so many inches below the title of a block."""
-        height = self.figure.get_size_inches()[1]
-        handles, labels = panel.get_legend_handles_labels()
-        place: dict[str, Any] = dict(
-            loc="upper center", bbox_to_anchor=(0.5, 1 - (self._tops[temperature] + below) / height)
-        )
-        self.figure.legend(handles, labels, ncols=min(LEGEND, len(labels)), frameon=False, fontsize=8, **place)
+# ----------------------------------------------------------------------
+# Methods.
+
+
+def _method_plots(report: Record) -> dict[str, Figure]:
+    drawn = {}
+    if any(entry["speedup_over_none"] is not None for entry in report["pooled"] if entry["method"] != "none"):
+        drawn["speedup"] = _speedups(report)
+    if any(map(_has_cost, report["pooled"])):
+        drawn["tau_against_cost"] = _tau_against_cost(report)
+    if report["acceptance"]:
+        drawn["acceptance_lengths"] = _histograms(report)
+        drawn["acceptance_by_position"] = _positions(report)
+    return drawn
 
 
 def _speedups(report: Record) -> Figure:
     """A panel per suite and one for their mean; contenders from top to bottom."""
-    look = styles(report)
+    style = styles(report)
     suites: dict[str, Sequence[Record]] = dict(report["suites"])
     if len(suites) > 1:
         suites["mean"] = report["mean"]
+    drafting = [entry for entry in report["mean"] if entry["method"] != "none"]
+    names = list(dict.fromkeys(map(name_of, drafting)))
     columns = min(3, len(suites))
     rows = math.ceil(len(suites) / columns)
-    shown = {
-        temperature: [name_of(e) for e in _at(report["mean"], temperature) if e["method"] != "none"]
-        for temperature in _temperatures(report["mean"])
-    }
-    shown = {temperature: names for temperature, names in shown.items() if names}
-    tall = {temperature: 0.2 * len(names) + 0.1 for temperature, names in shown.items()}
-    sheet = Sheet({temperature: rows * (tall[temperature] + GAP) + 0.55 for temperature in shown})
-    for temperature, names in shown.items():
-        left = 0.3 + 0.07 * max(map(len, names))
-        labels = "decode speed-up over none", ""
-        panels = sheet.panels(temperature, list(suites), columns, tall[temperature], labels, left)
+    figure, blocks = _blocks(drafting, TITLES + rows * (0.35 + 0.2 * len(names)))
+    for temperature, block in blocks.items():
+        panels = _panels(block, list(suites), columns, ("decode speed-up over none", ""))
         for entries, panel in zip(suites.values(), panels, strict=True):
-            found = {name_of(entry): entry for entry in _at(entries, temperature)}
+            found = {name_of(entry): entry for entry in at(entries, temperature)}
             for place, name in enumerate(names):
-                entry = found.get(name, {})
-                value = entry.get("speedup_over_none")
+                value = found.get(name, {}).get("speedup_over_none")
                 if value is None:
                     continue
-                errors = distances(entry, "speedup_over_none")
+                errors = distances(found[name], "speedup_over_none")
                 bar: dict[str, Any] = dict(ecolor=GRAY, capsize=2, error_kw={"elinewidth": 1})
-                panel.barh(place, value, 0.75, color=look[name].color, xerr=errors, **bar)
+                panel.barh(place, value, 0.75, color=style[name].color, xerr=errors, **bar)
                 end = value + (errors[1][0] if errors else 0.0)
                 beside: dict[str, Any] = dict(textcoords="offset points", va="center", fontsize=7)
                 panel.annotate(f"{value:.2f}", (end, place), (3, 0), **beside)
@@ -230,51 +187,49 @@ def _speedups(report: Record) -> Figure:
         panels[0].set_xlim(left=0)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].set_ylim(len(names) - 0.4, -0.6)
-    return sheet.figure
+    return figure
 
 
 def _histograms(report: Record) -> Figure:
     """A panel per contender, tau as a line."""
-    columns, tall, look = 4, 1.1, styles(report)
-    shown = {t: _at(report["acceptance"], t) for t in _temperatures(report["acceptance"])}
+    columns, style = 4, styles(report)
     taus = {(name_of(e), e["temperature"]): e["tau"] for e in report["pooled"]}
-    sheet = Sheet({t: math.ceil(len(entries) / columns) * (tall + GAP) + 0.55 for t, entries in shown.items()})
     longest = max((int(length) for e in report["acceptance"] for length in e["histogram"]), default=1)
-    for temperature, entries in shown.items():
+    most = len({name_of(entry) for entry in report["acceptance"]})
+    figure, blocks = _blocks(report["acceptance"], TITLES + 1.5 * math.ceil(most / columns))
+    for temperature, block in blocks.items():
+        entries = at(report["acceptance"], temperature)
         labels = "acceptance length (accepted drafts + 1)", "share of passes"
-        panels = sheet.panels(temperature, [name_of(e) for e in entries], columns, tall, labels)
+        panels = _panels(block, [name_of(e) for e in entries], columns, labels)
         for entry, panel in zip(entries, panels, strict=True):
             passes = sum(entry["histogram"].values()) or 1
             lengths = [int(length) for length in entry["histogram"]]
             shares = [count / passes for count in entry["histogram"].values()]
-            panel.bar(lengths, shares, 0.85, color=look[name_of(entry)].color)
+            panel.bar(lengths, shares, 0.85, color=style[name_of(entry)].color)
             tau = taus.get((name_of(entry), temperature))
             if tau is not None:
                 panel.axvline(tau, color=GRAY, linewidth=1, linestyle="--")
                 panel.text(0.97, 0.95, f"tau {tau:.2f}", transform=panel.transAxes, ha="right", va="top", fontsize=8)
         panels[0].set_xlim(0.4, longest + 0.6)
         panels[0].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    return sheet.figure
+    return figure
 
 
 def _positions(report: Record) -> Figure:
-    """Left: k or more drafts accepted; right: draft k accepted where all before it were."""
-    look, tall = styles(report), 2.6
-    shown = {t: _at(report["acceptance"], t) for t in _temperatures(report["acceptance"])}
-    legends = {t: 0.2 * math.ceil(len(entries) / LEGEND) for t, entries in shown.items()}
-    sheet = Sheet({t: tall + GAP + 0.7 + legends[t] for t in shown})
+    """Left: k or more drafts accepted; right: draft k accepted, of the passes that accepted those before it."""
+    style = styles(report)
     reach = max(2, max(map(_last_slot, report["acceptance"])))
     titles = ["k or more drafts accepted", "draft k accepted, where those before it were"]
-    for temperature, entries in shown.items():
-        left, right = sheet.panels(temperature, titles, 2, tall, ("slot k", "share of passes"))
-        for entry in entries:
-            name = name_of(entry)
-            style = look[name]
+    figure, blocks = _blocks(report["acceptance"], TITLES + 3.4)
+    for temperature, block in blocks.items():
+        left, right = _panels(block, titles, 2, ("slot k", "share of passes"))
+        for entry in at(report["acceptance"], temperature):
+            look = style[name_of(entry)]
             line: dict[str, Any] = dict(
-                color=style.color, marker=style.marker, linestyle=style.line, markersize=3.5, linewidth=1.2
+                color=look.color, marker=look.marker, linestyle=look.line, markersize=3.5, linewidth=1.2
             )
             slots = range(1, min(reach, entry["budget"]) + 1)
-            left.plot(slots, entry["by_position"][: len(slots)], label=name, **line)
+            left.plot(slots, entry["by_position"][: len(slots)], label=name_of(entry), **line)
             kept = [k for k in slots if _reached(entry, k) >= FEW_PASSES]
             right.plot(kept, [entry["conditional"][k - 1] for k in kept], **line)
         left.set_ylim(0, 1.02)
@@ -282,8 +237,8 @@ def _positions(report: Record) -> Figure:
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         for panel in (left, right):
             panel.grid(alpha=0.25)
-        sheet.legend(temperature, tall + GAP + 0.35, left)
-    return sheet.figure
+        _legend(block, left)
+    return figure
 
 
 def _reached(entry: Record, slot: int) -> int:
@@ -301,26 +256,19 @@ def _has_cost(entry: Record) -> bool:
 
 
 def _tau_against_cost(report: Record) -> Figure:
-    """All runs of a contender as one point: what a pass yields against what it costs; ray by ray the same speed-up."""
-    look = styles(report)
-    temperatures = [t for t in _temperatures(report["pooled"]) if any(map(_has_cost, _at(report["pooled"], t)))]
-    tall, labels = 4.2, ("c: cost of a pass, in steps of none", "tau: tokens per pass")
-    sheet = Sheet(dict.fromkeys(temperatures, tall + GAP + 0.55))
-    for temperature in temperatures:
-        (panel,) = sheet.panels(temperature, [""], 1, tall, labels, right=0.45)
-        entries = [entry for entry in _at(report["pooled"], temperature) if _has_cost(entry)]
+    """All runs of a contender as one point: what a pass yields against what it costs. Rays join equal speed-ups."""
+    style = styles(report)
+    shown = [entry for entry in report["pooled"] if _has_cost(entry)]
+    figure, blocks = _blocks(shown, TITLES + 4.2)
+    points = []
+    for temperature, block in blocks.items():
+        (panel,) = _panels(block, [""], 1, ("c: cost of a pass, in steps of none", "tau: tokens per pass"))
+        entries = at(shown, temperature)
         for entry in entries:
-            style = look[name_of(entry)]
+            look = style[name_of(entry)]
             bounds: dict[str, Any] = dict(xerr=distances(entry, "cost_ratio"), yerr=distances(entry, "tau"))
-            panel.errorbar(
-                entry["cost_ratio"],
-                entry["tau"],
-                fmt=style.marker,
-                color=style.color,
-                ecolor=(style.color, 0.4),
-                markersize=6,
-                **bounds,
-            )
+            bounds |= dict(fmt=look.marker, color=look.color, ecolor=(look.color, 0.4), markersize=6)
+            panel.errorbar(entry["cost_ratio"], entry["tau"], **bounds)
         costs, taus = [entry["cost_ratio"] for entry in entries], [entry["tau"] for entry in entries]
         left, right, top = 0.75 * min(costs), 1.15 * max(costs), 1.15 * max(1.5, *taus, 1.5)
         panel.set_xlim(left, right)
@@ -333,8 +281,11 @@ def _tau_against_cost(report: Record) -> Figure:
             beyond = dict(ha="left", va="center") if end == right else dict(ha="center", va="bottom")
             label: dict[str, Any] = dict(textcoords="offset points", color=GRAY, fontsize=8, **beyond)
             panel.annotate(f"{speedup:g}×", (end, speedup * end), (2, 2), **label)
-        name_points(panel, [(e["cost_ratio"], e["tau"], name_of(e), look[name_of(e)].color) for e in entries])
-    return sheet.figure
+        points.append((panel, [(e["cost_ratio"], e["tau"], name_of(e), style[name_of(e)].color) for e in entries]))
+    figure.draw_without_rendering()  # places the panels: names are put where there is room
+    for panel, named in points:
+        name_points(panel, named)
+    return figure
 
 
 def _rays(best: float) -> list[float]:
@@ -344,8 +295,10 @@ def _rays(best: float) -> list[float]:
 
 
 def name_points(panel: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the names of points beside them, where they cover neither each other nor a point while there is room."""
-    canvas = panel.figure.canvas
+    """Write the names of points beside them; while there is room, they cover neither each other nor a point."""
+    figure = panel.get_figure(root=True)
+    assert figure is not None
+    canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()
     corners = panel.transData.transform([(x, y) for x, y, _, _ in points])
@@ -368,8 +321,81 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str, str]]) ->
                 arrowprops=thread,
                 annotation_clip=False,
             )
+            text.set_in_layout(False)
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)  # without the thread
             if not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
+
+
+# ----------------------------------------------------------------------
+# Servers, over the requests in flight.
+
+
+def _server_plots(report: Record) -> dict[str, Figure]:
+    servers, baseline = list(report["settings"]["servers"]), report["baseline"]
+    drawn = {"throughput": _over_concurrency(report, servers, "tokens per second", _line("tokens_per_second"), True)}
+    if any(entry["speedup"] is not None for entry in report["figures"]):
+        others, label = [name for name in servers if name != baseline], f"speed-up over {baseline}"
+        drawn["speedup"] = _over_concurrency(report, others, label, _line("speedup"), True)
+    if any(entry["per_token"] for entry in report["figures"]):
+        drawn["latency"] = _over_concurrency(report, servers, "ms per token (up to p90)", _time_per_token, False)
+    return drawn
+
+
+Draw = Callable[[Axes, Sequence[Record], Style, str], None]
+"""Draws one server's entries, by increasing concurrency, in a style under a name."""
+
+
+def _line(figure: str) -> Draw:
+    """A figure with its intervals."""
+
+    def draw(panel: Axes, entries: Sequence[Record], style: Style, name: str) -> None:
+        found = [entry for entry in entries if entry[figure] is not None]
+        bounds = [distances(entry, figure) or [[0.0], [0.0]] for entry in found]
+        look: dict[str, Any] = dict(color=style.color, marker=style.marker, linestyle=style.line, markersize=4)
+        look["yerr"] = [[b[side][0] for b in bounds] for side in (0, 1)]
+        if found:
+            places, values = [e["concurrency"] for e in found], [e[figure] for e in found]
+            panel.errorbar(places, values, ecolor=(style.color, 0.4), capsize=2, label=name, **look)
+        if figure == "speedup":
+            panel.axhline(1.0, color=GRAY, linewidth=0.8)
+
+    return draw
+
+
+def _time_per_token(panel: Axes, entries: Sequence[Record], style: Style, name: str) -> None:
+    """Median time per token, shaded from there up to p90."""
+    found = [entry for entry in entries if entry.get("per_token")]
+    if found:
+        places = [e["concurrency"] for e in found]
+        middle, high = ([1000 * e["per_token"][p] for e in found] for p in ("p50", "p90"))
+        look: dict[str, Any] = dict(color=style.color, linestyle=style.line, marker=style.marker, markersize=4)
+        panel.plot(places, middle, label=name, **look)
+        panel.fill_between(places, middle, high, color=style.color, alpha=0.15, linewidth=0)
+
+
+def _over_concurrency(report: Record, servers: Sequence[str], label: str, draw: Draw, with_mean: bool) -> Figure:
+    """A block per temperature, a panel per suite, the requests in flight from left to right; a line per server."""
+    others = [name for name in report["settings"]["servers"] if name != report["baseline"]]
+    style, entries = styles_of(others, report["baseline"]), report["figures"]
+    suites = [s for s in in_paper_order(report["settings"]["suites"]) if any(entry["suite"] == s for entry in entries)]
+    titles = [*suites, "mean"] if with_mean and len(suites) > 1 else suites
+    columns = min(3, len(titles))
+    figure, blocks = _blocks(entries, TITLES + 0.2 + 2.2 * math.ceil(len(titles) / columns))
+    for temperature, block in blocks.items():
+        panels = _panels(block, titles, columns, ("requests in flight", label))
+        for title, panel in zip(titles, panels, strict=True):
+            of = at(report["mean"] if title == "mean" else [e for e in entries if e["suite"] == title], temperature)
+            for name in servers:
+                own = [entry for entry in of if entry["server"] == name]
+                draw(panel, sorted(own, key=lambda e: e["concurrency"]), style[name], name)
+            panel.grid(alpha=0.25)
+        panels[0].set_xscale("log", base=2)
+        panels[0].xaxis.set_major_locator(FixedLocator(sorted({entry["concurrency"] for entry in entries})))
+        panels[0].xaxis.set_major_formatter(ScalarFormatter())
+        panels[0].xaxis.set_minor_locator(NullLocator())
+        panels[0].set_ylim(bottom=0)
+        _legend(block, next((p for p in panels if p.get_legend_handles_labels()[1]), panels[0]))
+    return figure

@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from domino_spec.bench.cells import Record, number, table
+from domino_spec.bench.figures import Record
+from domino_spec.bench.page import Column, number, records_table, table, text_column
 from domino_spec.bench.plots import save_figure
-from domino_spec.bench.profile_watch import STAGES
+from domino_spec.bench.profile import STAGES, Breakdown
 from domino_spec.files import atomic_path, write_json
 from domino_spec.settings import UserError
 
@@ -27,13 +28,6 @@ STAGE_NAMES = {
     "rest": "rest",
 }
 """Stages as the tables call them; `rest` is the host gap of a bench measured before it had a name."""
-_COLORS = dict(
-    zip(
-        (*STAGES, "host_gap"),
-        ("tab:blue", "lightsteelblue", "tab:cyan", "tab:orange", "navajowhite", "tab:green", "tab:purple", "0.75"),
-        strict=True,
-    )
-)
 
 
 def stage_name(stage: str, method: str) -> str:
@@ -80,12 +74,14 @@ def write_profile(record: Record, out: Path) -> str:
 
 
 def render_profile(record: Record) -> str:
-    """The tables of a profile as Markdown: one for each method, and one of verify passes where they were measured."""
-    parts = [_heading(record), _overview(record)]
-    parts += [_stages(entry) for entry in record["methods"]]
-    if record["rows"]:
-        parts.append(_rows(record))
-    return "\n\n".join(parts)
+    """The tables of a profile as Markdown: one for each method, and one of verify passes if they were measured."""
+    overview = records_table(OVERVIEW, record["methods"]) + (
+        "\n\nc is the cycle in plain steps: the speed-up is tau / c, so a draft pays where tau is above c. Drafting is "
+        "every stage of the draft, verifying the target's layers and LM head. Each figure is a median of its own, so a "
+        "column adds up to its cycle but for noise."
+    )
+    parts = [_heading(record), overview, *map(_stages, record["methods"])]
+    return "\n\n".join([*parts, _rows(record)] if record["rows"] else parts)
 
 
 def _heading(record: Record) -> str:
@@ -104,83 +100,83 @@ def _heading(record: Record) -> str:
     )
 
 
-def _overview(record: Record) -> str:
-    """A line for each method: what its cycle costs, and what tau must be for it to pay."""
-    rows = [
-        [
-            label(entry),
-            str(entry["rows"]),
-            _milliseconds(entry["cycle"]["median"]),
-            _spread(entry["cycle"]),
-            number(entry["cost_ratio"]) if entry["num_drafts"] else "1.00",
-            number(_drafting(entry) / _verifying(entry)) if entry["num_drafts"] else "–",
-        ]
-        for entry in record["methods"]
-    ]
-    headers = ["cycle", "rows", "ms", "10th-90th percentile", "c", "drafting / verifying"]
-    return table(headers, rows) + (
-        "\n\nc is the cycle in plain steps: the speed-up is tau / c, so a draft pays where tau is above c. Drafting is "
-        "every stage of the draft, verifying the target's layers and LM head. Each figure is a median of its own, so a "
-        "column adds up to its cycle but for noise."
-    )
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def _megabytes(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / 1e6:.3g}" if count < 1e8 else f"{count / 1e6:,.0f}"
+
+
+def _spread(timing: Record) -> str:
+    return f"{_milliseconds(timing['p10'])}-{_milliseconds(timing['p90'])}"
+
+
+def _drafting_over_verifying(entry: Record) -> str:
+    if not entry["num_drafts"]:
+        return "–"
+    seconds = {stage: found["seconds"]["median"] for stage, found in entry["stages"].items()}
+    drafting = sum(seconds.get(stage, 0.0) for stage in ("context", "backbone", "lm_head", "rollout"))
+    return number(drafting / (seconds["verify"] + seconds["verify_lm_head"]))
+
+
+OVERVIEW = (
+    Column("cycle", lambda entry: label(entry)),
+    text_column("rows"),
+    Column("ms", lambda entry: _milliseconds(entry["cycle"]["median"])),
+    Column("10th-90th percentile", lambda entry: _spread(entry["cycle"])),
+    Column("c", lambda entry: number(entry["cost_ratio"]) if entry["num_drafts"] else "1.00"),
+    Column("drafting / verifying", _drafting_over_verifying),
+)
+STAGE = (
+    text_column("stage", "name"),
+    Column("ms", lambda entry: _milliseconds(entry["seconds"]["median"])),
+    Column("10th-90th percentile", lambda entry: _spread(entry["seconds"])),
+    Column("share", lambda entry: f"{entry['share']:.1%}"),
+    Column("MB at least", lambda entry: _megabytes(entry.get("bytes"))),
+    Column("floor, ms", lambda entry: _milliseconds(entry.get("floor"))),
+    Column("over floor", lambda entry: number(ratio := entry.get("over_floor"), 2 if (ratio or 0) < 100 else 0)),
+)
 
 
 def _stages(entry: Record) -> str:
-    rows = []
-    for stage, found in entry["stages"].items():
-        rows.append(
-            [
-                stage_name(stage, entry["method"]),
-                _milliseconds(found["seconds"]["median"]),
-                _spread(found["seconds"]),
-                _share(found["share"]),
-                _megabytes(found["bytes"]),
-                "–" if found["floor"] is None else _milliseconds(found["floor"]),
-                _times(found["over_floor"]),
-            ]
-        )
+    """A line for each stage, one for the host gap, and one for the whole cycle."""
     whole, gap = entry["cycle"], entry["host_gap"]
-    floors = [found["floor"] for found in entry["stages"].values()]
+    stages = [{"name": stage_name(stage, entry["method"]), **found} for stage, found in entry["stages"].items()]
+    floors = [found["floor"] for found in stages]
     floor = None if None in floors else sum(floors)
-    moved = sum(found["bytes"] for found in entry["stages"].values())
-    share = _share(gap["median"] / whole["median"])
-    rows.append(["host gap", _milliseconds(gap["median"]), _spread(gap), share, "–", "–", "–"])
-    rows.append(
-        [
-            "**cycle**",
-            _milliseconds(whole["median"]),
-            _spread(whole),
-            "100.0%",
-            _megabytes(moved),
-            "–" if floor is None else _milliseconds(floor),
-            _times(whole["median"] / floor if floor else None),
-        ]
-    )
-    headers = ["stage", "ms", "10th-90th percentile", "share", "MB at least", "floor, ms", "over floor"]
-    text = f"**{label(entry)}**\n\n" + table(headers, rows)
+    sums = {
+        "bytes": sum(found["bytes"] for found in stages),
+        "floor": floor,
+        "over_floor": whole["median"] / floor if floor else None,
+    }
+    stages += [
+        {"name": "host gap", "seconds": gap, "share": gap["median"] / whole["median"]},
+        {"name": "**cycle**", "seconds": whole, "share": 1.0, **sums},
+    ]
+    text = f"**{label(entry)}**\n\n" + records_table(STAGE, stages)
     if entry["waited"]:
-        text += (
-            "\n\nThe host waited for the device inside this cycle: stages hold waits, and the gap is not all of them."
-        )
+        text += "\n\nThe host waited for the device inside this cycle: the host gap holds that too."
     return text
 
 
 def _rows(record: Record) -> str:
     """What a verify pass costs by its number of rows."""
     found = {(entry["kind"], entry["rows"]): entry for entry in record["rows"]}
-    rows = []
-    for count in dict.fromkeys(entry["rows"] for entry in record["rows"]):
-        cells = []
-        for kind in ("chain", "tree"):
-            entry = found.get((kind, count))
-            cells += (
-                ["–", "–"]
-                if entry is None
-                else [_milliseconds(entry["seconds"]["median"]), number(entry["plain_steps"])]
-            )
-        rows.append([str(count), *cells])
+
+    def cells(kind: str, count: int) -> list[str]:
+        entry = found.get((kind, count))
+        return (
+            ["–", "–"] if entry is None else [_milliseconds(entry["seconds"]["median"]), number(entry["plain_steps"])]
+        )
+
+    counts = dict.fromkeys(entry["rows"] for entry in record["rows"])
     headers = ["rows of a verify pass", "chain, ms", "plain steps", "tree, ms", "plain steps"]
-    return table(headers, rows)
+    return table(headers, [[str(count), *cells("chain", count), *cells("tree", count)] for count in counts])
 
 
 def label(entry: Record) -> str:
@@ -191,36 +187,13 @@ def label(entry: Record) -> str:
     return f"{entry['method']}, {count} draft{'s' * (count != 1)}"
 
 
-def _drafting(entry: Record) -> float:
-    return _seconds_of(entry, ("context", "backbone", "lm_head", "rollout"))
-
-
-def _verifying(entry: Record) -> float:
-    return _seconds_of(entry, ("verify", "verify_lm_head"))
-
-
-def _seconds_of(entry: Record, stages: tuple[str, ...]) -> float:
-    return sum(found["seconds"]["median"] for stage, found in entry["stages"].items() if stage in stages)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.3g}" if count < 1e8 else f"{count / 1e6:,.0f}"
-
-
-def _times(ratio: float | None) -> str:
-    return number(ratio, 2 if ratio is None or ratio < 100 else 0)
-
-
-def _spread(timing: Record) -> str:
-    return f"{_milliseconds(timing['p10'])}-{_milliseconds(timing['p90'])}"
-
-
-def _share(share: float) -> str:
-    return f"{share:.1%}"
+_COLORS = dict(
+    zip(
+        (*STAGES, "host_gap"),
+        ("tab:blue", "lightsteelblue", "tab:cyan", "tab:orange", "navajowhite", "tab:green", "tab:purple", "0.75"),
+        strict=True,
+    )
+)
 
 
 def profile_figure(record: Record) -> Figure:
@@ -260,3 +233,17 @@ def _height(entry: Record, stage: str) -> float:
         return float(entry["host_gap"]["median"])
     found = entry["stages"].get(stage)
     return 0.0 if found is None else float(found["seconds"]["median"])
+
+
+def render_breakdown(breakdown: Breakdown) -> str:
+    """A Markdown table of one breakdown, milliseconds and shares of the cycle."""
+    rows = [(stage_name(name, breakdown.method), seconds) for name, seconds in breakdown.stages.items()]
+    rows += [("**cycle**", breakdown.cycle), ("plain step", breakdown.plain_step)]
+    cells = [[name, f"{seconds * 1e3:.2f}", f"{seconds / breakdown.cycle:.1%}"] for name, seconds in rows]
+    return (
+        f"{breakdown.method}, {breakdown.num_drafts} drafts, context {breakdown.context} tokens, "
+        f"{breakdown.threads} threads, median of {breakdown.repeats}:\n\n"
+        f"{table(['stage', 'ms', 'share of the cycle'], cells)}\n\n"
+        f"Cost ratio c = {breakdown.cost_ratio:.2f}: speed-up = tau / c, so the draft pays above tau "
+        f"{breakdown.cost_ratio:.2f} and doubles the speed at tau {2 * breakdown.cost_ratio:.2f}."
+    )

@@ -1,29 +1,43 @@
-"""`domino-spec bench`: from options to a directory of measurements and a report."""
+"""`domino-spec bench`: from options to a directory of measurements and a report.
+
+Every prompt runs with every contender, one row of raw.jsonl per run. All contenders of a prompt follow each other, and
+the first one changes from prompt to prompt, so a machine that slows down or warms up does so for all of them alike.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from domino_spec.api import default_min_confidence
-from domino_spec.bench import environment
-from domino_spec.bench.baseline import load_baseline
-from domino_spec.bench.breakdown import Breakdown, measure_breakdown
-from domino_spec.bench.html import write_html
-from domino_spec.bench.measure import BATCH, Plan, Say, measure
-from domino_spec.bench.methods import Contender, Drafting, check_methods, contenders, method_of, runner
-from domino_spec.bench.peers import ASSISTED, DFLASH, PEERS, assisted_by, load_peers
+from domino_spec.bench.methods import Contender, Drafting, Run, check_methods, contenders, method_of, runner
+from domino_spec.bench.peers import ASSISTED, DFLASH, PEERS, assisted_by, load_baseline, load_peers
 from domino_spec.bench.plots import write_plots
-from domino_spec.bench.report import build_report, load_breakdowns, save_breakdowns, write_report
-from domino_spec.bench.rows import Row, record_session, start_or_resume
-from domino_spec.bench.suites import load_suites, prompts_digest
-from domino_spec.bench.ties import measure_ties, save_ties
-from domino_spec.bench.turns import Request, check_prompts, make_requests
+from domino_spec.bench.profile import Breakdown, load_breakdowns, measure_breakdown, save_breakdowns
+from domino_spec.bench.report import build_report, write_report
+from domino_spec.bench.rows import (
+    Load,
+    Row,
+    RunKey,
+    append_row,
+    device_name,
+    machine_load,
+    record_session,
+    session_record,
+    start_or_resume,
+)
+from domino_spec.bench.suites import EncodedPrompt, check_prompts, load_suites, make_requests, suites_settings
+from domino_spec.bench.ties import TextCheck, measure_ties, save_ties
+from domino_spec.decoding.request import Generation
+from domino_spec.decoding.sampling import seed_of
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft, draft_directory, load_draft
 from domino_spec.draft.vocabulary import FrequentTokens
@@ -34,6 +48,12 @@ from domino_spec.target.model import Target
 
 MOST_REPEATS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BATCH = 1
+"""Requests decoded together; one for now."""
+WARM_UP_TOKENS = 8
+
+Say = Callable[[str], None]
+"""Takes one line of progress."""
 
 
 def run_bench(
@@ -65,7 +85,7 @@ def run_bench(
     """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
     Interrupted at any point, the same call goes on where it stopped. Of a conversation every turn is measured, after
-    the target's own greedy answers to the turns before it (`turns`).
+    the target's own greedy answers to the turns before it (`suites`).
 
     Args:
         target: embedded name, directory or hub id.
@@ -85,8 +105,8 @@ def run_bench(
         candidates: K of the head's restricted candidates; None for the whole draft vocabulary.
         enable_thinking: of targets whose chat template knows it.
         assistant: a transformers model, for the methods that are assisted by one.
-        ranking: tokens by frequency (`drafters.vocabulary`), for methods with `@SIZE`.
-        ngrams: counts of text (`drafters.ngram_model`), for method `dart`.
+        ranking: tokens by frequency (`draft.vocabulary`), for methods with `@SIZE`.
+        ngrams: counts of text (`drafters.ngram_counts`), for method `dart`.
         allow_other_target: accept a draft trained for other weights of the same shape.
         check: as `load_target` takes it.
         breakdown: time the stages of a cycle too, at a real context.
@@ -98,11 +118,11 @@ def run_bench(
     Raises:
         UserError: an option that cannot be used, or `out` holds another configuration's measurements.
     """
-    say = say or _print_progress
+    say = say or print_progress
     methods, temperatures = list(dict.fromkeys(methods)), list(dict.fromkeys(float(t) for t in temperatures))
     if repeats > MOST_REPEATS:
         raise UserError(f"bench needs repeats of at most {MOST_REPEATS}, got {repeats}")
-    _check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
+    check_numbers(temperatures=len(temperatures), max_new_tokens=max_new_tokens, repeats=repeats, suites=len(suites))
     check_methods(methods, temperatures)
     prompts = load_suites(suites, limit)
     loaded, drafted = _load_models(target, drafts, threads, device, dtype, allow_other_target, check)
@@ -115,7 +135,6 @@ def run_bench(
     )
     competing = contenders(drafting, methods, num_drafts, temperatures)
     planned = sum(len(prompt.turns) for prompt in prompts) * len(competing) * repeats
-    names = list(dict.fromkeys(prompt.suite for prompt in prompts))
     outside = [c.method for c in competing if method_of(c.method).drafting is None]
     baseline = load_baseline(loaded) if outside else None
     names_of = {id(draft): name for draft, name in zip(drafted, drafts, strict=True)}
@@ -129,10 +148,7 @@ def run_bench(
         "ranking": None if ranking is None else {"name": str(ranking), "digest": _digest([ranking])},
         "ngrams": None if ngrams is None else {"name": str(ngrams), "digest": _digest([ngrams])},
         "assistant": assisted_by(loaded, assistant) if ASSISTED in outside else assistant,
-        "suites": {name: sum(p.suite == name for p in prompts) for name in names},
-        "turns": {name: sum(len(p.turns) for p in prompts if p.suite == name) for name in names},
-        "prompts_digest": prompts_digest(prompts),
-        "limit": limit,
+        **suites_settings(prompts, limit),
         "methods": methods,
         "temperatures": temperatures,
         "num_drafts": sorted({c.budget for c in competing if c.budget}),
@@ -145,16 +161,16 @@ def run_bench(
         "batch": BATCH,
         "threads": torch.get_num_threads(),
         "device": str(loaded.device),
-        "device_name": environment.device_name(loaded.device),
+        "device_name": device_name(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "packed_weights": loaded.packed,
         "thinking": enable_thinking,
     }
     rows = start_or_resume(out, configuration)
     if len(rows) < planned:
-        record_session(out, environment.session(len(rows)))
+        record_session(out, session_record(len(rows)))
     requests = make_requests(loaded, prompts, max_new_tokens, out, enable_thinking, say)
-    plan = Plan(requests, competing, repeats, max_new_tokens, seed)
+    plan = RunPlan(requests, competing, repeats, max_new_tokens, seed)
     if len(rows) < planned:
         run = runner(drafting, baseline, candidates, peers)
         rows = measure(plan, run, out, rows, say)
@@ -162,14 +178,13 @@ def run_bench(
     if breakdown and drafted and not load_breakdowns(out):
         say("timing the stages of a cycle")
         save_breakdowns(_breakdowns(drafting, plan, rows, candidates), out)
-    plots = write_plots(build_report(out), out)
-    report = write_report(out, plots)
-    write_html(report, out, plots)
+    report = write_report(out, write_plots(build_report(out), out))
     say(f"wrote {out / 'report.md'} and {out / 'report.html'}")
     return report
 
 
-def _check_numbers(**numbers: int) -> None:
+def check_numbers(**numbers: int) -> None:
+    """Refuse numbers below 1."""
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"bench needs {name} of at least 1, got {value}")
@@ -187,7 +202,7 @@ def _load_models(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if threads is not None:
-        _check_numbers(threads=threads)
+        check_numbers(threads=threads)
         torch.set_num_threads(threads)
     loaded = load_target(target, dtype=dtype, device=device, check=check)
     return loaded, [load_draft(draft, loaded, allow_other_target=allow_other_target) for draft in drafts]
@@ -208,14 +223,14 @@ def _digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _breakdowns(drafting: Drafting, plan: Plan, rows: Sequence[Row], candidates: int | None) -> list[Breakdown]:
+def _breakdowns(drafting: Drafting, plan: RunPlan, rows: Sequence[Row], candidates: int | None) -> list[Breakdown]:
     """The stages of every greedy chain of a block draft, in the middle of the answer to the prompt of median length."""
     request = sorted(plan.requests, key=lambda r: len(r.token_ids))[len(plan.requests) // 2]
     context = _middle_of_answer(request, rows)
     wanted: dict[Contender, None] = {}
     for c in plan.contenders:
         if c.method in ("domino", "dflash"):
-            wanted[Contender(c.method, c.budget, 0.0)] = None
+            wanted[c._replace(temperature=0.0)] = None
     found = []
     for c in wanted:
         draft = drafting.draft_for(c.method)
@@ -228,10 +243,118 @@ def _breakdowns(drafting: Drafting, plan: Plan, rows: Sequence[Row], candidates:
     return found
 
 
-def _middle_of_answer(request: Request, rows: Sequence[Row]) -> list[int]:
+def _middle_of_answer(request: EncodedPrompt, rows: Sequence[Row]) -> list[int]:
     answer = next(row.token_ids for row in rows if (row.suite, row.id) == (request.suite, request.id))
     return request.token_ids + list(answer[: max(1, len(answer) // 2)])
 
 
-def _print_progress(line: str) -> None:
+def print_progress(line: str) -> None:
+    """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------
+# The measuring.
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that is to be measured."""
+
+    requests: Sequence[EncodedPrompt]
+    contenders: Sequence[Contender]
+    repeats: int
+    max_new_tokens: int
+    seed: int
+    """Repeat r of a run uses seed + r."""
+
+    def runs(self) -> Iterator[tuple[RunKey, EncodedPrompt, Contender]]:
+        """All runs in the order in which they are measured."""
+        for repeat in range(self.repeats):
+            for index, request in enumerate(self.requests):
+                order = deque(self.contenders)
+                order.rotate(-(index + repeat))
+                for contender in order:
+                    yield RunKey(request.suite, request.id, *contender, repeat), request, contender
+
+
+def measure(plan: RunPlan, run: Run, out: Path, rows: Sequence[Row], say: Say) -> list[Row]:
+    """Measure what is not there yet, appending to `out`/raw.jsonl as it goes.
+
+    Args:
+        plan: what to measure.
+        run: decodes one prompt.
+        out: the bench directory, prepared by `rows.start_or_resume`.
+        rows: what it already holds.
+        say: called with a line of progress after every prompt, and at once when a greedy text differs from a
+            reference's.
+
+    Returns:
+        All rows, old and new.
+    """
+    rows = list(rows)
+    done = {row.key for row in rows}
+    pending = [entry for entry in plan.runs() if entry[0] not in done]
+    warm: set[Contender] = set()
+    for _, request, contender in pending:
+        if contender not in warm:
+            warm.add(contender)
+            run(contender, request.token_ids, plan.seed, min(WARM_UP_TOKENS, plan.max_new_tokens))
+    texts = TextCheck(rows)
+    started = time.perf_counter()
+    line: list[str] = []
+    for count, (key, request, contender) in enumerate(pending, 1):
+        seed = seed_of(plan.seed, key.repeat)
+        before = machine_load()
+        generation = run(contender, request.token_ids, seed, plan.max_new_tokens)
+        row = _row(key, seed, request, generation, before, machine_load())
+        append_row(out, row)
+        rows.append(row)
+        line.append(_figures(row))
+        place = f"[{len(rows)}/{len(rows) - count + len(pending)}] {key.id}"
+        for difference in texts.add(row):
+            say(f"{place}: {difference}")
+        if count == len(pending) or pending[count][1] is not request:
+            left = (time.perf_counter() - started) / count * (len(pending) - count)
+            say(f"{place}: {', '.join(line)}; {_duration(left)} left")
+            line = []
+    return rows
+
+
+def _row(key: RunKey, seed: int, request: EncodedPrompt, generation: Generation, before: Load, after: Load) -> Row:
+    stolen = None
+    if before["steal_seconds"] is not None and after["steal_seconds"] is not None:
+        stolen = round(after["steal_seconds"] - before["steal_seconds"], 3)
+    return Row(
+        **key._asdict(),
+        seed=seed,
+        batch=BATCH,
+        threads=torch.get_num_threads(),
+        prompt_tokens=len(request.token_ids),
+        token_ids=tuple(generation.token_ids),
+        num_verify_passes=generation.num_verify_passes,
+        num_drafts=tuple(generation.num_drafts),
+        acceptance_lengths=tuple(generation.acceptance_lengths),
+        seconds_prefill=generation.seconds_prefill,
+        seconds_decode=generation.seconds_decode,
+        turn=request.turn,
+        load_average=after["load_average"],
+        steal_seconds=stolen,
+    )
+
+
+def _figures(row: Row) -> str:
+    name = (
+        row.method + (f"({row.budget})" if row.budget else "") + (f" T={row.temperature:g}" if row.temperature else "")
+    )
+    speed = f"{row.decode_tokens / row.seconds_decode:.1f} tok/s" if row.seconds_decode else "one token"
+    drafted = row.budget and row.num_verify_passes  # a peer's first pass may bring all tokens
+    tau = f" tau {sum(row.acceptance_lengths) / row.num_verify_passes:.2f}" if drafted else ""
+    return f"{name} {speed}{tau}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 100 else f"{minutes} min"

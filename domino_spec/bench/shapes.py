@@ -32,7 +32,7 @@ STD = 0.02
 
 
 @dataclass(frozen=True)
-class Shape:
+class PairShape:
     """What a pair is made from."""
 
     name: str
@@ -43,8 +43,8 @@ class Shape:
 
 
 SHAPES = {
-    "qwen3-8b": Shape("qwen3-8b", KNOWN_TARGETS["Qwen/Qwen3-8B"]),
-    "smollm2-135m": Shape(
+    "qwen3-8b": PairShape("qwen3-8b", KNOWN_TARGETS["Qwen/Qwen3-8B"]),
+    "smollm2-135m": PairShape(
         "smollm2-135m",
         KNOWN_TARGETS["smollm2-135m"],
         DraftRecipe(
@@ -55,7 +55,7 @@ SHAPES = {
             draft_vocab_size=8192,
         ),
     ),
-    "tiny": Shape(
+    "tiny": PairShape(
         "tiny",
         {
             "model_type": "qwen3",
@@ -81,7 +81,7 @@ SHAPES = {
 """Shapes by name: Qwen3-8B and the paper's draft for it; the embedded default pair; one for tests."""
 
 
-def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> Shape:
+def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> PairShape:
     """A shape by its name, or that of a config.json of transformers with the paper's draft.
 
     Args:
@@ -103,17 +103,17 @@ def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> Shape:
         values = read_json(path)
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise UserError(f"{path} does not describe a model: it has no model_type")
-        shape = Shape(str(path), values)
+        shape = PairShape(str(path), values)
     if draft_vocab_size is not None:
         shape = replace(shape, draft=replace(shape.draft, draft_vocab_size=draft_vocab_size))
     return shape
 
 
 @dataclass(frozen=True)
-class Plan:
+class PairPlan:
     """A pair that is not made yet: what it will be, and what it takes."""
 
-    shape: Shape
+    shape: PairShape
     config: Any
     """The target's configuration, as transformers reads it."""
     draft: Draft
@@ -129,13 +129,13 @@ class Plan:
         return self.config.get_text_config()
 
 
-def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto") -> Plan:
+def plan_pair(shape: PairShape, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto") -> PairPlan:
     """Work out a pair without making it.
 
     Args:
         shape: of `find_shape`.
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
-        device: "auto" is CUDA where there is one, else CPU.
+        device: "auto" is CUDA if there is one, else CPU.
 
     Raises:
         UserError: the shape is no model that this package can decode with, or there is no such device.
@@ -154,12 +154,12 @@ def plan_pair(shape: Shape, dtype: torch.dtype | str = "auto", device: torch.dev
     with _making(torch.device("meta"), dtype):
         draft = Draft(draft_config, _vocabulary(draft_config))
     weights = sum(weight.numel() for part in (model, draft) for weight in part.parameters())
-    if can_pack(device, dtype):  # an LM head of each is laid out anew beside the one that was there
+    if can_pack(device, dtype):  # an LM head of each is laid out again beside the one that was there
         weights += (text.vocab_size + draft_config.logits_size) * text.hidden_size
-    return Plan(shape, config, draft, dtype, device, weights * dtype.itemsize)
+    return PairPlan(shape, config, draft, dtype, device, weights * dtype.itemsize)
 
 
-def make_pair(plan: Plan) -> tuple[Target, Draft]:
+def make_pair(plan: PairPlan) -> tuple[Target, Draft]:
     """The pair that was planned, its weights random, drawn on its device."""
     with torch.random.fork_rng([plan.device] if plan.device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def make_pair(plan: Plan) -> tuple[Target, Draft]:
     return target, draft.pack() if packs else draft
 
 
-def _draft_config(shape: Shape, config: Any) -> DraftConfig:
+def _draft_config(shape: PairShape, config: Any) -> DraftConfig:
     try:
         return fresh_config(shape.draft, config, config.vocab_size - 1)
     except AttributeError as error:  # a configuration that is no language model's

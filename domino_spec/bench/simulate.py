@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from domino_spec.bench.cells import Record, number, table, with_interval
-from domino_spec.bench.intervals import Cluster, Draws, Samples, mean_of
+from domino_spec.bench.figures import Cluster, Draws, Record, Samples, Sums, mean_of, with_intervals
+from domino_spec.bench.page import number, table, with_interval
 from domino_spec.files import atomic_path, read_jsonl
 from domino_spec.settings import UserError
 from domino_spec.training.data import conversation_id
@@ -37,7 +37,7 @@ def save_simulated(simulated: Simulated, ids: SequenceType[str], settings: Mappi
 
 
 def load_simulated(ids: SequenceType[str], settings: Mapping[str, Any], path: Path) -> Simulated | None:
-    """What `save_simulated` wrote, or None where there is no such file.
+    """What `save_simulated` wrote, or None if there is no such file.
 
     Raises:
         UserError: it was measured with other settings or on other answers, or cannot be read.
@@ -62,11 +62,11 @@ def suite_of(id_: str) -> str:
 
 
 def summarize(results: Mapping[str, Simulated], ids: SequenceType[str], reference: str) -> list[Record]:
-    """tau of every method, and its ratio to one of them on the same resamples of the answers (see `intervals`).
+    """tau of every method, and its ratio to one of them on the same resamples of the answers (see `figures`).
 
     Args:
         results: by method, all on the same answers.
-        ids: of the answers; what stands before the first slash is the suite.
+        ids: of the answers; the part before the first slash is the suite.
         reference: the method that ratios are to.
 
     Returns:
@@ -100,9 +100,12 @@ def summarize(results: Mapping[str, Simulated], ids: SequenceType[str], referenc
                 "answers": len(used),
                 "anchors": len(proposed),
                 "drafts": proposed.double().mean().item(),
-                "suites": {name: _figures(tau, other_suites[name]) for name, tau in suites.items()},
-                "mean": _figures(mean, other_mean),
-                "pooled": _figures(pooled, other_pooled),
+                "suites": {
+                    name: with_intervals({"tau": tau, "ratio": tau / other_suites[name]})
+                    for name, tau in suites.items()
+                },
+                "mean": with_intervals({"tau": mean, "ratio": mean / other_mean}),
+                "pooled": with_intervals({"tau": pooled, "ratio": pooled / other_pooled}),
             }
         )
     return entries
@@ -117,22 +120,11 @@ def _taus(
         lengths = result.accepted[i] + 1
         amounts[cluster[0]].append((cluster, (float(lengths.sum()), float(len(lengths)))))
 
-    def tau(amounts: list[tuple[Cluster, tuple[float, float]]]) -> Samples:
-        lengths, anchors = draws.totals(amounts, 2).unbind(1)
-        return Samples(lengths / anchors, frozenset(cluster for cluster, _ in amounts))
+    def tau(part: list[tuple[Cluster, tuple[float, float]]]) -> Samples:
+        return Sums(("lengths", "anchors"), part, draws).ratio("lengths", "anchors")
 
     suites = {name: tau(part) for name, part in amounts.items()}
     return suites, mean_of(list(suites.values())), tau([a for part in amounts.values() for a in part])
-
-
-def _figures(tau: Samples, reference: Samples) -> Record:
-    ratio = tau / reference
-    return {
-        "tau": tau.value,
-        "tau_interval": tau.interval,
-        "ratio": ratio.value,
-        "ratio_interval": ratio.interval,
-    }
 
 
 def render(entries: SequenceType[Record], reference: str) -> str:

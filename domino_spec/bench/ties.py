@@ -1,22 +1,23 @@
 """Is a greedy text that differs from plain decoding's a fault, or a near tie that rounding decided?
 
-A pass over several tokens and a pass over one round differently (DESIGN section 5), so two texts may part where the
-target's two best tokens are all but equal. For every text that differs, the target is asked once more at the place of
-the first difference: the margin between its two best logits, beside how far rounding moves logits on that very text.
+A pass over several tokens and a pass over one round differently (docs/design.md, section 5), so two texts may differ
+where the target's two best tokens are almost equal. For every text that differs, the target is run once more up to the
+first difference: the margin between its two best logits there, and how far rounding moves logits on that text.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from domino_spec.bench.rows import Row
-from domino_spec.bench.turns import Request
+from domino_spec.bench.rows import Measured, RequestRow, Row
+from domino_spec.bench.suites import EncodedPrompt
 from domino_spec.files import read_json, write_json
 from domino_spec.settings import Settings, parse_settings
 from domino_spec.target.model import Target
@@ -40,7 +41,7 @@ class Parting(Settings):
     position: int
     """Generated tokens that are equal before it."""
     token: int | None
-    """What the method wrote there; None where its text had ended."""
+    """What the method wrote there; None if its text had ended."""
     reference_token: int | None
 
 
@@ -59,12 +60,9 @@ class Tie(Settings):
     """Whether rounding can turn the order of the two."""
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first difference of two texts, None where they are equal."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return None if len(a) == len(b) else min(len(a), len(b))
+def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
+    """Index of the first token, or character, in which two texts differ; None if they are equal."""
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
 def compared_texts(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -133,7 +131,7 @@ def find_partings(rows: Sequence[Row]) -> list[Parting]:
     return found
 
 
-def measure_ties(target: Target, requests: Sequence[Request], rows: Sequence[Row]) -> list[Tie]:
+def measure_ties(target: Target, requests: Sequence[EncodedPrompt], rows: Sequence[Row]) -> list[Tie]:
     """The target's margin at every parting; each costs as much as decoding the text before it plainly.
 
     Args:
@@ -157,7 +155,7 @@ def save_ties(ties: Sequence[Tie], out: Path) -> None:
 
 
 def load_ties(out: Path) -> list[Tie]:
-    """What `save_ties` wrote; nothing where it has not."""
+    """What `save_ties` wrote; nothing if it has not."""
     path = out / TIES_FILE
     if not path.exists():
         return []
@@ -166,9 +164,7 @@ def load_ties(out: Path) -> list[Tie]:
 
 # ----------------------------------------------------------------------
 # How close the target's two best tokens are after a text: the evidence for calling a difference a near tie.
-#
-# A verify pass over several tokens and a pass over one round differently (DESIGN section 5), so greedy texts may part
-# where the two best logits are closer than that rounding, which is measured here on the text itself.
+# Rounding is measured on the text itself: read in one pass, and token by token.
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class TopTwo:
 
     @property
     def near_tie(self) -> bool:
-        """True where rounding can turn the order: each of the two logits may move by `rounding`."""
+        """True if rounding can turn the order: each of the two logits may move by `rounding`."""
         return self.margin <= 2 * self.rounding
 
 
@@ -220,3 +216,92 @@ def _next_logits(target: Target, prompt_ids: Sequence[int], token_ids: Sequence[
         cache.lengths += part.shape[1]
     assert hidden is not None
     return target.lm_head(hidden)[0, -1].float()
+
+
+# The same check over HTTP: a server's greedy texts beside the baseline's, character by character.
+#
+# Two servers may round differently, and one server rounds differently with other requests in the batch, so texts can
+# differ at near ties without a fault. Differences are reported, not judged. The baseline is also compared with itself
+# at its lowest concurrency: that is the rate of differences without any draft.
+
+
+_CONTEXT = 24
+"""Characters shown from where two texts differ."""
+
+
+@dataclass(frozen=True)
+class ServerEquality:
+    """The greedy texts of one server at one concurrency, compared with a reference's."""
+
+    server: str
+    concurrency: int
+    reference: str
+    reference_concurrency: int
+    compared: int
+    equal: int
+
+
+@dataclass(frozen=True)
+class ServerDifference:
+    """A prompt whose texts differ, and where they first do."""
+
+    server: str
+    concurrency: int
+    reference: str
+    reference_concurrency: int
+    suite: str
+    id: str
+    times: int
+    """Requests of this prompt whose texts differ, over rounds and repeats; the rest describes the first of them."""
+    position: int
+    """Characters that are equal before."""
+    wrote: str
+    """What follows there; empty if the text has ended."""
+    reference_wrote: str
+
+
+def compare_texts(measured: Measured, baseline: str) -> tuple[list[ServerEquality], list[ServerDifference]]:
+    """All greedy texts beside the baseline's: of other servers at the same concurrency, of its own at its lowest."""
+    greedy = [
+        row
+        for window in measured.windows
+        if window.temperature == 0
+        for row in measured.requests[window.key]
+        if row.error is None
+    ]
+    own = {row.asked: row for row in greedy if row.server == baseline}
+    lowest = min((key.concurrency for key in own), default=0)
+    first: dict[tuple[str, str], RequestRow] = {}
+    for key, row in own.items():
+        if key.concurrency == lowest:
+            first.setdefault((key.suite, key.id), row)
+    counts: dict[tuple[str, int, int], list[int]] = {}
+    parting: dict[tuple[str, int, str, str], ServerDifference] = {}
+    for row in greedy:
+        reference = own.get(row.asked) if row.server != baseline else first.get((row.suite, row.id))
+        if reference is None or reference is row:
+            continue
+        counted = counts.setdefault((row.server, row.concurrency, reference.concurrency), [0, 0])
+        position = first_difference(row.text, reference.text)
+        counted[0] += 1
+        counted[1] += position is None
+        if position is not None:
+            known = parting.get((row.server, row.concurrency, row.suite, row.id))
+            parting[row.server, row.concurrency, row.suite, row.id] = _difference(row, reference, position, known)
+    equalities = [
+        ServerEquality(server, concurrency, baseline, at, compared, equal)
+        for (server, concurrency, at), (compared, equal) in counts.items()
+    ]
+    return sorted(equalities, key=lambda e: (e.server != baseline, e.server, e.concurrency)), list(parting.values())
+
+
+def _difference(
+    row: RequestRow, reference: RequestRow, position: int, known: ServerDifference | None
+) -> ServerDifference:
+    if known is not None:
+        return replace(known, times=known.times + 1)
+    return ServerDifference(
+        *(row.server, row.concurrency, reference.server, reference.concurrency, row.suite, row.id, 1, position),
+        row.text[position : position + _CONTEXT],
+        reference.text[position : position + _CONTEXT],
+    )

@@ -127,7 +127,7 @@ def _made(
     import torch
 
     from domino_spec.bench.profile import check_context
-    from domino_spec.bench.profile_bytes import cache_bytes
+    from domino_spec.bench.roofline import cache_bytes
     from domino_spec.bench.shapes import check_memory, find_shape, make_pair, plan_pair
     from domino_spec.drafters.methods import check_draft
 

@@ -10,16 +10,25 @@ the anchor (row 0), which is the last committed token, and the drafts (row 1 + j
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from domino_spec.decoding.sampling import History, RandomStreams, Sampling, path_history
 from domino_spec.ops.acceptance import greedy_chain, match_chain, sampled_chain
 from domino_spec.target.cache import RowCache, TargetCache
 from domino_spec.target.model import Target
+
+_NO_SCOPE = nullcontext()
+
+
+def scope(name: str) -> AbstractContextManager[object]:
+    """Mark a stage of the cycle as `domino::NAME` for torch's profiler; it costs nothing while none runs."""
+    return record_function(f"domino::{name}") if torch.autograd._profiler_enabled() else _NO_SCOPE
 
 
 @dataclass
@@ -147,8 +156,10 @@ def verify(
     tokens = torch.cat((state.anchors[:, None], proposal.tokens), dim=1)  # [R, N + 1]
     drafted = proposal.tokens.shape[1] > 0  # without drafts a chain and a tree are the same
     ancestors = tree_ancestors(proposal.parents) if drafted and proposal.parents is not None else None
-    output = target.forward(tokens, state.cache, feature_layers, ancestors)
-    logits = target.lm_head(output.hidden)  # [R, N + 1, V]
+    with scope("verify"):
+        output = target.forward(tokens, state.cache, feature_layers, ancestors)
+    with scope("verify_lm_head"):
+        logits = target.lm_head(output.hidden)  # [R, N + 1, V]
     history = _history(state, proposal, ancestors, logits.shape[-1]) if sampling.warpers.penalties else None
     features, path = output.features, None
     if ancestors is not None:

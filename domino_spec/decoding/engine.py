@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, verify
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, scope, verify
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.request import (
     CycleResult,
@@ -183,13 +183,16 @@ class Engine:
         state, cache = self._batch = self._batch or self._view(len(self._running))
         num_drafts = self.num_drafts if self.policy is None else self._planned()
         started = time.perf_counter()
-        proposal = self._propose(state, cache, num_drafts)
-        verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
-        commit(state, verdict)
-        if proposal.tokens.shape[1]:
-            self.drafter.advance(cache, verdict)
-        else:
-            self._postpone(verdict)
+        with scope("propose"):
+            proposal = self._propose(state, cache, num_drafts)
+        with scope("accept"):
+            verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
+            commit(state, verdict)
+        with scope("read"):
+            if proposal.tokens.shape[1]:
+                self.drafter.advance(cache, verdict)
+            else:
+                self._postpone(verdict)
         if self.policy is not None:
             self.policy.observe(proposal, verdict, time.perf_counter() - started)
         return CycleResult(

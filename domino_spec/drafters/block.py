@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
 from domino_spec.ops.rollout import head_rollout, head_tree
@@ -149,14 +149,11 @@ class BlockDrafter:
         draft, config = self.draft, self.draft.config
         anchors, first = state.anchors, config.first_draft_slot
         block_size = first + num_drafts if config.short_blocks else config.block_size
-        hidden = draft.backbone.over_cache(
-            draft.block_embeddings(anchors, block_size),
-            (state.lengths - 1)[:, None] + torch.arange(block_size, device=anchors.device),
-            cache.keys,
-            cache.values,
-            cache.lengths,
-            int(cache.lengths.max()) if cache.fixed_extent is None else cache.fixed_extent,
-        )
+        block = draft.block_embeddings(anchors, block_size)
+        positions = (state.lengths - 1)[:, None] + torch.arange(block_size, device=anchors.device)
+        extent = int(cache.lengths.max()) if cache.fixed_extent is None else cache.fixed_extent
+        with scope("backbone"):
+            hidden = draft.backbone.over_cache(block, positions, cache.keys, cache.values, cache.lengths, extent)
         return hidden[:, first : first + num_drafts]
 
     def _chain(self, state: State, hidden: Tensor) -> Proposal:
@@ -164,17 +161,20 @@ class BlockDrafter:
         if self.samples and not state.sampling.greedy:
             positions = state.lengths[:, None] + torch.arange(num_drafts, device=state.lengths.device)
             uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
-        rollout = head_rollout(
-            self.head,
-            hidden,
-            draft.base_logits(hidden),
-            draft.embed(state.anchors),
-            draft.choice_embedding,
-            self.candidates,
-            state.sampling.temperatures if self.temperature is None else self.temperature,
-            uniform,
-            self.min_confidence,
-        )
+        with scope("lm_head"):
+            logits = draft.base_logits(hidden)
+        with scope("head"):
+            rollout = head_rollout(
+                self.head,
+                hidden,
+                logits,
+                draft.embed(state.anchors),
+                draft.choice_embedding,
+                self.candidates,
+                state.sampling.temperatures if self.temperature is None else self.temperature,
+                uniform,
+                self.min_confidence,
+            )
         if rollout.choices.shape[1] == 0:
             return Proposal.empty(len(state.lengths), state.lengths.device)
         counts = torch.full_like(state.lengths, num_drafts)
@@ -190,12 +190,15 @@ class BlockDrafter:
 
     def _tree(self, state: State, hidden: Tensor, shape: TreeShape, num_drafts: int) -> Proposal:
         draft = self.draft
-        given = (self.head, hidden, draft.base_logits(hidden), draft.embed(state.anchors), draft.choice_embedding)
-        if shape.builder == "best-first":
-            tree = best_first_tree(*given, self.candidates, num_drafts, self.min_confidence)
-        else:
-            width = None if shape.width is None else min(shape.width, num_drafts)
-            tree = head_tree(*given, self.candidates, num_drafts, width, self.min_confidence)
+        with scope("lm_head"):
+            logits = draft.base_logits(hidden)
+        given = (self.head, hidden, logits, draft.embed(state.anchors), draft.choice_embedding)
+        with scope("head"):
+            if shape.builder == "best-first":
+                tree = best_first_tree(*given, self.candidates, num_drafts, self.min_confidence)
+            else:
+                width = None if shape.width is None else min(shape.width, num_drafts)
+                tree = head_tree(*given, self.candidates, num_drafts, width, self.min_confidence)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 

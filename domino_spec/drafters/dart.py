@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.ngram_counts import NgramModel
 from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
@@ -120,14 +120,16 @@ class DartDrafter:
         rows = Rows(cache, (cache.lengths - 1).clamp(min=0))
         offsets = torch.arange(num_masks + 1, device=cache.lengths.device)
         causal = torch.ones(len(offsets), len(offsets), dtype=torch.bool, device=cache.lengths.device).tril()
-        out = draft.extend(
-            torch.cat((cache.last, masks.to(cache.last.dtype)), dim=1),
-            torch.cat((cache.last_feature, residual.to(cache.last_feature.dtype)), dim=1),
-            rows.first[:, None] + offsets,
-            rows.writer(0),
-            rows.mask(causal.expand(requests, -1, -1)),
-        )
-        return draft.logits(out)
+        with scope("backbone"):
+            out = draft.extend(
+                torch.cat((cache.last, masks.to(cache.last.dtype)), dim=1),
+                torch.cat((cache.last_feature, residual.to(cache.last_feature.dtype)), dim=1),
+                rows.first[:, None] + offsets,
+                rows.writer(0),
+                rows.mask(causal.expand(requests, -1, -1)),
+            )
+        with scope("lm_head"):
+            return draft.logits(out)
 
     def propose(self, state: State, cache: DartCache, num_drafts: int) -> Proposal:
         """A tree for every request; requests whose text has one token, and so no feature yet, get none."""
@@ -135,16 +137,18 @@ class DartDrafter:
         if num_drafts == 0 or not ready.any():
             return Proposal.empty(len(ready), device)
         # No path is longer than the tree has nodes, and a mask does not see those behind it.
-        best = self.slots(cache, min(self.draft.config.num_masks, num_drafts - 1)).topk(self.top)
-        tree = search_tree(
-            self.draft.to_token_ids(best.indices).cpu().numpy(),
-            best.values.float().softmax(-1).cpu().double().numpy(),
-            self.ngrams,
-            self._context(state, cache).cpu().numpy(),
-            num_drafts,
-            self.beam,
-            self.stop_token_ids,
-        )
+        logits = self.slots(cache, min(self.draft.config.num_masks, num_drafts - 1))
+        with scope("head"):
+            best = logits.topk(self.top)
+            tree = search_tree(
+                self.draft.to_token_ids(best.indices).cpu().numpy(),
+                best.values.float().softmax(-1).cpu().double().numpy(),
+                self.ngrams,
+                self._context(state, cache).cpu().numpy(),
+                num_drafts,
+                self.beam,
+                self.stop_token_ids,
+            )
         tokens, parents = torch.from_numpy(tree.tokens).to(device), torch.from_numpy(tree.parents).to(device)
         return Proposal(tokens, tokens.shape[1] * ready, parents)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Proposal, State, Verdict
+from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
 from domino_spec.ops.trees import Tree
@@ -89,8 +89,10 @@ class Eagle3Drafter:
         if num_drafts == 0 or not ready.any():
             return Proposal.empty(len(ready), ready.device)
         branches = Branches(self.draft, cache)
-        first = self.draft.logits(branches.out)[:, 0]
-        tree = grow_tree(first, branches.expand, num_drafts, self.depth, self.top_k, self.prune)
+        with scope("lm_head"):
+            first = self.draft.logits(branches.out)[:, 0]
+        with scope("head"):
+            tree = grow_tree(first, branches.expand, num_drafts, self.depth, self.top_k, self.prune)
         return Proposal(self.draft.to_token_ids(tree.choices), tree.num_drafts * ready, tree.parents)
 
     def advance(self, cache: PairCache, verdict: Verdict) -> None:
@@ -109,7 +111,9 @@ class Branches:
         self._draft, self._cache = draft, cache
         root = Rows(cache, (cache.lengths - 1).clamp(min=0))
         seen = torch.ones(len(cache.lengths), 1, 1, dtype=torch.bool, device=cache.lengths.device)
-        self.out = draft.extend(cache.last, cache.last_feature, root.first[:, None], root.writer(0), root.mask(seen))
+        writer, mask = root.writer(0), root.mask(seen)
+        with scope("backbone"):
+            self.out = draft.extend(cache.last, cache.last_feature, root.first[:, None], writer, mask)
         """[R, W, H], the layer's output at the nodes expanded last; at first, at the last committed pair."""
         self._rows = Rows(cache, cache.lengths)
         self._seen = seen[..., :0]  # [R, W, nodes expanded so far], which of those each node of `out` descends from
@@ -125,9 +129,11 @@ class Branches:
         positions = (self._cache.lengths + self._level)[:, None].expand(-1, width)
         pairs = self._draft.pair(self._draft.to_token_ids(choices), features)
         mask = self._rows.mask(self._seen)
-        self.out = self._draft.extend(pairs, features, positions, self._rows.writer(count), mask)
+        with scope("backbone"):
+            self.out = self._draft.extend(pairs, features, positions, self._rows.writer(count), mask)
         self._level += 1
-        return self._draft.logits(self.out)
+        with scope("lm_head"):
+            return self._draft.logits(self.out)
 
 
 def grow_tree(first: Tensor, expand: Expand, budget: int, depth: int, top_k: int, prune: bool) -> Tree:

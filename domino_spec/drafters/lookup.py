@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict
+from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, scope
 from domino_spec.target.cache import RowCache
 
 
@@ -81,9 +81,10 @@ class LookupFirst:
     def propose(self, state: State, cache: LookupCache, num_drafts: int) -> Proposal:
         """Copied drafts if there is a match; the inner drafter runs only if some request needs it."""
         copied = []
-        for index, row, length in zip(cache.indices, state.tokens, state.lengths.tolist(), strict=True):
-            index.extend(row[index.length : length].tolist())
-            copied.append(index.continuation(self.shortest, num_drafts))
+        with scope("head"):
+            for index, row, length in zip(cache.indices, state.tokens, state.lengths.tolist(), strict=True):
+                index.extend(row[index.length : length].tolist())
+                copied.append(index.continuation(self.shortest, num_drafts))
         if all(copied):
             proposal = Proposal.empty(len(copied), state.tokens.device)
         else:

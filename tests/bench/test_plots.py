@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from domino_spec.bench.cells import name_of
+from domino_spec.bench.page import name_of
 from domino_spec.bench.plots import name_points, styles, write_plots
 from domino_spec.bench.report import build_report
 from tests.bench.synthetic import ALL, make_rows, write_bench

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from domino_spec.bench.profile import copy_bandwidth, default_methods, profile_cycles
-from domino_spec.bench.profile_cycle import Cycle
-from domino_spec.bench.profile_point import fill_state, filled_caches, new_state, read_state, synthetic_text
-from domino_spec.bench.profile_watch import STAGES, Watch, watched
+from domino_spec.bench.profile import (
+    STAGES,
+    Cycle,
+    Span,
+    copy_bandwidth,
+    default_methods,
+    profile_cycles,
+    read_events,
+    record_scopes,
+    stage_seconds,
+)
+from domino_spec.bench.roofline import fill_state, filled_caches, new_state, read_state, synthetic_text
+from domino_spec.decoding.engine import Engine
+from domino_spec.decoding.request import Limits, Request
+from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.methods import METHODS, make_drafter
 from domino_spec.settings import UserError
 from tests import tiny
@@ -56,13 +70,13 @@ def test_a_cycle_starts_again_where_it_started(target, method):
     state = new_state(target, synthetic_text(target, 12), 64)
     fill_state(state)
     cycle = Cycle(target, state, drafter, filled_caches(target, drafter, state), 4, draft)
-    before, verdicts = cycle.drafter.propose(state, cycle.own, 4), []
+    before, verdicts = cycle.drafter.propose(state, cycle.cache, 4), []
     for _ in range(3):
         verdicts.append(cycle.run())
         assert int(state.lengths[0]) > 12
         cycle.reset()
         assert state.lengths.tolist() == [12] and state.cache.lengths.tolist() == [11]
-    assert torch.equal(cycle.drafter.propose(state, cycle.own, 4).tokens, before.tokens)
+    assert torch.equal(cycle.drafter.propose(state, cycle.cache, 4).tokens, before.tokens)
     for verdict in verdicts[1:]:
         count = int(verdict.num_accepted) + 1
         assert torch.equal(verdict.num_accepted, verdicts[0].num_accepted)
@@ -93,44 +107,101 @@ def test_a_method_has_its_stages_and_no_others(target, method):
     assert stages == expected.get(method, TARGET_STAGES | DRAFT_STAGES)
 
 
-@torch.inference_mode()
-def test_the_time_of_a_stage_is_that_of_its_calls(target, monkeypatch):
-    """A clock that ticks once for every look at it says which calls a stage is made of."""
-    ticks = iter(range(1000))
-    monkeypatch.setattr(Watch, "mark", lambda self: next(ticks))
-    drafter, draft = drafter_for(target, "domino")
-    state = new_state(target, synthetic_text(target, 12), 64)
-    fill_state(state)
-    sample = Cycle(target, state, drafter, filled_caches(target, drafter, state), 3, draft).sample()
-    # propose(0 backbone[1 2] lm_head[3 4] 5) verification(6 pass[7 8] lm_head[9 10] 11) commit(12 13) context(14 15)
-    expected = {"verify": 1, "verify_lm_head": 1, "context": 1, "backbone": 1, "lm_head": 1, "rollout": 1}
-    assert sample.stages == expected | {"accept_commit": 5 + 1 - 2}
-    assert sample.cycle == 15 and sample.host_gap == 15 - 10
+def test_a_scope_counts_without_those_inside_it():
+    spans = [
+        Span("cycle", 0, 20, 20),
+        Span("propose", 0, 8, 8),
+        Span("backbone", 1, 2, 1),
+        Span("head", 3, 7, 4),
+        Span("lm_head", 4, 6, 2),  # a tree that runs its draft again while it grows
+        Span("accept", 9, 15, 6),
+        Span("verify", 10, 12, 2),
+        Span("verify_lm_head", 12, 13, 1),
+        Span("read", 16, 17, 1),
+    ]
+    expected = {"verify": 2, "verify_lm_head": 1, "context": 1, "backbone": 1, "lm_head": 2, "rollout": 2}
+    assert stage_seconds(spans) == expected | {"accept_commit": 3}
+
+
+class Event(NamedTuple):
+    """An event as torch's profiler holds it."""
+
+    text: str
+    begin: int
+    nanoseconds: int
+    on: DeviceType = DeviceType.CPU
+
+    def name(self) -> str:
+        return self.text
+
+    def start_ns(self) -> int:
+        return self.begin
+
+    def duration_ns(self) -> int:
+        return self.nanoseconds
+
+    def device_type(self) -> DeviceType:
+        return self.on
+
+    def is_user_annotation(self) -> bool:
+        return self.text.startswith("domino::")
+
+
+def test_on_cuda_a_scope_takes_the_time_of_its_kernels():
+    cuda, second = DeviceType.CUDA, 10**9
+    events = [
+        Event("domino::cycle", 0, 9 * second),
+        Event("domino::accept", 1 * second, 4 * second),
+        Event("domino::verify", 2 * second, second),
+        Event("domino::head", 6 * second, second),  # on the host alone
+        Event("aten::mm", 2 * second, second),
+        Event("domino::accept", 10 * second, 8 * second, cuda),
+        Event("domino::verify", 10 * second, 5 * second, cuda),
+        Event("gemm", 10 * second, second, cuda),
+        Event("gemm", 13 * second, 2 * second, cuda),
+        Event("argmax", 16 * second, 2 * second, cuda),
+        Event("cudaDeviceSynchronize", 11 * second, second),
+    ]
+    recorded = read_events(events, on_cuda=True)
+    assert [span.name for span in recorded.host] == ["cycle", "accept", "verify", "head"] and not recorded.waited
+    assert stage_seconds(recorded.device) == {"verify": 3, "accept_commit": 2}
+    assert read_events([*events, Event("cudaStreamSynchronize", 3 * second, 1)], on_cuda=True).waited
 
 
 @torch.inference_mode()
-def test_a_tree_that_runs_its_draft_again_keeps_those_passes_out_of_its_growth(target, monkeypatch):
-    ticks = iter(range(1000))
-    monkeypatch.setattr(Watch, "mark", lambda self: next(ticks))
+def test_a_tree_that_runs_its_draft_again_is_counted_pass_by_pass(target):
     drafter, draft = drafter_for(target, "eagle3", num_drafts=8)
     drafter.prune = False
     state = new_state(target, synthetic_text(target, 12), 64)
     fill_state(state)
     sample = Cycle(target, state, drafter, filled_caches(target, drafter, state), 8, draft).sample()
-    passes = 1 + drafter.depth
-    assert sample.work.draft_passes == sample.work.lm_head_passes == passes
-    assert sample.stages["backbone"] == sample.stages["lm_head"] == passes
-    # After the first LM head, a tick before and one within each of two calls per level, and one at the end.
-    assert sample.stages["rollout"] == 1 + 2 * drafter.depth
+    assert sample.work.draft_passes == sample.work.lm_head_passes == 1 + drafter.depth
 
 
-def test_watching_leaves_nothing_behind(target):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_engine_marks_the_stages_that_a_profile_measures(target, method):
+    """Any profiler of a running engine sees them."""
+    drafter, draft = drafter_for(target, method)
+    engine = Engine(target, drafter, slots=1, capacity=64)
+    engine.submit(Request([1, 2, 1, 2], SamplingSettings(), Limits(32, stop_token_ids=frozenset())))
+    engine.step()
+    recorded = record_scopes(CPU, engine.step)
+    names = [span.name for span in recorded.host]
+    measured = small_profile(target, method, draft).methods[-1].stages
+    assert {"context", *stage_seconds(recorded.host)} == {"context", *measured} and recorded.device is None
+    assert [n for n in names if n in ("propose", "accept", "read")] == ["propose", "accept", "read"]
+
+
+def test_the_loop_makes_no_scopes_without_a_profiler(monkeypatch, target):
+    monkeypatch.setattr("domino_spec.decoding.cycle.record_function", None)
+    drafter, _ = drafter_for(target, "domino")
+    assert tiny.run(target, drafter, [[1, 2, 3]], 4)
+
+
+def test_counting_logits_leaves_nothing_behind(target):
     draft = tiny.tiny_draft(target)
-    with pytest.raises(KeyboardInterrupt), watched(Watch(CPU), target, draft):
-        assert "forward" in vars(target)
-        raise KeyboardInterrupt
-    assert not {"forward", "lm_head"} & vars(target).keys()
-    assert "base_logits" not in vars(draft) and "forward" not in vars(draft.backbone)
+    small_profile(target, "domino", draft)
+    assert "base_logits" not in vars(draft)
 
 
 # What is measured

@@ -11,8 +11,7 @@ from statistics import mean
 import pytest
 import torch
 
-from domino_spec.bench.figures import AGREEMENT
-from domino_spec.bench.intervals import RESAMPLES, tail_share
+from domino_spec.bench.figures import AGREEMENT, RESAMPLES, tail_share
 from domino_spec.bench.report import build_report, write_report
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.ties import Tie, find_partings, load_ties, save_ties
@@ -237,13 +236,6 @@ def test_methods_are_compared_with_the_first_that_drafts(report):
         assert entry["tau_ratio"] == pytest.approx(own["tau"] / reference["tau"])
         assert entry["speed_ratio"] == pytest.approx(own["tokens_per_second"] / reference["tokens_per_second"])
         assert (entry["tau_ratio_interval"] is None) == (suite != "sums")
-
-
-def test_another_reference_can_be_chosen(finished):
-    entries = build_report(finished, reference="ngram")["against"]
-    assert {e["reference"] for e in entries} == {"ngram"} and "domino" in {e["method"] for e in entries}
-    with pytest.raises(UserError, match="holds no measurements of eagle3"):
-        build_report(finished, reference="eagle3")
 
 
 def test_the_breakdown_predicts_the_speedup_that_is_measured_beside_it(report):

@@ -9,8 +9,8 @@ import torch
 
 from domino_spec import generate
 from domino_spec.api import default_min_confidence
-from domino_spec.bench.baseline import load_baseline, transformers_generate
 from domino_spec.bench.methods import Contender, Drafting, contenders, runner
+from domino_spec.bench.peers import load_baseline, transformers_generate
 from domino_spec.bench.rows import read_rows
 from domino_spec.bench.run import run_bench
 from domino_spec.draft.checkpoint import save_draft

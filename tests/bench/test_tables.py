@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from domino_spec.bench.cells import with_interval
-from domino_spec.bench.report import build_report, write_report
-from domino_spec.bench.tables import (
+from domino_spec.bench.page import with_interval
+from domino_spec.bench.report import (
     against_reference,
+    build_report,
     head_by_suites,
     head_on_and_off,
     methods_by_suites,
     suites_by_batch,
+    write_report,
 )
 from tests.bench.synthetic import make_rows, write_bench
 

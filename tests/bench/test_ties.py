@@ -1,4 +1,4 @@
-"""Greedy texts that differ are found, placed, and given the target's margin."""
+"""The margin between the two best tokens, and what counts as a near tie."""
 
 from __future__ import annotations
 
@@ -8,9 +8,46 @@ import pytest
 import torch
 
 from domino_spec.bench.rows import Row
-from domino_spec.bench.ties import TextCheck, find_partings, first_difference, load_ties, measure_ties, save_ties
-from domino_spec.bench.turns import Request
+from domino_spec.bench.suites import EncodedPrompt
+from domino_spec.bench.ties import (
+    TextCheck,
+    find_partings,
+    first_difference,
+    load_ties,
+    measure_ties,
+    save_ties,
+    top_two,
+)
 from tests import tiny
+
+
+def test_the_two_best_tokens_are_those_of_transformers(model, target):
+    prompt, text = [3, 4, 5], [6, 7, 8, 9]
+    with torch.inference_mode():
+        best = model(torch.tensor([prompt + text])).logits[0, -1].topk(2)
+    found = top_two(target, prompt, text)
+    assert found.tokens == tuple(best.indices.tolist())
+    tiny.assert_close(torch.tensor(found.margin), best.values[0] - best.values[1])
+    assert not found.near_tie and 0 <= found.rounding < found.margin
+
+
+def test_a_text_may_be_empty(target):
+    assert top_two(target, [3], []).rounding == 0
+
+
+def test_two_tokens_with_the_same_logit_are_a_near_tie():
+    model = tiny.tiny_model(seed=5)
+    target = tiny.as_target(model)
+    first, _ = top_two(target, [3, 4], [5]).tokens
+    twin = (first + 1) % tiny.VOCAB
+    with torch.no_grad():
+        target.lm_head_weight[twin] = target.lm_head_weight[first]
+    found = top_two(target, [3, 4], [5])
+    assert set(found.tokens) == {first, twin} and found.margin == 0 and found.near_tie
+
+
+# Greedy texts that differ are found, placed, and given the target's margin.
+
 
 PROMPT = [5, 6, 7, 5]
 ROW = Row("s", "s/0", "none", 0, 0.0, 0, 0, 1, 1, len(PROMPT), (), 0, (), (), 0.1, 0.2)
@@ -48,7 +85,7 @@ def test_an_injected_difference_is_found_against_each_reference_with_the_models_
         ("domino", "transformers", 7),
     ]
     assert partings[0].token == wrong[7] and partings[0].reference_token == text[7]
-    for tie in measure_ties(target, [Request("s", "s/0", PROMPT)], rows):
+    for tie in measure_ties(target, [EncodedPrompt("s", "s/0", PROMPT)], rows):
         logits = model(torch.tensor([PROMPT + text[:7]])).logits[0, -1].detach()
         best = logits.topk(2)
         assert list(tie.top_tokens) == best.indices.tolist() and tie.top_tokens[0] == text[7]
@@ -64,7 +101,7 @@ def test_a_near_tie_is_called_one(text):
         model.lm_head.weight[other] = model.lm_head.weight[text[3]]
     wrong = [*text[:3], other, *text[4:]]
     rows = rows_of({"none": text, "domino": wrong})
-    (tie,) = measure_ties(tiny.as_target(model), [Request("s", "s/0", PROMPT)], rows)
+    (tie,) = measure_ties(tiny.as_target(model), [EncodedPrompt("s", "s/0", PROMPT)], rows)
     assert tie.parting.position == 3 and set(tie.top_tokens) == {text[3], other}
     assert tie.margin == 0 and tie.near_tie
 
@@ -82,7 +119,7 @@ def test_only_greedy_runs_of_the_same_prompt_and_repeat_are_compared(text):
 
 def test_ties_survive_being_written(target, text, tmp_path):
     rows = rows_of({"none": text, "domino": text[:5]})
-    ties = measure_ties(target, [Request("s", "s/0", PROMPT)], rows)
+    ties = measure_ties(target, [EncodedPrompt("s", "s/0", PROMPT)], rows)
     assert load_ties(tmp_path) == []
     save_ties(ties, tmp_path)
     assert load_ties(tmp_path) == ties

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from domino_spec.bench import environment
+from domino_spec.bench.rows import session_record
 from domino_spec.cli.group import SPIN_COUNT, available_cores, settle_threads
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_cores_are_those_that_affinity_and_quota_grant(tmp_path, monkeypatch, fi
 def test_a_session_records_threads_variables_and_load(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     monkeypatch.setenv("KMP_BLOCKTIME", "1")
-    session = json.loads(json.dumps(environment.session(0)))
+    session = json.loads(json.dumps(session_record(0)))
     threads = session["threads"]
     assert threads["environment"]["GOMP_SPINCOUNT"] == "5" and threads["environment"]["KMP_BLOCKTIME"] == "1"
     assert threads["num_threads"] >= 1 and threads["processors"] >= 1 and threads["cpu"]

@@ -52,7 +52,7 @@ class Sampling:
     temperature: float
     thinking: bool
     timeout: float
-    """Seconds for one request; and for its waiting, where the server has no room."""
+    """Seconds for one request; and for its waiting, if the server has no room."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def run_load(
     Args:
         endpoint: the server.
         jobs: what to ask.
-        concurrency: requests in flight; fewer only where fewer are left.
+        concurrency: requests in flight; fewer only if fewer are left.
         sampling: see there.
         api_key: that the server may ask for.
         done: called in the caller's thread with every outcome, as soon as it is there.

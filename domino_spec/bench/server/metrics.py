@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from domino_spec.bench.server.rows import Reading, RequestRow, WindowRow
+from domino_spec.bench.rows import Reading, RequestRow, WindowRow
 from domino_spec.clients.openai import Client, Fault
 
 OWN = ("domino_spec_verify_passes_total", "domino_spec_accepted_drafts_total", "domino_spec_drafts_total")
@@ -28,7 +28,7 @@ NOT_REPORTED, NOTHING_DRAFTED = "not reported", "nothing drafted"
 _NAMES = frozenset((*OWN, *VLLM, *SGLANG))
 _SAMPLE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{.*\})?\s+(\S+)(?:\s+\d+)?")
 _TRIES, _PAUSE = 20, 0.1
-"""Reads until a server's figures stand still, and the seconds between two."""
+"""Reads until a server's figures no longer change, and the seconds between two."""
 _TIMEOUT = 10.0
 
 
@@ -37,13 +37,13 @@ class Acceptance:
     """How drafting did in some windows."""
 
     length: float | None
-    """tau: mean of accepted drafts + 1 over verify passes; None where nobody says, or nothing was drafted."""
+    """tau: mean of accepted drafts + 1 over verify passes; None if nobody says, or nothing was drafted."""
     source: str
     """Where it is from, or why it is not there."""
 
 
 def read_metrics(client: Client, engine: str) -> dict[str, float]:
-    """What a server says of its drafting, by name; empty where it has no metrics."""
+    """What a server says of its drafting, by name; empty if it has no metrics."""
     found: dict[str, float] = {}
     with contextlib.suppress(Fault):
         found = parse_metrics(client.get("/metrics", _TIMEOUT, at_root=True))
@@ -68,14 +68,14 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def settled_metrics(read: Callable[[], Mapping[str, float]], pause: float = _PAUSE) -> tuple[Mapping[str, float], bool]:
-    """A server's figures once they stand still, as some are counted a moment after the answer.
+    """A server's figures once they no longer change: some are counted a moment after the answer.
 
     Args:
         read: asks for them.
         pause: seconds between two reads.
 
     Returns:
-        The figures, and whether they stood still; if not, somebody else is asking this server too.
+        The figures, and whether they stopped changing; if not, somebody else is asking this server too.
     """
     last = read()
     for _ in range(_TRIES if last else 0):

@@ -44,7 +44,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         """A request for a stream with usage.
 
-        Above temperature 0 top_p is said too: some engines take a model's recommended one where it is not.
+        Above temperature 0 top_p is said too: some engines take a model's recommended one if it is not.
         """
         asked: dict[str, Any] = {
             "model": self.model,
@@ -122,7 +122,7 @@ def probe(
 
 
 def _ask_once(client: Client, body: dict[str, Any]) -> None:
-    """One answer, waited for where the server has no room; raises `Fault`."""
+    """One answer, waited for if the server has no room; raises `Fault`."""
     for attempt in range(_TRIES):
         try:
             client.stream(body, 10 * _TIMEOUT)  # the first answer of a server may compile something

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from domino_spec.bench.server.figures import figures_of, means_of, percentiles, places, sample
+from domino_spec.bench.figures import percentiles, places, server_figures, server_means, server_samples
+from domino_spec.bench.rows import Measured, RequestRow, WindowRow
 from domino_spec.bench.server.metrics import (
     NOT_REPORTED,
     NOTHING_DRAFTED,
@@ -20,8 +21,7 @@ from domino_spec.bench.server.metrics import (
     readings,
     settled_metrics,
 )
-from domino_spec.bench.server.rows import Measured, RequestRow, WindowRow
-from domino_spec.bench.server.texts import compare_texts, first_difference
+from domino_spec.bench.ties import compare_texts, first_difference
 
 ROW = RequestRow(
     server="none",
@@ -81,18 +81,18 @@ def test_times_of_a_request():
 
 def test_figures_of_a_window_by_hand():
     failed = replace(ROW, error="HTTP 500", completion_tokens=None, chunks=(), last_token=None, rejected=2, seconds=1.0)
-    f = figures_of([WINDOW], [ROW, replace(ROW, id="s/1", completion_tokens=21, seconds=5.0), failed])
-    assert (f.requests, f.errors, f.rejected, f.conversations, f.tokens) == (3, 1, 2, 2, 30)
-    assert f.tokens_per_second == 30 / 6 and f.requests_per_second == 2 / 6 and f.in_flight == (3 + 5 + 1) / 6
-    assert f.latency.p50 == 4.0 and f.first_token.p99 == 0.5 and f.tokens_per_chunk == 5
-    assert f.chunk_gap.p50 == 0.75 and f.per_token.p50 == pytest.approx((2 / 8 + 2 / 20) / 2)
-    assert f.speedup is None and f.tokens_per_second_interval is None
+    f = server_figures([WINDOW], [ROW, replace(ROW, id="s/1", completion_tokens=21, seconds=5.0), failed])
+    assert (f["requests"], f["errors"], f["rejected"], f["conversations"], f["tokens"]) == (3, 1, 2, 2, 30)
+    assert f["tokens_per_second"] == 30 / 6 and f["requests_per_second"] == 2 / 6 and f["in_flight"] == (3 + 5 + 1) / 6
+    assert f["latency"]["p50"] == 4.0 and f["first_token"]["p99"] == 0.5 and f["tokens_per_chunk"] == 5
+    assert f["chunk_gap"]["p50"] == 0.75 and f["per_token"]["p50"] == pytest.approx((2 / 8 + 2 / 20) / 2)
+    assert f["speedup"] is None and f["tokens_per_second_interval"] is None
 
 
 def test_percentiles_are_numpys_own():
     values = [0.4, 0.1, 0.9, 0.3]
     found = percentiles(values)
-    assert (found.p50, found.p90, found.p99) == tuple(np.percentile(values, (50, 90, 99)))
+    assert tuple(found[name] for name in ("p50", "p90", "p99")) == tuple(np.percentile(values, (50, 90, 99)))
     assert percentiles([]) is None
 
 
@@ -102,11 +102,11 @@ def test_speed_ups_compare_tokens_per_second_of_the_same_place_over_the_same_rep
     us = window("domino", 3.0), rows("domino", [10, 20], [1.0, 2.0])
     alone = window("domino", 3.0, concurrency=8), rows("domino", [9, 9], [1.0, 2.0], concurrency=8)
     found = measured(dict([them, again, us, alone]))
-    sampled = sample(found, "none")
+    sampled = server_samples(found, "none")
     here, base = sampled["domino", "s", 0.0, 2], sampled["none", "s", 0.0, 2]
-    assert base.tokens_per_second.value == pytest.approx((30 + 60) / (6 + 2)) and base.speedup is None
-    assert here.speedup.value == pytest.approx((30 / 3) / (30 / 6)), "the baseline's second repeat has no partner"
-    assert sampled["domino", "s", 0.0, 8].speedup is None
+    assert base["tokens_per_second"].value == pytest.approx((30 + 60) / (6 + 2)) and "speedup" not in base
+    assert here["speedup"].value == pytest.approx((30 / 3) / (30 / 6)), "the baseline's second repeat has no partner"
+    assert "speedup" not in sampled["domino", "s", 0.0, 8]
     assert {len(windows) for windows in places(found).values()} == {1, 2}
 
 
@@ -114,18 +114,18 @@ def test_a_speed_up_that_every_request_shares_has_no_spread_though_the_speeds_ha
     tokens, seconds = [5, 50, 20, 80], [2.0, 5.0, 1.0, 9.0]
     us = window("domino", 6.0), rows("domino", tokens, [s / 2 for s in seconds])
     found = measured(dict([(window(seconds=12.0), rows("none", tokens, seconds)), us]))
-    sampled = sample(found, "none")["domino", "s", 0.0, 2]
-    low, high = sampled.speedup.interval
+    sampled = server_samples(found, "none")["domino", "s", 0.0, 2]
+    low, high = sampled["speedup"].interval
     assert low == pytest.approx(2.0) and high == pytest.approx(2.0)
-    low, high = sampled.tokens_per_second.interval
-    assert low < sampled.tokens_per_second.value < high
-    assert sampled.tokens_per_second.value == pytest.approx(sum(tokens) / 6.0)
+    low, high = sampled["tokens_per_second"].interval
+    assert low < sampled["tokens_per_second"].value < high
+    assert sampled["tokens_per_second"].value == pytest.approx(sum(tokens) / 6.0)
 
 
 def test_turns_and_rounds_of_one_conversation_are_drawn_together():
     own = [replace(ROW, round=r, id=i, turn=t) for r in (0, 1) for i, t in (("s/0", 1), ("s/0#2", 2))]
-    sampled = sample(measured({WINDOW: own}), "none")["none", "s", 0.0, 2]
-    assert sampled.tokens_per_second.value == 36 / 6 and sampled.tokens_per_second.interval is None
+    sampled = server_samples(measured({WINDOW: own}), "none")["none", "s", 0.0, 2]
+    assert sampled["tokens_per_second"].value == 36 / 6 and sampled["tokens_per_second"].interval is None
 
 
 def test_means_are_unweighted_over_suites_that_have_the_server():
@@ -137,15 +137,15 @@ def test_means_are_unweighted_over_suites_that_have_the_server():
     extra = window("domino", 1.0, concurrency=4)
     windows[extra] = rows("domino", [1, 1], [1.0, 1.0], concurrency=4)
     found = measured(windows)
-    sampled = sample(found, "none")
+    sampled = server_samples(found, "none")
     figures = [
-        figures_of(ws, [row for w in ws for row in found.requests[w.key]], sampled[place])
+        server_figures(ws, [row for w in ws for row in found.requests[w.key]], sampled[place])
         for place, ws in places(found).items()
     ]
-    means = {(m.server, m.concurrency): m for m in means_of(figures, sampled)}
+    means = {(m["server"], m["concurrency"]): m for m in server_means(figures, sampled)}
     assert set(means) == {("none", 2), ("domino", 2)}, "one suite alone is no mean"
-    assert means["domino", 2].speedup == pytest.approx(3.0)
-    assert means["none", 2].tokens_per_second == pytest.approx((5 + 10) / 2) and means["none", 2].speedup is None
+    assert means["domino", 2]["speedup"] == pytest.approx(3.0)
+    assert means["none", 2]["tokens_per_second"] == pytest.approx((5 + 10) / 2) and means["none", 2]["speedup"] is None
 
 
 # Acceptance

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from domino_spec.bench.server.rows import read_measured
+from domino_spec.bench.rows import read_measured
 from domino_spec.bench.server.run import run_server_bench
 from domino_spec.bench.suites import load_suite
 from domino_spec.settings import UserError
@@ -31,7 +31,7 @@ def suite(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr("domino_spec.bench.server.run.write_server_plots", lambda report, out: [])
+    monkeypatch.setattr("domino_spec.bench.server.run.write_plots", lambda report, out: [])
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_ctrl_c_between_windows_and_in_one_loses_nothing(pair, suite, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         measure(pair, suite, tmp_path, say=count_to(3, KeyboardInterrupt()))  # an earlier answer, two windows
     assert len(windows_of(tmp_path)) == 2
-    from domino_spec.bench.server import measure as measuring
+    from domino_spec.bench.server import run as measuring
 
     append, interrupt = measuring.append_request, count_to(3, KeyboardInterrupt())
     with monkeypatch.context() as patched:

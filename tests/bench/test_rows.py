@@ -9,17 +9,16 @@ from dataclasses import fields, replace
 
 import pytest
 
-from domino_spec.bench.measure import WARM_UP_TOKENS, Plan, measure
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row, append_row, read_rows, start_or_resume
-from domino_spec.bench.run import run_bench
-from domino_spec.bench.turns import Request
+from domino_spec.bench.run import WARM_UP_TOKENS, RunPlan, measure, run_bench
+from domino_spec.bench.suites import EncodedPrompt
 from domino_spec.decoding.request import Generation
 from domino_spec.settings import UserError
 from tests.bench.conftest import read_raw, without_times
 
 CONFIGURATION = {"target": "t", "seed": 5}
-KEYS = [  # DESIGN section 8
+KEYS = [  # docs/design.md, section 8
     *("suite", "id", "method", "budget", "temperature", "seed", "repeat", "batch", "threads", "prompt_tokens"),
     *("token_ids", "num_verify_passes", "num_drafts", "acceptance_lengths", "seconds_prefill", "seconds_decode"),
     "turn",
@@ -28,10 +27,10 @@ KEYS = [  # DESIGN section 8
 ]
 
 
-def plan(repeats: int = 2) -> Plan:
-    requests = [Request(suite, f"{suite}/{i}", [1, 2, 3][: i + 1]) for suite in ("x", "y") for i in range(3)]
+def plan(repeats: int = 2) -> RunPlan:
+    requests = [EncodedPrompt(suite, f"{suite}/{i}", [1, 2, 3][: i + 1]) for suite in ("x", "y") for i in range(3)]
     contenders = [Contender("none", 0, 0.0), Contender("domino", 4, 0.0), Contender("ngram", 8, 0.0)]
-    return Plan(requests, contenders, repeats, max_new_tokens=20, seed=5)
+    return RunPlan(requests, contenders, repeats, max_new_tokens=20, seed=5)
 
 
 def fake_run(contender: Contender, prompt: list[int], seed: int, max_new_tokens: int) -> Generation:

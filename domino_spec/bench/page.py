@@ -1,7 +1,7 @@
-"""report.html: report.md as one page that needs no other file and no network.
+"""Tables and pages: columns of records, Markdown tables, and report.html made from the Markdown of report.md.
 
-The page is made from the very Markdown of report.md, so the two cannot drift apart. Plots stand in it as SVG, drawn in
-the colours of the page, light or dark.
+report.html is one page that needs no other file and no network. It is made from the Markdown, so the two cannot differ.
+Plots are embedded as SVG in the colours of the page, light or dark.
 """
 
 from __future__ import annotations
@@ -9,19 +9,101 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from domino_spec.bench.markdown import render
+from domino_spec.bench.figures import Record
 from domino_spec.files import atomic_path
 from domino_spec.settings import UserError
 
 HTML_FILE = "report.html"
+GROUPS = {
+    "MATH": ("gsm8k", "math500", "aime25"),
+    "CODE": ("humaneval", "mbpp", "livecodebench"),
+    "CHAT": ("mt-bench", "alpaca"),
+}
+"""The paper's suites, in its order; other suites follow as they were given."""
+VERDICT = {True: "yes", False: "**no**", None: "–"}
+
+
+def in_paper_order(suites: Iterable[str]) -> list[str]:
+    """The paper's suites in its order, then others as they were given."""
+    known, given = [name for names in GROUPS.values() for name in names], list(suites)
+    return [*(name for name in known if name in given), *(name for name in given if name not in known)]
+
+
+def at(entries: Sequence[Record], temperature: float) -> list[Record]:
+    """The entries of one temperature."""
+    return [entry for entry in entries if entry["temperature"] == temperature]
+
+
+class Column(NamedTuple):
+    """A column of a table of records."""
+
+    title: str
+    cell: Callable[[Record], str]
+    """Makes the text of a record's cell."""
+
+
+def text_column(title: str, key: str | None = None) -> Column:
+    """A value as it is; `key` is the title if not given."""
+    return Column(title, lambda entry: str(entry[key or title]))
+
+
+def number_column(title: str, key: str, digits: int = 2) -> Column:
+    """A number, or a dash if there is none."""
+    return Column(title, lambda entry: number(entry.get(key), digits))
+
+
+def figure_column(title: str, key: str, digits: int = 2) -> Column:
+    """A figure and its interval."""
+    return Column(title, lambda entry: with_interval(entry, key, digits))
+
+
+def records_table(columns: Sequence[Column], entries: Iterable[Record]) -> str:
+    """A Markdown table with a row for each record."""
+    return table([c.title for c in columns], [[c.cell(entry) for c in columns] for entry in entries])
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def facts_table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ("", "")) -> str:
+    """A Markdown table of text alone."""
+    return table(headers, rows).replace("---:", "---")
+
+
+def name_of(entry: Record) -> str:
+    """A method with its budget, as tables and plots name it."""
+    return entry["method"] + (f" ({entry['budget']})" if entry["budget"] else "")
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash if there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(entry: Record, key: str, digits: int = 2) -> str:
+    """A figure of an entry and its interval, "2.21 (2.05-2.38)"; without one that is missing or has no width."""
+    value, interval = entry.get(key), entry.get(f"{key}_interval")
+    if value is None or interval is None or interval[0] == interval[1]:
+        return number(value, digits)
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def plots_section(plots: Sequence[str]) -> list[str]:
+    """Markdown that shows PNG files by their names."""
+    return ["## Plots", *(f"![{_title(name.removesuffix('.png'))}]({name})" for name in plots)] if plots else []
+
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d5dae0; --shade: #f4f6f8; --link: #0b57d0 }
@@ -51,24 +133,19 @@ thead th:empty { padding: 0 }
 """
 
 
-def write_html(report: Mapping[str, Any], out: Path, plots: Sequence[str] = ()) -> Path:
-    """Write report.html into a bench directory; returns its path.
+def write_page(markdown: str, title: str, out: Path, plots: Sequence[str] = ()) -> Path:
+    """Write the Markdown of a report as report.html into a bench directory; returns its path.
 
     Args:
-        report: what `report.build_report` returned.
+        markdown: of the report.
+        title: of the page.
         out: the directory.
-        plots: file names of images in it, as `plots.write_plots` returned them; of a PNG with an SVG beside it, the SVG
-            is shown.
+        plots: file names of the PNG images in it that the Markdown shows; if there is an SVG beside one, the SVG is
+            embedded.
 
     Raises:
         UserError: an image cannot be read, or the page cannot be written.
     """
-    title = f"Benchmark report: {report['settings']['target']}"
-    return write_page(render(dict(report), plots), title, out, plots)
-
-
-def write_page(markdown: str, title: str, out: Path, plots: Sequence[str] = ()) -> Path:
-    """Write any report's Markdown as report.html; the rest as `write_html`."""
     text = page(markdown, title, {name: _image(out / name) for name in plots})
     with atomic_path(out / HTML_FILE) as scratch:
         scratch.write_text(text, encoding="utf-8")

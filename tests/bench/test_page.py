@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from domino_spec.bench.html import page, write_html
+from domino_spec.bench.page import page, write_page
 from domino_spec.bench.plots import write_plots
-from domino_spec.bench.report import build_report, write_report
+from domino_spec.bench.report import build_report, render, write_report
 from domino_spec.settings import UserError
 from tests.bench.synthetic import make_row, make_rows, write_bench
 
@@ -124,7 +124,7 @@ def test_plots_are_drawn_in_the_page_in_its_own_colours(made, seen):
 
 def test_an_image_without_a_drawing_is_embedded_as_it_is(made, tmp_path):
     (tmp_path / "speedup.png").write_bytes((made / "speedup.png").read_bytes())
-    path = write_html(build_report(made), tmp_path, ["speedup.png"])
+    path = write_page(render(build_report(made), ["speedup.png"]), "title", tmp_path, ["speedup.png"])
     seen = Page(path.read_text(encoding="utf-8"))
     (data,) = [reference for reference in seen.references if reference.startswith("data:image/png;base64,")]
     assert base64.b64decode(data.partition(",")[2]) == (made / "speedup.png").read_bytes()
@@ -132,7 +132,7 @@ def test_an_image_without_a_drawing_is_embedded_as_it_is(made, tmp_path):
 
 def test_a_missing_image_is_named(made, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*speedup\.png"):
-        write_html(build_report(made), tmp_path, ["speedup.png"])
+        write_page("text", "title", tmp_path, ["speedup.png"])
 
 
 def test_names_are_text_and_never_markup(finished, tmp_path):

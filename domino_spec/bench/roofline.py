@@ -1,8 +1,8 @@
-"""The bytes that each stage of a cycle must move at least, and the memory that its caches take.
+"""The bytes that each stage of a cycle must move at least, and the point of a text at which a cycle is measured.
 
-Counted from the weights as they are held and from what the cycle did, with W for the bytes of weights, e for those of a
-value, n for rows of the verify pass over all requests, c for committed tokens, T for a request's cached rows, and
-kv = 2 * layers * kv_heads * D for the values of one cached row:
+Bytes are counted from the weights as they are held and from what the cycle did, with W for the bytes of weights, e for
+those of a value, n for rows of the verify pass over all requests, c for committed tokens, T for a request's cached
+rows, and kv = 2 * layers * kv_heads * D for the values of one cached row:
 
     verify            W(layers, final norm) + e kv (R T + n)          cached rows read, those of the pass written
     verify LM head    W(LM head) + e n V                              logits written
@@ -13,26 +13,48 @@ kv = 2 * layers * kv_heads * D for the values of one cached row:
     accept, commit    e n V                                           logits read
 
 Weights are read once per pass, whatever the number of rows. Activations, embeddings of single tokens and masks are left
-out, so this is a floor. Of a mixture of experts, as many experts count as one token takes. Where everything fits into a
-processor's caches, a stage can be faster than its floor.
+out, so this is a lower bound. Of a mixture of experts, as many experts count as one token takes. If everything fits
+into a processor's caches, a stage can be faster than its bound.
 
-Shapes: R requests, V vocabulary, F feature width, K candidates, D head_dim.
+Shapes: R requests, V vocabulary, F feature width, K candidates, D head_dim, T committed tokens.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domino_spec.bench.profile_cycle import Work
-from domino_spec.decoding.cycle import Drafter
+from domino_spec.decoding.cycle import Drafter, State, start
+from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.drafters.block import BlockDrafter
-from domino_spec.target.model import Target
+from domino_spec.settings import UserError
+from domino_spec.target.model import PREFILL_CHUNK, Target
 from domino_spec.target.native import PackedLinear
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a cycle did: what the bytes that it must move are worked out from."""
+
+    rows: int
+    """Of the verify pass, over all requests."""
+    committed: int
+    """Accepted drafts and bonus tokens, over all requests."""
+    draft_passes: int
+    """Passes of the draft's layers."""
+    lm_head_passes: int
+    """Products with the draft's LM head."""
+    logits: int
+    """Values of all draft logits."""
 
 
 def weight_bytes(*modules: nn.Module) -> int:
@@ -107,7 +129,7 @@ def draft_bytes(draft: Any, drafter: Drafter, work: Work, requests: int, context
 
 
 def _head_bytes(draft: Draft, drafter: Drafter, work: Work, requests: int) -> int:
-    """GRU, W1, and the rows of W2 that correct the candidates of each slot; 0 where the head is left off."""
+    """GRU, W1, and the rows of W2 that correct the candidates of each slot; 0 if the head is left off."""
     block: Any = drafter
     while not isinstance(block, BlockDrafter):  # one that looks up first
         block = block.inner
@@ -165,3 +187,107 @@ def cache_bytes(config: Any, drafts: list[DraftConfig | SingleLayerConfig], dtyp
         layers = draft.num_hidden_layers
         values += layers * draft.num_key_value_heads * draft.head_dim
     return 2 * values * tokens * dtype.itemsize
+
+
+# ----------------------------------------------------------------------
+# A point of R texts, from which a cycle starts and to which it is put back. A text is read by the target, or its keys
+# and values are random: a pass costs the same, and thousands of tokens are there at once.
+
+
+def synthetic_text(target: Target, length: int, requests: int = 1, seed: int = 0) -> Tensor:
+    """Random tokens [R, T], for timings that need no real text.
+
+    The last token occurred before, but no longer n-gram did: look-up has something to copy, and long copies do not
+    replace a draft.
+
+    Raises:
+        UserError: a length that the target has no room for.
+    """
+    if not 2 <= length < target.max_length:
+        raise UserError(f"context must be between 2 and {target.max_length - 1} tokens, got {length}")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, target.vocab_size, (requests, length), generator=generator)
+    tokens[:, -1] = tokens[:, (length - 1) // 2]
+    return tokens.to(target.device)
+
+
+def new_state(target: Target, tokens: Tensor, room: int) -> State:
+    """Requests with committed tokens [R, T], nothing of them read yet, and room for so many more; decoded greedily."""
+    requests, length = tokens.shape
+    lengths = torch.full((requests,), length, device=tokens.device)
+    return State(
+        F.pad(tokens, (0, room)),
+        lengths,
+        lengths.clone(),
+        torch.ones_like(lengths, dtype=torch.bool),
+        target.new_cache(requests, length + room),
+        Sampling.alike(SamplingSettings(), requests, tokens.device),
+    )
+
+
+def read_state(target: Target, drafter: Drafter, state: State) -> Any:
+    """Let the target and a drafter read the texts; returns the drafter's caches."""
+    tokens, lengths = state.tokens[:, : int(state.lengths.max()) - 1], state.lengths - 1
+    state.features = target.prefill(tokens, lengths, state.cache, drafter.feature_layers)
+    return start(drafter, state)
+
+
+def fill_state(state: State) -> None:
+    """Random keys and values in place of those of the texts."""
+    state.cache.keys.normal_()
+    state.cache.values.normal_()
+    state.cache.lengths.copy_(state.lengths - 1)
+
+
+def filled_caches(target: Target, drafter: Drafter, state: State) -> Any:
+    """A drafter's caches that have read random features in place of the target's."""
+    requests, capacity = state.tokens.shape
+    cache, rows = drafter.allocate(requests, capacity), int(state.lengths.max()) - 1
+    width = len(drafter.feature_layers) * target.hidden_size
+    for first in range(0, rows, PREFILL_CHUNK):
+        count = min(PREFILL_CHUNK, rows - first)
+        features = None
+        if width:
+            features = torch.randn(requests, count, width, dtype=target.dtype, device=target.device)
+        following = state.tokens[:, first + 1 : first + count + 1]
+        drafter.read(cache, following, features, torch.full_like(state.lengths, count))
+    return cache
+
+
+def hold_state(state: State) -> Callable[[], None]:
+    """A function that puts the texts back to their present lengths; rows behind them may hold anything."""
+    lengths = state.lengths.clone()
+
+    def put_back() -> None:
+        state.lengths.copy_(lengths)
+        state.cache.lengths.copy_(lengths - 1)
+
+    return put_back
+
+
+def hold_caches(cache: Any) -> Callable[[], None]:
+    """A function that puts a drafter's caches back to their present contents, except keys and values."""
+    steps: list[Callable[[], None]] = []
+    for name, value in vars(cache).items():
+        if name in ("keys", "values"):
+            continue
+        if isinstance(value, Tensor):
+            steps.append(functools.partial(_refill, cache, name, value.clone()))
+        elif isinstance(value, list):
+            steps.append(functools.partial(_replace_items, value, copy.deepcopy(value)))
+        elif hasattr(value, "__dict__"):
+            steps.append(hold_caches(value))
+
+    def put_back() -> None:
+        for step in steps:
+            step()
+
+    return put_back
+
+
+def _refill(cache: Any, name: str, saved: Tensor) -> None:
+    getattr(cache, name).copy_(saved)
+
+
+def _replace_items(items: list[Any], saved: list[Any]) -> None:
+    items[:] = copy.deepcopy(saved)

@@ -7,9 +7,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from domino_spec.bench.profile_bytes import cache_bytes, draft_bytes, target_bytes, weight_bytes
-from domino_spec.bench.profile_cycle import Cycle, Work
-from domino_spec.bench.profile_point import fill_state, filled_caches, new_state, synthetic_text
+from domino_spec.bench.profile import Cycle
+from domino_spec.bench.roofline import (
+    Work,
+    cache_bytes,
+    draft_bytes,
+    fill_state,
+    filled_caches,
+    new_state,
+    synthetic_text,
+    target_bytes,
+    weight_bytes,
+)
 from domino_spec.drafters.methods import make_drafter
 from tests import tiny
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from domino_spec.bench.figures import against, draws_of, figures, means, measured
-from domino_spec.bench.intervals import Draws, Samples, mean_of, tail_share
+from domino_spec.bench.figures import Draws, Samples, against, draws_of, figures, mean_of, means, measured, tail_share
 from domino_spec.bench.methods import Contender
 from domino_spec.bench.rows import Row
 
@@ -112,18 +111,18 @@ def test_pairing_finds_a_gain_that_separate_intervals_hide():
     rows = prompts_of_a_suite(24, dice(1))
     draws = draws_of(rows)
     domino, dflash, none = (measured(rows, contender, draws) for contender in (DOMINO, DFLASH, NONE))
-    speedup = figures(domino).speedup_over_none_interval
+    speedup = figures(domino)["speedup_over_none_interval"]
     # The same ratio, the baseline drawn by itself.
     others = [replace(r, suite="other") for r in rows if r.method == "none"]
     apart = measured(others, NONE, draws_of(others)).samples["tokens_per_second"]
     unpaired = domino.samples["tokens_per_second"] / apart
-    assert unpaired.value == pytest.approx(figures(domino).speedup_over_none)
+    assert unpaired.value == pytest.approx(figures(domino)["speedup_over_none"])
     assert width(speedup) < 0.8 * width(unpaired.interval)
     beside = against({"s": rows}, DOMINO, DFLASH, draws)[0]
-    assert beside.tau_ratio == pytest.approx(figures(domino).tau / figures(dflash).tau)
-    assert beside.tau_ratio_interval[0] > 1
-    assert figures(dflash).tau_interval[1] > figures(domino).tau_interval[0], "apart they overlap"
-    assert figures(none).speedup_over_none_interval == (1.0, 1.0)
+    assert beside["tau_ratio"] == pytest.approx(figures(domino)["tau"] / figures(dflash)["tau"])
+    assert beside["tau_ratio_interval"][0] > 1
+    assert figures(dflash)["tau_interval"][1] > figures(domino)["tau_interval"][0], "apart they overlap"
+    assert figures(none)["speedup_over_none_interval"] == (1.0, 1.0)
 
 
 def test_repeats_and_turns_of_the_same_prompts_say_nothing_of_other_prompts():
@@ -131,27 +130,27 @@ def test_repeats_and_turns_of_the_same_prompts_say_nothing_of_other_prompts():
     once = figures(measured(rows, DOMINO, draws_of(rows)))
     more = [*rows, *(replace(r, repeat=1) for r in rows), *(replace(r, id=f"{r.id}#2", turn=2) for r in rows)]
     often = figures(measured(more, DOMINO, draws_of(more)))
-    assert (often.runs, often.prompts, often.conversations) == (24, 16, 8)
-    assert often.tau_interval == pytest.approx(once.tau_interval)
-    assert often.speedup_over_none_interval == pytest.approx(once.speedup_over_none_interval)
+    assert (often["runs"], often["prompts"], often["conversations"]) == (24, 16, 8)
+    assert often["tau_interval"] == pytest.approx(once["tau_interval"])
+    assert often["speedup_over_none_interval"] == pytest.approx(once["speedup_over_none_interval"])
 
 
 def test_one_prompt_has_no_interval():
     rows = prompts_of_a_suite(1, dice(3))
     found = figures(measured(rows, DOMINO, draws_of(rows)))
-    assert found.tau is not None and found.speedup_over_none is not None
-    assert found.tau_interval is found.speedup_over_none_interval is found.cost_ratio_interval is None
+    assert found["tau"] is not None and found["speedup_over_none"] is not None
+    assert found["tau_interval"] is found["speedup_over_none_interval"] is found["cost_ratio_interval"] is None
     both = [*rows, *prompts_of_a_suite(5, dice(4), "t")]
     draws = draws_of(both)
-    assert figures(measured(both, DOMINO, draws)).tau_interval is None, "nor has a mean with such a suite in it"
-    assert figures(measured(both[3:], DOMINO, draws)).tau_interval is not None
+    assert figures(measured(both, DOMINO, draws))["tau_interval"] is None, "nor has a mean with such a suite in it"
+    assert figures(measured(both[3:], DOMINO, draws))["tau_interval"] is not None
 
 
 def test_a_baseline_that_was_not_measured_leaves_no_interval():
     rows = prompts_of_a_suite(5, dice(5))
     found = figures(measured(rows, DOMINO, draws_of(rows)))
-    assert found.speedup_over_transformers is found.speedup_over_transformers_interval is None
-    assert found.speedup_over_none_interval is not None
+    assert found["speedup_over_transformers"] is found["speedup_over_transformers_interval"] is None
+    assert found["speedup_over_none_interval"] is not None
 
 
 def test_the_mean_over_suites_draws_every_suite_by_itself():
@@ -161,8 +160,8 @@ def test_the_mean_over_suites_draws_every_suite_by_itself():
     draws = draws_of(rows)
     of_suites = [measured(own, DOMINO, draws) for own in suites.values()]
     found = means(of_suites)
-    assert found.tau == pytest.approx(sum(figures(m).tau for m in of_suites) / 4)
-    widths = torch.tensor([width(figures(m).tau_interval) for m in of_suites])
-    assert width(found.tau_interval) == pytest.approx(widths.square().sum().sqrt().item() / 4, rel=0.1)
+    assert found["tau"] == pytest.approx(sum(figures(m)["tau"] for m in of_suites) / 4)
+    widths = torch.tensor([width(figures(m)["tau_interval"]) for m in of_suites])
+    assert width(found["tau_interval"]) == pytest.approx(widths.square().sum().sqrt().item() / 4, rel=0.1)
     lacking = mean_of([of_suites[0].samples["tau"], of_suites[1].samples["speedup_over_transformers"]])
     assert lacking.value is None and lacking.interval is None

@@ -117,7 +117,7 @@ def test_a_target_of_other_weights_is_refused_unless_allowed(pair, tmp_path, mon
 def test_an_unsupported_setting_of_the_draft_is_refused_by_name(pair, tmp_path):
     config = json.loads((pair[1] / "config.json").read_text()) | {"hidden_act": "gelu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="hidden_act: expected .*'gelu'"):
+    with pytest.raises(UserError, match=r"hidden_act: expected .*'gelu'"):
         resolved(pair[0], tmp_path)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from domino_spec.decoding.cycle import Proposal, State, Verdict
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
-from domino_spec.ops.rollout import head_rollout, head_tree
-from domino_spec.ops.trees import best_first_tree
+from domino_spec.ops.best_first import best_first_tree
+from domino_spec.ops.heads import Draw, HeadInputs, HeadOps
 from domino_spec.settings import UserError
 from domino_spec.target.cache import RequestRows
 
@@ -83,6 +83,7 @@ class BlockDrafter:
             )
         self.draft = draft
         self.head = draft.head if use_head else None
+        self.ops = draft.head_ops if use_head else HeadOps(None, draft.device, draft.dtype)
         self.candidates = candidates
         self.samples = samples
         self.temperature = temperature
@@ -140,16 +141,10 @@ class BlockDrafter:
         if self.samples and not state.sampling.greedy:
             positions = state.lengths[:, None] + torch.arange(num_drafts, device=anchors.device)
             uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
-        rollout = head_rollout(
-            self.head,
-            hidden,
-            draft.base_logits(hidden),
-            draft.embed(anchors),
-            draft.choice_embedding,
-            self.candidates,
-            state.sampling.temperatures if self.temperature is None else self.temperature,
-            uniform,
-            self.min_confidence,
+        temperature = state.sampling.temperatures if self.temperature is None else self.temperature
+        rollout = self.ops.chain(
+            HeadInputs(hidden, draft.base_logits(hidden), draft.embed(anchors)),
+            Draw(self.candidates, temperature, uniform, self.min_confidence),
         )
         counts = torch.full_like(state.lengths, num_drafts)
         if rollout.confidence is not None:
@@ -178,9 +173,9 @@ class BlockDrafter:
 # `domino-tree`, `dflash-tree` and `domino-best-first`: a tree of the prefixes that the draft believes in most.
 #
 # The same draft and the same backbone pass as the chain; then, instead of one most probable token per slot, the best
-# few prefixes, each with a GRU state of its own, in one of three orders (`kernels.trees`): depth by depth with a
-# fixed width (what the first two use), best first as DominoTree and DDTree grow them, or with a quota for each depth.
-# Without a head the slots' probabilities are multiplied.
+# few prefixes, each with a GRU state of its own, in one of three orders (`ops.heads`, `ops.best_first`): depth by depth
+# with a fixed width (what the first two use), best first as DominoTree and DDTree grow them, or with a quota for each
+# depth. Without a head the slots' probabilities are multiplied.
 
 
 BUILDERS = ("depth", "best-first", "quota")
@@ -242,12 +237,13 @@ class TreeDrafter:
         if num_drafts == 0:
             return Proposal.empty(len(anchors), anchors.device)
         hidden = block.slots(state, own, min(num_drafts, block.max_drafts))  # no path is longer
-        given = (block.head, hidden, draft.base_logits(hidden), draft.embed(anchors), draft.choice_embedding)
+        given = HeadInputs(hidden, draft.base_logits(hidden), draft.embed(anchors))
+        how = Draw(block.candidates, min_confidence=block.min_confidence)
         if self.builder == "best-first":
-            tree = best_first_tree(*given, block.candidates, num_drafts, block.min_confidence)
+            tree = best_first_tree(block.ops.head, given, how, num_drafts)
         else:
             width = None if self.width is None else min(self.width, num_drafts)
-            tree = head_tree(*given, block.candidates, num_drafts, width, block.min_confidence)
+            tree = block.ops.tree(given, how, num_drafts, width)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 

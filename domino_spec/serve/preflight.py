@@ -22,7 +22,7 @@ from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, kind_of, make_drafter
 from domino_spec.engines.hooks import check_hooks
 from domino_spec.engines.launch import ENGINES, check_served, installed_version
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.serve.memory import bytes_of, cache_needs, fits, memory_sentence
 from domino_spec.settings import UserError
 from domino_spec.target.load import load_tokenizer, target_source

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import DominoHead
-from domino_spec.ops.embedding import EmbeddingTable
-from domino_spec.ops.rollout import head_rollout
+from domino_spec.ops.heads import Draw, EmbeddingTable, HeadInputs, HeadOps
 from domino_spec.settings import UserError
 
 SAMPLED_CANDIDATES = 2048
@@ -43,8 +42,8 @@ class Ends:
 
     embed: Callable[[Tensor], Tensor]
     """Token ids [...] to embeddings [..., H], in the draft's type."""
-    embed_choice: Callable[[Tensor], Tensor]
-    """Indices into the logits [...] to the same; a table that kernels can read where there is one."""
+    head: HeadOps
+    """The head's drafting."""
     base_logits: Callable[[Tensor], Tensor]
     """Hidden states [..., H] to base logits [..., V or draft vocabulary]."""
 
@@ -106,10 +105,11 @@ class Proposer(nn.Module):
         self.candidates = candidates if 0 < candidates < self.settings.logits_size else None
         scale = float(torch.tensor(embedding_scale, dtype=weight.dtype))
         embed = _embedding(embedding, None, self.dtype, scale, tp_group.world_size)
+        embed_choice = _embedding(embedding, self.draft_vocab_ids, self.dtype, scale, tp_group.world_size)
         self._ends = [
             Ends(
                 embed,
-                _embedding(embedding, self.draft_vocab_ids, self.dtype, scale, tp_group.world_size),
+                HeadOps(self.head.weights(embed_choice), self.head.input_weight.device, self.dtype),
                 _base_logits(weight, self.settings.vocab_size, self.draft_vocab_ids, tp_group),
             )
         ]
@@ -133,15 +133,9 @@ class Proposer(nn.Module):
         if temperatures is not None:
             uniform = torch.rand(slots.shape[:2], dtype=torch.float64, device=slots.device)
             candidates = min(candidates or SAMPLED_CANDIDATES, self.settings.logits_size)
-        rollout = head_rollout(
-            self.head,
-            slots,
-            ends.base_logits(slots),
-            self.embed(anchors),
-            ends.embed_choice,
-            candidates,
-            0.0 if temperatures is None else temperatures,
-            uniform,
+        rollout = ends.head.chain(
+            HeadInputs(slots, ends.base_logits(slots), self.embed(anchors)),
+            Draw(candidates, 0.0 if temperatures is None else temperatures, uniform),
         )
         listed = rollout.candidates
         return Drafts(self._tokens(rollout.choices), None if listed is None else self._tokens(listed), rollout.probs)

@@ -25,7 +25,7 @@ from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import DominoHead, Draft
 from domino_spec.engines.vllm.settings import is_domino, read_settings
 from domino_spec.engines.vllm.step import DraftParts, Drafts, draft_tokens
-from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.heads import EmbeddingTable, HeadOps
 from domino_spec.settings import UserError
 
 _HEAD = ("prefix_gru.", "embed_proj.")
@@ -102,11 +102,12 @@ class DominoForCausalLM(DFlashQwen3ForCausalLM):
             def base_logits(hidden: Tensor) -> Tensor:
                 return F.linear(hidden, rows)
 
+        weight = self.head.input_weight
+        head = self.head.weights(_choice_embedding(embedding, token_ids, weight.dtype))
         self._parts = DraftParts(
-            head=self.head,
+            head=HeadOps(head, weight.device, weight.dtype),
             base_logits=base_logits,
             embed=embedding,
-            choice_embedding=_choice_embedding(embedding, token_ids, self.head.input_weight.dtype),
             token_ids=token_ids,
             candidates=self.settings.candidates,
         )

@@ -5,7 +5,7 @@
  * probabilities are never written, only multiplied into what is made of them. Rows do not depend on each other, so
  * results do not depend on the number of threads.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; blended.py says what they are.
+ * Built by build.py and called by bindings.py, which checks the arguments; blended.py says what they are.
  */
 #include "cpu.h"
 #include "vectors.h"

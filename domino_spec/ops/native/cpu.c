@@ -4,12 +4,18 @@
  * weight is read once for all rows. And every output row is computed in the same order whatever the number of rows:
  * a token verified among eight others gets the bits it would have got alone.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; cpu.py says what they are.
+ * Built by build.py and called by bindings.py, which checks the arguments and says what they are.
  */
 #include "cpu.h"
 #include "vectors.h"
 
-#include <omp.h> /* clang, which vectors.h refuses, may have none */
+#ifdef _OPENMP
+#include <omp.h>
+int64_t uses_threads(void) { return 1; }
+#else
+static int omp_get_max_threads(void) { return 1; }
+int64_t uses_threads(void) { return 0; }
+#endif
 
 #if LANES == 16
 #define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */
@@ -230,7 +236,7 @@ static void attend_rows(const struct rows *of, int64_t count, const float *keys,
   for (int64_t n = 0; n < count; n++) inverse[n] = softmax_row(scores + n * stride, of->seen[n], end);
   for (int64_t from = 0; from < end; from += VALUE_BLOCK) {
     int64_t to = from + VALUE_BLOCK < end ? from + VALUE_BLOCK : end;
-    for (int64_t n = 0, rows; n < count; n += rows)
+    for (int64_t n = 0, rows = 1; n < count; n += rows)
       for (int64_t place = 0, vectors; place < width; place += vectors * LANES) {
         const float *weights = scores + n * stride;
         float *const *out = of->out + n;

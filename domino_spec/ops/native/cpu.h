@@ -28,7 +28,7 @@ struct member {
 /* Room for so many values of `size` bytes; NULL where there is none. The caller multiplies in 128 bits, where no product
  * of sizes wraps. */
 static inline void *room_for(__int128 values, int64_t size) {
-  return values > INT64_MAX / size ? NULL : malloc(values ? values * size : 1);
+  return values < 0 || values > INT64_MAX / size ? NULL : malloc(values ? values * size : 1);
 }
 
 void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,

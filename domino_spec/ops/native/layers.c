@@ -4,8 +4,7 @@
  * The steps are those of cpu.c, in the order and with the bits that single calls have; what is saved is the way back to
  * Python between them, which took a third of a small model's pass.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; layers_cpu.py and context.py say what they
- * are.
+ * Built by build.py and called by bindings.py, which checks the arguments; bindings.py and context.py say what they are.
  */
 
 #include "cpu.h"

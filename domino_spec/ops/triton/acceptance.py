@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from domino_spec.ops.acceptance import Accepted
 from domino_spec.ops.triton.grid import LOWEST, NOWHERE, grid_barrier, interpreted, new_counters, resident_programs
 
 _SPAN = 8192
@@ -28,22 +27,24 @@ _BLOCK = 2048
 """Numbers that a program looks at together."""
 
 
+def _accepted(requests: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the fields of `acceptance.Accepted`."""
+    tokens = torch.empty(requests, rows, dtype=torch.int64, device=device)
+    return tokens, torch.empty_like(tokens[:, 0]), torch.empty(requests, dtype=torch.bool, device=device)
+
+
 @functools.cache
 def _arrivals(requests: int, device: torch.device) -> Tensor:
     """[R] int32, zero between launches; never given back, as CUDA graphs keep using it."""
     return new_counters(requests, torch.int32, device)
 
 
-def greedy_chain_triton(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted:
+def greedy_chain_triton(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`acceptance.greedy_chain` on a GPU; launches that share a stream follow one another, others need care."""
     requests, rows, width = logits.shape
     assert logits.stride(2) == 1 or width == 1
     device, parts = logits.device, triton.cdiv(width, _SPAN)
-    found = Accepted(
-        torch.empty(requests, rows, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.bool, device=device),
-    )
+    found = _accepted(requests, rows, device)
     if requests == 0:
         return found
     tops = torch.empty(requests, rows, parts, dtype=torch.float32, device=device)
@@ -137,8 +138,8 @@ def sampled_chain_triton(
     *,
     programs: int | None = None,
     fused: bool | None = None,
-) -> Accepted:
-    """`acceptance.sampled_chain` on a GPU; N and K at least 1.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`acceptance.sampled_chain` on a GPU, the fields of its result; N and K at least 1.
 
     Args:
         programs: of every launch; None for one on every multiprocessor.
@@ -149,11 +150,7 @@ def sampled_chain_triton(
     fused = not interpreted() if fused is None else fused
     programs = programs or resident_programs(device)
     assert (probs.stride(2) == 1 or width == 1) and rows > 1
-    found = Accepted(
-        torch.empty(requests, rows, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.bool, device=device),
-    )
+    found = _accepted(requests, rows, device)
     if requests == 0:
         return found
     span = triton.cdiv(width, max(1, programs // requests))

@@ -26,7 +26,7 @@ class Accepted(NamedTuple):
     num_accepted: Tensor
     """[R] int64, without the bonus."""
     finite: Tensor
-    """[R] bool, False where a row that decided something holds nan."""
+    """[R] bool, False if a row that decided something holds nan."""
 
 
 def greedy_chain(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted:
@@ -108,14 +108,14 @@ def sampled_chain_torch(
         rejected = (num_accepted < num_drafts)[:, None]
         removed = torch.where(rejected, draft_probs.gather(1, at)[:, 0].double(), 0.0)
         without = left.scatter_add(1, candidate_ids.gather(1, at)[:, 0], -removed).clamp_(min=0)
-        # Rounding can leave nothing where the two distributions are all but equal; a rejection there has no weight.
+        # If the two distributions are almost equal, rounding can leave nothing; a rejection then has no weight.
         left = torch.where(without.sum(1, keepdim=True) > 0, without, left)
     bonus = draw(left, residual.gather(1, num_accepted[:, None])[:, 0])
     return Accepted(_with_bonus(drafts, num_accepted, bonus[:, None]), num_accepted, _finite(probs, num_accepted))
 
 
 def _prefix(accepted: Tensor, num_drafts: Tensor) -> Tensor:
-    """Length of the leading run of True within each request's own drafts."""
+    """Length of the leading run of True within each request's drafts."""
     valid = torch.arange(accepted.shape[1], device=accepted.device) < num_drafts[:, None]
     return (accepted & valid).long().cumprod(1).sum(1)
 

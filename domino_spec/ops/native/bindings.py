@@ -157,6 +157,7 @@ def _layout_in_c(loaded: ctypes.CDLL, name: str) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _loops() -> ctypes.CDLL:
     found = library()
     if found is None:

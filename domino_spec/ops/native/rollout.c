@@ -17,7 +17,7 @@
 #define SHARING 1
 #endif
 #define ROWS 8  /* weights at once: independent sums that keep the multipliers busy */
-#define GLANCE (4 * LANES) /* logits that are passed over together where none of them is among the best */
+#define SKIPPED (4 * LANES) /* logits that are passed over together if none of them is among the best */
 
 struct head { /* rows of every matrix are contiguous */
   int64_t hidden, state, low_rank;
@@ -164,7 +164,7 @@ static void prepare(const struct rollout *w, struct scratch *s) {
 ALWAYS_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_lanes(-x)); }
 ALWAYS_INLINE vec tanh_lanes(vec x) { return 1.0f - 2.0f / (exp_lanes(2.0f * x) + 1.0f); }
 
-/* The states of `count` prefixes of each request: each consumes its last token, or the anchor where `first` is -1. */
+/* The states of `count` prefixes of each request: each consumes its last token, or the anchor if `first` is -1. */
 static void step(const struct rollout *w, struct scratch *s, int64_t first, int64_t count, int64_t parents_first,
                  int64_t parents_count) {
   const struct head *h = w->head;
@@ -227,13 +227,13 @@ static void correct(const struct rollout *w, struct scratch *s, int64_t depth, i
   products(h->to_low_rank + h->hidden, h->hidden + h->state, h->state, h->low_rank, s->rows, prefixes, s->low_rank);
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < prefixes; n++) {
-    float *own = s->low_rank + n * h->low_rank;
+    float *u = s->low_rank + n * h->low_rank;
     const float *of_slot = s->from_slots + (n / count * w->depths + depth) * h->low_rank;
     for (int64_t i = 0; i < h->low_rank; i += LANES) {
-      vec x = load(own + i) + load(of_slot + i);
-      store(own + i, x * sigmoid(x));
+      vec x = load(u + i) + load(of_slot + i);
+      store(u + i, x * sigmoid(x));
     }
-    s->rows[n] = own;
+    s->rows[n] = u;
   }
 #pragma omp for schedule(static) collapse(2)
   for (int64_t r = 0; r < w->requests; r++)
@@ -316,8 +316,8 @@ static void choose_children(const struct rollout *w, const struct scratch *s, in
       scores[0] = of_top;
       return;
     }
-    for (int64_t from = 0; from < w->candidates; from += GLANCE) {
-      int64_t to = from + GLANCE < w->candidates ? from + GLANCE : w->candidates;
+    for (int64_t from = 0; from < w->candidates; from += SKIPPED) {
+      int64_t to = from + SKIPPED < w->candidates ? from + SKIPPED : w->candidates;
       if (found == keep && !(largest_of(logits + from, to - from) - top + of_top > scores[keep - 1])) continue;
       for (int64_t k = from; k < to; k++) {
         float score = logits[k] - top + of_top;

@@ -3,7 +3,7 @@
 A program passes over its row in blocks: sums of the softmaxes; with a target, how far the two distributions lie apart;
 the gradients. From the second pass on, the row comes out of a cache. Arithmetic is float32.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ beforehand and loaded while the low rank is still being made. What is shared bet
 parts' largest) is a few KB and stays in L2, as does W_ih (25 MB), read by the product just before, for tokens whose
 product is missing.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations

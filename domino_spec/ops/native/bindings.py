@@ -193,6 +193,8 @@ def fits(width: int) -> bool:
 class _Fit:
     """Compares the tensors of one call: the first tensor that has a size sets it, the others must have the same.
 
+    It must live as long as the call: addresses that `spread` returns are of tensors that only it keeps.
+
     Args:
         function: named in errors.
         sizes: known beforehand.
@@ -200,6 +202,7 @@ class _Fit:
 
     def __init__(self, function: str, **sizes: int) -> None:
         self.function, self.sizes = function, sizes
+        self._held: list[Tensor] = []
 
     def __getitem__(self, size: str) -> int:
         return self.sizes[size]
@@ -220,6 +223,18 @@ class _Fit:
         """The same; None, which is NULL, if there is no tensor."""
         return None if x is None else self(name, x, shape, dtype)
 
+    def spread(self, name: str, x: Tensor, shape: str, dtype: torch.dtype = torch.float32) -> int:
+        """The same of `x` expanded, in all dimensions but the last, to sizes that are known, and made contiguous."""
+        words = shape.split()
+        if not isinstance(x, Tensor) or x.dim() != len(words):
+            raise _unfit(self.function, name, x, f"{dtype} [{', '.join(words)}] on cpu")
+        wanted = [self.sizes.get(word, size) for word, size in zip(words[:-1], x.shape, strict=False)]
+        try:
+            self._held.append(x.expand(*wanted, x.shape[-1]).contiguous())
+        except RuntimeError:
+            raise _unfit(self.function, name, x, f"{[*wanted, x.shape[-1]]}, or expand to it") from None
+        return self(name, self._held[-1], shape, dtype)
+
     def whole_vectors(self, **sizes: int) -> None:
         """Refuse a size that is not a multiple of the processor's vectors."""
         for name, size in sizes.items():
@@ -233,11 +248,14 @@ class _Fit:
             raise ValueError(f"{self.function}: {heads} heads cannot share {kv_heads} heads of keys and values evenly")
 
     def rotary(self, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[int, int]:
-        """The addresses of cos and sin [requests, tokens, rotary]."""
-        addresses = tuple(self(n, x, "requests tokens rotary") for n, x in (("cos", cos), ("sin", sin)))
+        """The addresses of cos and sin [requests or 1, tokens, rotary], spread."""
+        addresses = (
+            self.spread("cos", cos, "requests tokens rotary"),
+            self.spread("sin", sin, "requests tokens rotary"),
+        )
         if self["rotary"] % 2 or self["rotary"] > head_dim:
             raise _unfit(self.function, "cos", cos, f"of an even width up to {head_dim}, a head's")
-        return addresses  # type: ignore[return-value]
+        return addresses
 
     def cache(self, keys: Tensor, values: Tensor, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """A cache's capacity, and the strides of its layers, requests and heads; it may be cut from a larger one."""
@@ -259,16 +277,6 @@ def _as_rows(function: str, name: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
         raise _unfit(function, name, x, "torch.float32 [..., width] on cpu, of a width of 1 or more")
     return x.contiguous().view(-1, x.shape[-1])
-
-
-def _spread(function: str, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` expanded to this shape and contiguous, as C takes it."""
-    if not isinstance(x, Tensor):
-        raise _unfit(function, name, x, f"{list(shape)}")
-    try:
-        return (x if x.shape == shape else x.expand(shape)).contiguous()
-    except RuntimeError:
-        raise _unfit(function, name, x, f"{list(shape)}, or expand to it") from None
 
 
 def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | TypeError:
@@ -359,16 +367,8 @@ def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> N
     requests, tokens, row = x.shape
     if heads < 0 or not 1 <= head_dim <= row or heads * head_dim > row:
         raise ValueError(f"rotate_: {heads} heads of {head_dim} values must fit a row of x, which has {row}")
-    cos, sin = _spread_rotary("rotate_", cos, sin, requests, tokens)
     angles = fit.rotary(cos, sin, head_dim)
     _loops().rotate(at, requests * tokens, row, heads, head_dim, fit["rotary"], *angles)
-
-
-def _spread_rotary(function: str, cos: Tensor, sin: Tensor, requests: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [R or 1, N, rotary] for every request."""
-    width = cos.shape[-1] if isinstance(cos, Tensor) and cos.dim() else 0
-    shape = (requests, tokens, width)
-    return _spread(function, "cos", cos, shape), _spread(function, "sin", sin, shape)
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -407,8 +407,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     fit = _Fit("attend", requests=requests, tokens=tokens, extent=extent)
     fit.grouped(heads, kv_heads)
     fit.whole_vectors(width_of_a_head=width)
-    mask = _spread("attend", "mask", mask, (requests, 1, tokens, extent))
-    seen = fit("mask", mask, "requests 1 tokens extent", torch.bool)
+    seen = fit.spread("mask", mask, "requests 1 tokens extent", torch.bool)
     for name, x in (("query", query), ("keys", keys), ("values", values)):
         if (width > 1 and x.stride(-1) != 1) or (x.shape[-2] > 1 and x.stride(-2) != width):
             raise _unfit("attend", name, x, f"of strides {width} and 1 in dimensions -2 and -1")
@@ -553,37 +552,25 @@ class DecoderLayers:
         Raises:
             ValueError: an argument does not fit, or a row is negative.
         """
-        fit = _Fit(
-            "decoder_layers", hidden=self._hidden, layers=len(self._weights), features=len(tapped) * self._hidden
-        )
-        if not all(0 <= layer < len(self._weights) for layer in tapped):
-            raise ValueError(
-                f"decoder_layers: tapped must be layers from 0 to {len(self._weights) - 1}, got {list(tapped)}"
-            )
-        x, rows = x.contiguous(), rows.contiguous()
+        number = len(self._weights)
+        if not all(0 <= layer < number for layer in tapped):
+            raise ValueError(f"decoder_layers: tapped must be layers from 0 to {number - 1}, got {list(tapped)}")
+        fit, x, rows = _Fit("decoder_layers", hidden=self._hidden), x.contiguous(), rows.contiguous()
         at_x, at_rows = fit("x", x, "requests tokens hidden"), fit("rows", rows, "requests tokens", torch.int64)
-        requests, tokens = rows.shape
-        cos, sin = _spread_rotary("decoder_layers", cos, sin, requests, tokens)
         angles = fit.rotary(cos, sin, self._head_dim)
-        capacity, *strides = fit.cache(keys, values, len(self._weights), self._kv_heads, self._head_dim)
-        seen = [
-            _spread("decoder_layers", kind, masks[kind], (requests, 1, tokens, masks[kind].shape[-1]))
-            for kind in self.kinds
-        ]
-        at_seen = [
-            fit(f"the mask of {kind}", mask, "requests 1 tokens extent", torch.bool)
-            for kind, mask in zip(self.kinds, seen, strict=True)
-        ]
+        capacity, *strides = fit.cache(keys, values, number, self._kv_heads, self._head_dim)
+        shape = "requests 1 tokens extent"
+        seen = [fit.spread(f"the mask of {kind}", masks[kind], shape, torch.bool) for kind in self.kinds]
         if not 1 <= fit["extent"] <= capacity:
             raise ValueError(f"decoder_layers: masks must show 1 to {capacity} rows, the cache's, got {fit['extent']}")
-        features = x.new_empty(requests, tokens, fit["features"]) if tapped else None
-        taps, pointers = (_INTEGER * len(tapped))(*tapped), (_POINTER * len(at_seen))(*at_seen)
+        features = x.new_empty(*rows.shape, len(tapped) * self._hidden) if tapped else None
+        taps, pointers = (_INTEGER * len(tapped))(*tapped), (_POINTER * len(seen))(*seen)
         described = _Pass(
-            requests, tokens, fit["extent"], capacity, fit["rotary"], *strides, *angles, at_rows,
+            *rows.shape, fit["extent"], capacity, fit["rotary"], *strides, *angles, at_rows,
             ctypes.addressof(pointers), keys.data_ptr(), values.data_ptr(), at_x, len(tapped), ctypes.addressof(taps),
             None if features is None else features.data_ptr(),
         )  # fmt: skip
-        status = _loops().decoder_layers(self._in_c, len(self._weights), ctypes.byref(described))
+        status = _loops().decoder_layers(self._in_c, number, ctypes.byref(described))
         _raise_for("decoder_layers", status, "rows", rows, "0 or more")
         return x, features
 
@@ -599,9 +586,9 @@ def write_context(
     new = fit("projected", projected, "requests tokens layers 2 kv_heads head_dim")
     requests, tokens, layers, _, kv_heads, width = projected.shape
     fit.whole_vectors(width_of_a_head=width)
-    fit.sizes["rotary"] = width
-    cos, sin = _spread_rotary("write_context_", cos, sin, requests, tokens)
     weights, angles = fit("norm_weights", norms, "layers head_dim"), fit.rotary(cos, sin, width)
+    if fit["rotary"] != width:
+        raise _unfit("write_context_", "cos", cos, f"of a width of {width}, a head's")
     at_rows = fit("rows", rows, "requests tokens", torch.int64)
     capacity, *strides = fit.cache(keys, values, layers, kv_heads, width)
     status = _loops().write_context(

@@ -57,7 +57,7 @@ def _implementation(device: str, types: tuple[torch.dtype, ...], head_dim: int) 
 
         return write_context_triton_
     native = set(types) == {torch.float32} and bindings.is_available(torch.device(device), torch.float32)
-    return _write_context_in_c_ if native and bindings.fits(head_dim) else write_context_torch_
+    return bindings.write_context if native and bindings.fits(head_dim) else write_context_torch_
 
 
 def write_context_torch_(
@@ -83,17 +83,3 @@ def write_context_torch_(
     # Advanced indices around a slice put R and T first: [R, T, layers, kv_heads, D].
     keys[:, of, :, rows] = rotated
     values[:, of, :, rows] = projected[:, :, :, 1].to(values.dtype)
-
-
-def _write_context_in_c_(
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    projected: Tensor,
-    norm_weights: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    rows = lengths[:, None] + torch.arange(projected.shape[1])
-    bindings.write_context(projected.contiguous(), norm_weights.contiguous(), eps, cos, sin, rows, keys, values)

@@ -143,7 +143,8 @@ def attend(requests: int, tokens: int, groups: int, kv_heads: int, extent: int, 
 
 
 def write_context(requests: int, tokens: int, layers: int, kv_heads: int, width: int, capacity: int) -> Call:
-    def truth(projected, norms, eps, cos, sin, rows, keys, values):
+    def truth(keys, values, lengths, projected, norms, eps, cos, sin):
+        rows = lengths[:, None] + torch.arange(tokens)
         for i, gain in enumerate(norms):
             new = rotated(normed(projected[:, :, i, 0], gain, eps), cos[:, :, None], sin[:, :, None])
             write(keys[i], rows, new)
@@ -158,7 +159,7 @@ def write_context(requests: int, tokens: int, layers: int, kv_heads: int, width:
         eps=1e-5,
         cos=cos,
         sin=sin,
-        rows=torch.randint(capacity + 2, (requests, 1)) + torch.arange(tokens),
+        lengths=torch.randint(capacity + 2, (requests,)),
         keys=keys,
         values=values,
     )
@@ -429,11 +430,11 @@ def test_a_refusal_names_function_argument_what_is_expected_and_what_was_found()
 
 @pytest.mark.parametrize("row", [-1, -(2**62)])
 def test_a_negative_row_is_refused_before_anything_is_written(row):
-    layers = call_with("decoder_layers", 1, 2, 32, 1, 1, 16, 6, rows=torch.tensor([[0, row]]))
-    context = call_with("write_context", 1, 2, 2, 1, 16, 6, rows=torch.tensor([[0, row]]))
+    layers = call_with("decoder_layers", 1, 2, 32, 1, 1, 16, 6, rows=torch.tensor([[row + 1, row]]))
+    context = call_with("write_context", 1, 2, 2, 1, 16, 6, lengths=torch.tensor([row]))
     for call in (layers, context):
         before = {name: call.arguments[name].clone() for name in ("keys", "values")}
-        with pytest.raises(ValueError, match=f"rows must be 0 or more, got {row} to 0"):
+        with pytest.raises(ValueError, match=f"rows must be 0 or more, got {row} to {row + 1}"):
             call.entry(**call.arguments)
         assert all(torch.equal(call.arguments[name], kept) for name, kept in before.items())
 

@@ -579,20 +579,28 @@ class DecoderLayers:
 
 
 def write_context(
-    projected: Tensor, norms: Tensor, eps: float, cos: Tensor, sin: Tensor, rows: Tensor, keys: Tensor, values: Tensor
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    projected: Tensor,
+    norms: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
 ) -> None:
-    """projected [R, T, layers, 2, kv_heads, D], which is lost, to rows [R, T] int64 of a cache."""
-    fit = _Fit("write_context_")
+    """`context.write_context_`: projected [R, T, layers, 2, kv_heads, D], which is lost, behind `lengths` [R] rows."""
+    fit, projected, norms = _Fit("write_context_"), projected.contiguous(), norms.contiguous()
     new = fit("projected", projected, "requests tokens layers 2 kv_heads head_dim")
     requests, tokens, layers, _, kv_heads, width = projected.shape
     fit.whole_vectors(width_of_a_head=width)
     weights, angles = fit("norm_weights", norms, "layers head_dim"), fit.rotary(cos, sin, width)
     if fit["rotary"] != width:
         raise _unfit("write_context_", "cos", cos, f"of a width of {width}, a head's")
-    at_rows = fit("rows", rows, "requests tokens", torch.int64)
+    fit("lengths", lengths.contiguous(), "requests", torch.int64)
+    rows = lengths[:, None] + torch.arange(tokens)
     capacity, *strides = fit.cache(keys, values, layers, kv_heads, width)
     status = _loops().write_context(
-        new, requests, tokens, layers, kv_heads, width, weights, eps, *angles, at_rows, capacity, *strides,
+        new, requests, tokens, layers, kv_heads, width, weights, eps, *angles, rows.data_ptr(), capacity, *strides,
         keys.data_ptr(), values.data_ptr(),
     )  # fmt: skip
     _raise_for("write_context_", status, "rows", rows, "0 or more")

@@ -4,7 +4,7 @@
 
 Forms, all greedy, on the same random weights and inputs, measured in turn:
 
-- `kernels`: candidates selected and all steps in one launch (`kernels.rollout_triton`), in a CUDA graph;
+- `kernels`: candidates selected and all steps in one launch (`ops.triton.rollout`), in a CUDA graph;
 - `reference`: the PyTorch loop over the same candidates, as decoding runs it without Triton;
 - `released`: a CUDA graph of a loop of steps over the full vocabulary, where the GRU's input products W_ih E(v) of all
   tokens v were made beforehand and are looked up.

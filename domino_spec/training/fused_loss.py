@@ -2,7 +2,7 @@
 
 Both losses share the product `h W^T`, and the gradient of their sum reaches `h` through one product too (DESIGN
 section 4). [tokens, vocabulary] never exists for a whole batch: forward turns the logits of a chunk into losses and, in
-their place, gradients (`kernels.blended`) while they are at hand, and backward only scales what came of them.
+their place, gradients (`ops.blended`) while they are at hand, and backward only scales what came of them.
 """
 
 from __future__ import annotations

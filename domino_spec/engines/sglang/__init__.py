@@ -3,7 +3,7 @@
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and calls it in every process it starts. To
 SGLang a Domino draft is then a DFlash draft with a candidate selector, the seam for drafts that are more than the
 argmax of the LM head: the backbone, the caches and the verify pass are SGLang's, the rollout of the head is ours
-(`kernels.rollout`), and what was sampled is accepted with the probability it was drawn with. Nothing else changes, and
+(`ops.heads`), and what was sampled is accepted with the probability it was drawn with. Nothing else changes, and
 drafts of other kinds do not notice.
 
 - `table`: every name of SGLang that is relied on

@@ -120,7 +120,7 @@ def prepare_backbone(draft_model: Any) -> None:
 def accept_sampled(
     candidates: Tensor, logits: Tensor, candidate_ids: Tensor, draft_probs: Tensor, sampling_info: Any
 ) -> tuple[Tensor, Tensor]:
-    """Speculative sampling (`kernels.acceptance.sampled_chain`).
+    """Speculative sampling (`ops.acceptance.sampled_chain`).
 
     Args:
         candidates: [R, B], the anchor and its drafts.

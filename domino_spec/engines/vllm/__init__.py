@@ -6,7 +6,7 @@
 vLLM has the DFlash backbone (its attention over context and block, its cache) but no head. What is added to it:
 
 - `model`: vLLM's DFlash model with the head's weights, which refuses to draft without them;
-- `step`: from hidden states and anchors to drafts, a plain function over `kernels.rollout`;
+- `step`: from hidden states and anchors to drafts, a plain function over `ops.heads`;
 - `v1`, `v2`: vLLM's two model runners, each with a subclass of its DFlash drafter that calls that step;
 - `settings`: what is checked before anything is loaded; `table`: what is relied on inside vLLM.
 

@@ -190,6 +190,13 @@ def fits(width: int) -> bool:
 # ---- what is compared ----
 
 
+@functools.cache
+def _words(shape: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The words of a shape, and those of them that are numbers."""
+    words = tuple(shape.split())
+    return words, {word: int(word) for word in words if word.isdigit()}
+
+
 class _Fit:
     """Compares the tensors of one call: the first tensor that has a size sets it, the others must have the same.
 
@@ -209,10 +216,11 @@ class _Fit:
 
     def __call__(self, name: str, x: Tensor | None, shape: str, dtype: torch.dtype = torch.float32) -> int:
         """The address of a contiguous tensor whose sizes are named by `shape`, a word or a number for each."""
-        sizes, words = self.sizes, shape.split()
+        sizes, (words, numbers) = self.sizes, _words(shape)
+        sizes.update(numbers)
         if isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.dim() == len(words) and x.is_contiguous():
             for word, size in zip(words, x.shape, strict=True):
-                if sizes.setdefault(word, int(word) if word.isdigit() else size) != size:
+                if sizes.setdefault(word, size) != size:
                     break
             else:
                 return x.data_ptr()
@@ -225,15 +233,16 @@ class _Fit:
 
     def spread(self, name: str, x: Tensor, shape: str, dtype: torch.dtype = torch.float32) -> int:
         """The same of `x` expanded, in all dimensions but the last, to sizes that are known, and made contiguous."""
-        words = shape.split()
+        words = _words(shape)[0]
         if not isinstance(x, Tensor) or x.dim() != len(words):
             raise _unfit(self.function, name, x, f"{dtype} [{', '.join(words)}] on cpu")
         wanted = [self.sizes.get(word, size) for word, size in zip(words[:-1], x.shape, strict=False)]
         try:
-            self._held.append(x.expand(*wanted, x.shape[-1]).contiguous())
+            x = (x if list(x.shape[:-1]) == wanted else x.expand(*wanted, x.shape[-1])).contiguous()
         except RuntimeError:
             raise _unfit(self.function, name, x, f"{[*wanted, x.shape[-1]]}, or expand to it") from None
-        return self(name, self._held[-1], shape, dtype)
+        self._held.append(x)
+        return self(name, x, shape, dtype)
 
     def whole_vectors(self, **sizes: int) -> None:
         """Refuse a size that is not a multiple of the processor's vectors."""

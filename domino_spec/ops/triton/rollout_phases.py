@@ -1,4 +1,4 @@
-"""Phases of the head rollout's step in Triton; `rollout_triton` launches them, one by one or as one kernel.
+"""Phases of the head rollout's step in Triton; `rollout` launches them, one by one or as one kernel.
 
 A step makes draft i of every request from the slots' low-rank share, the state before it, and the token before it:
 

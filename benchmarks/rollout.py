@@ -4,7 +4,7 @@
 
 Forms, all greedy, on the same random weights and inputs, measured in turn:
 
-- `kernels`: candidates selected and all steps in one launch (`kernels.rollout_triton`), in a CUDA graph;
+- `kernels`: candidates selected and all steps in one launch (`ops.triton.rollout`), in a CUDA graph;
 - `reference`: the PyTorch loop over the same candidates, as decoding runs it without Triton;
 - `released`: a CUDA graph of a loop of steps over the full vocabulary, where the GRU's input products W_ih E(v) of all
   tokens v were made beforehand and are looked up.
@@ -35,8 +35,7 @@ from torch import Tensor
 
 from domino_spec.draft.config import HeadConfig
 from domino_spec.draft.domino import DominoHead
-from domino_spec.ops.embedding import EmbeddingTable
-from domino_spec.ops.reference import head_rollout
+from domino_spec.ops.heads import Draw, EmbeddingTable, HeadInputs, HeadWeights, head_rollout
 
 FLUSHED_BYTES = 256 * 2**20
 """More than any second-level cache holds."""
@@ -70,6 +69,12 @@ class Inputs:
     hidden: Tensor
     base_logits: Tensor
     anchor_embedding: Tensor
+
+
+def bundled(inputs: Inputs) -> tuple[HeadWeights, HeadInputs]:
+    """The same, as the rollouts take it."""
+    block = HeadInputs(inputs.hidden, inputs.base_logits, inputs.anchor_embedding)
+    return inputs.head.weights(inputs.embedding), block
 
 
 def random_inputs(sizes: Sizes, requests: int, device: torch.device) -> Inputs:
@@ -128,14 +133,14 @@ def kernel_rollout(inputs: Inputs, candidates: int) -> Callable[[], Tensor]:
             inputs.hidden.dtype,
         )  # fmt: skip
         options["plan"] = triton_twin.Plan.of(shape, programs=2)
-    given = (inputs.head, inputs.hidden, inputs.base_logits, inputs.anchor_embedding, inputs.embedding, candidates)
-    return lambda: triton_twin.head_rollout_triton(*given, **options).choices
+    given = bundled(inputs)
+    return lambda: triton_twin.head_rollout_triton(*given, Draw(candidates), **options)[0]
 
 
 def reference_rollout(inputs: Inputs, candidates: int) -> Callable[[], Tensor]:
     """The PyTorch loop."""
-    given = (inputs.head, inputs.hidden, inputs.base_logits, inputs.anchor_embedding, inputs.embedding, candidates)
-    return lambda: head_rollout(*given).choices
+    given = bundled(inputs)
+    return lambda: head_rollout(*given, Draw(candidates)).choices
 
 
 def captured(form: Callable[[], Tensor]) -> Callable[[], Tensor]:

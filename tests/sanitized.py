@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 TESTS = [
-    *(f"tests/ops/test_{name}.py" for name in ("bindings", "cpu", "context", "rollout_cpu", "blended")),
+    *(f"tests/ops/test_{name}.py" for name in ("bindings", "steps", "context", "heads_in_c", "blended")),
     *("tests/target/test_fusing.py", "tests/target/test_packing.py"),
     *("tests/draft/test_backbone.py", "tests/draft/test_single_layer.py"),
     "tests/sweep/test_sweep.py",

@@ -14,7 +14,7 @@ from domino_spec.api import prompt_ids
 from domino_spec.decoding.cycle import Proposal, start
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.methods import LARGEST_TREE, METHODS, choose_draft, default_method, make_drafter
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from tests.tiny import (
     as_target,
     draft_for,

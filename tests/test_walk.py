@@ -28,7 +28,7 @@ def assert_below(walk: Walk, path: str) -> None:
 def pair():
     """A target and its Domino draft as they are loaded for decoding on a CPU."""
     target = tiny.tiny_target(tokenizer=tiny.word_tokenizer(), hidden_size=64, intermediate_size=64).pack()
-    return target, tiny.tiny_draft(target, intermediate_size=64).pack()
+    return target, tiny.tiny_draft(target, intermediate_size=64, head_sizes=(32, 16)).pack()
 
 
 def test_generate_to_the_first_committed_block(pair):

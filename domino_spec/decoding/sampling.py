@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from domino_spec.ops.reference import draw
+from domino_spec.ops.heads import draw
 from domino_spec.settings import UserError
 
 ALMOST_ZERO, HOTTEST = 1e-5, 1e5

@@ -23,8 +23,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.draft.config import AnyConfig, DraftConfig
 from domino_spec.ops.context import write_context_
-from domino_spec.ops.native import steps as cpu
-from domino_spec.ops.native.layers import DecoderLayers
+from domino_spec.ops.native import bindings as cpu
+from domino_spec.ops.native.bindings import DecoderLayers
 from domino_spec.target.native import (
     FusedProjection,
     NotFusible,

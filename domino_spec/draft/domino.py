@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from domino_spec.draft.backbone import Backbone, output_rows, sharing_copy
 from domino_spec.draft.config import AnyConfig, DraftConfig, HeadConfig
-from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.heads import EmbeddingTable, HeadOps, HeadWeights, gru_cell
 from domino_spec.target.native import PackedLinear
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ class PrefixGRU(nn.Module):
 
     def cell(self, gates: Tensor, state: Tensor) -> Tensor:
         """One update: input product `gates` [..., 3G] and `state` [..., G] give the next state [..., G]."""
-        input_reset, input_update, input_new = gates.chunk(3, dim=-1)
-        state_reset, state_update, state_new = F.linear(state, self.weight_hh_l0).chunk(3, dim=-1)
-        reset = torch.sigmoid(input_reset + state_reset)
-        update = torch.sigmoid(input_update + state_update)
-        new = torch.tanh(input_new + reset * state_new)
-        return new + update * (state - new)
+        return gru_cell(gates, state, self.weight_hh_l0)
 
     def input_gates(self, embeddings: Tensor) -> Tensor:
         """The input product W_ih E(x), [..., H] to [..., 3G]; independent of the state, so it can be batched."""
@@ -85,6 +80,12 @@ class DominoHead(nn.Module):
     def correction_weight(self) -> Tensor:
         """W2 [V, L]."""
         return self.embed_proj[2].weight  # type: ignore[return-value]
+
+    def weights(self, embed_choice: Callable[[Tensor], Tensor]) -> HeadWeights:
+        """The head as drafting reads it; `embed_choice` takes indices into the logits to embeddings."""
+        gru, prefix = self.prefix_gru, self.config.pure_draft_prefix_len
+        matrices = (gru.weight_ih_l0, gru.weight_hh_l0, self.input_weight, self.correction_weight)
+        return HeadWeights(*matrices, prefix, embed_choice)
 
     def initial_state(self, *shape: int, like: Tensor) -> Tensor:
         """The empty prefix S_{-1}: zeros [*shape, G] with the dtype and device of `like`."""
@@ -274,6 +275,7 @@ class Draft(BaseDraft):
         """Prefix of the head's tensors in the checkpoint: `logit_head.` in an older layout."""
         self._packed_lm_head: PackedLinear | None = None
         self._choice_embedding: Callable[[Tensor], Tensor] | None = None
+        self._head_ops: HeadOps | None = None
 
     @property
     def fc(self) -> nn.Linear:  # type: ignore[override]
@@ -312,6 +314,7 @@ class Draft(BaseDraft):
     def _pack_ends(self) -> None:
         self._packed_lm_head = PackedLinear(self.ends.lm_head.to(self.dtype))
         self._choice_embedding = self._embedding_of_choices()
+        self._head_ops = HeadOps(self.head_weights, self.device, self.dtype)
 
     def prepare_training(self, trained: str, recompute_layers: bool = False) -> None:
         """See `BaseDraft.prepare_training`."""
@@ -329,6 +332,16 @@ class Draft(BaseDraft):
 
     def _embedding_of_choices(self) -> Callable[[Tensor], Tensor]:
         return EmbeddingTable.of(self.ends.embedding, self.draft_vocab_ids, self.dtype) or self.embed_choices
+
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """The head as drafting reads it; None without one."""
+        return None if self.head is None else self.head.weights(self.choice_embedding)
+
+    @property
+    def head_ops(self) -> HeadOps:
+        """Drafting with the head; a packed draft has it ready."""
+        return self._head_ops or HeadOps(self.head_weights, self.device, self.dtype)
 
     def block_embeddings(self, anchors: Tensor, block_size: int | None = None) -> Tensor:
         """Anchor ids [...] to block inputs [..., B, H]: the anchor in slot 0, masks elsewhere."""

@@ -32,7 +32,7 @@ from domino_spec.draft.backbone import (
 )
 from domino_spec.draft.config import SingleLayerConfig, feature_levels
 from domino_spec.draft.domino import BaseDraft
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.settings import UserError
 from domino_spec.target.native import FusedProjection, NotFusible, PackedLinear, fuse, pack_linears
 

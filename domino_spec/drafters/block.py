@@ -17,8 +17,8 @@ from torch import Tensor
 from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.draft.domino import Draft
-from domino_spec.ops.rollout import head_rollout, head_tree
-from domino_spec.ops.trees import best_first_tree
+from domino_spec.ops.best_first import best_first_tree
+from domino_spec.ops.heads import Draw, HeadInputs, HeadOps
 from domino_spec.settings import UserError
 from domino_spec.target.cache import RowCache
 
@@ -102,6 +102,7 @@ class BlockDrafter:
             )
         assert tree is None or not samples, "siblings are chosen, not sampled"
         self.draft, self.head = draft, draft.head if use_head else None
+        self.ops = draft.head_ops if use_head else HeadOps(None, draft.device, draft.dtype)
         self.candidates, self.min_confidence, self.tree = candidates, min_confidence, tree
         self.samples, self.temperature = samples, temperature
         self.feature_layers = draft.config.target_layer_ids
@@ -163,17 +164,11 @@ class BlockDrafter:
             uniform = state.sampling.streams.uniform(positions, RandomStreams.DRAFT)
         with scope("lm_head"):
             logits = draft.base_logits(hidden)
+        temperature = state.sampling.temperatures if self.temperature is None else self.temperature
         with scope("head"):
-            rollout = head_rollout(
-                self.head,
-                hidden,
-                logits,
-                draft.embed(state.anchors),
-                draft.choice_embedding,
-                self.candidates,
-                state.sampling.temperatures if self.temperature is None else self.temperature,
-                uniform,
-                self.min_confidence,
+            rollout = self.ops.chain(
+                HeadInputs(hidden, logits, draft.embed(state.anchors)),
+                Draw(self.candidates, temperature, uniform, self.min_confidence),
             )
         if rollout.choices.shape[1] == 0:
             return Proposal.empty(len(state.lengths), state.lengths.device)
@@ -192,13 +187,14 @@ class BlockDrafter:
         draft = self.draft
         with scope("lm_head"):
             logits = draft.base_logits(hidden)
-        given = (self.head, hidden, logits, draft.embed(state.anchors), draft.choice_embedding)
+        given = HeadInputs(hidden, logits, draft.embed(state.anchors))
+        how = Draw(self.candidates, min_confidence=self.min_confidence)
         with scope("head"):
             if shape.builder == "best-first":
-                tree = best_first_tree(*given, self.candidates, num_drafts, self.min_confidence)
+                tree = best_first_tree(self.ops.head, given, how, num_drafts)
             else:
                 width = None if shape.width is None else min(shape.width, num_drafts)
-                tree = head_tree(*given, self.candidates, num_drafts, width, self.min_confidence)
+                tree = self.ops.tree(given, how, num_drafts, width)
         confidence = None if tree.log_probs is None else tree.log_probs.exp()
         return Proposal(draft.to_token_ids(tree.choices), tree.num_drafts, tree.parents, confidence=confidence)
 

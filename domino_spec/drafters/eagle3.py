@@ -20,7 +20,7 @@ from torch import Tensor
 from domino_spec.decoding.cycle import Proposal, State, Verdict, scope
 from domino_spec.draft.single_layer import SingleLayerDraft
 from domino_spec.drafters.pairs import PairCache, Rows, advance_pairs
-from domino_spec.ops.trees import Tree
+from domino_spec.ops.heads import Tree
 from domino_spec.settings import UserError
 
 TOTAL = 60

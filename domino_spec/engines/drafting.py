@@ -19,9 +19,9 @@ from torch import Tensor
 
 from domino_spec.draft.checkpoint import draft_tensors
 from domino_spec.draft.config import DraftConfig
-from domino_spec.draft.domino import DominoHead, Draft
+from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import check_pairing
-from domino_spec.ops.rollout import head_rollout
+from domino_spec.ops.heads import Draw, HeadInputs, HeadOps
 from domino_spec.settings import UserError
 from domino_spec.target.outline import outline_target
 
@@ -33,13 +33,11 @@ ALLOW_OTHER_TARGET = "DOMINO_SPEC_ALLOW_OTHER_TARGET"
 class DraftParts:
     """What drafting needs of a draft and of its target, whole on every rank."""
 
-    head: DominoHead
+    head: HeadOps
     base_logits: Callable[[Tensor], Tensor]
     """Hidden states [rows, H] to base logits [rows, V or draft vocabulary]."""
     embed: Callable[[Tensor], Tensor]
     """Token ids [..] to the target's embeddings [.., H]."""
-    choice_embedding: Callable[[Tensor], Tensor]
-    """Indices into the logits [..] to the target's embeddings [.., H]; an `EmbeddingTable` if possible."""
     token_ids: Tensor | None
     """[draft vocabulary], the token of each index into the logits; None if they are the same."""
     candidates: int | None
@@ -79,15 +77,9 @@ def draft_tokens(
         uniform: [R, N] float64 in [0, 1), one for each draft that is sampled; None chooses all of them.
     """
     base_logits = parts.base_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]).to(hidden.dtype)
-    rollout = head_rollout(
-        parts.head,
-        hidden.contiguous(),
-        base_logits,
-        parts.embed(anchors).to(hidden.dtype),
-        parts.choice_embedding,
-        parts.candidates,
-        0.0 if temperatures is None else temperatures,
-        uniform,
+    rollout = parts.head.chain(
+        HeadInputs(hidden.contiguous(), base_logits, parts.embed(anchors).to(hidden.dtype)),
+        Draw(parts.candidates, 0.0 if temperatures is None else temperatures, uniform),
     )
     return Drafts(
         parts.to_token_ids(rollout.choices),

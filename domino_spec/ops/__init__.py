@@ -1,1 +1,1 @@
-"""Inner loops: PyTorch truth, with C twins for CPU and Triton twins (`*_triton` and what they import) for CUDA."""
+"""The hot operations, one page each: plain PyTorch first, with C loops for a CPU and Triton kernels for CUDA."""

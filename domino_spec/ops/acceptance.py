@@ -1,32 +1,32 @@
 """Acceptance of a chain: which drafts stay, and the token that follows them, in one go.
 
 The last step of verification, after the target's LM head: greedy chains straight from the target's logits, sampled ones
-from its probabilities and the random numbers of their positions (`decoding.verify`, whose rules these are). PyTorch's
-truth is here; on CUDA a Triton twin does the same without a dozen launches in between.
+from its probabilities and the random numbers of their positions. `decoding/cycle.py` explains the rules. The PyTorch
+version is here; on CUDA a Triton kernel does the same without a dozen launches in between.
 
 Shapes: R requests, N drafts, V vocabulary, K candidates of a draft.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from domino_spec.ops.reference import draw
+from domino_spec.ops.heads import draw
+from domino_spec.ops.triton import has_triton
 
 
 class Accepted(NamedTuple):
     """What is committed."""
 
     tokens: Tensor
-    """[R, N + 1] int64: accepted drafts, then the bonus token; what comes later is meaningless."""
+    """[R, N + 1] int64: accepted drafts, then the bonus token; what comes later has no meaning."""
     num_accepted: Tensor
     """[R] int64, without the bonus."""
     finite: Tensor
-    """[R] bool, False where a row that decided something holds nan."""
+    """[R] bool, False if a row that decided something holds nan."""
 
 
 def greedy_chain(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted:
@@ -35,12 +35,12 @@ def greedy_chain(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted
     Args:
         logits: [R, N + 1, V], the target's after the anchor and after every draft, float32 or bfloat16.
         drafts: [R, N] int64.
-        num_drafts: [R], how many of them are meant.
+        num_drafts: [R], how many of them are valid.
     """
-    if _takes(logits):
+    if _in_triton(logits):
         from domino_spec.ops.triton.acceptance import greedy_chain_triton
 
-        return greedy_chain_triton(logits, drafts, num_drafts)
+        return Accepted(*greedy_chain_triton(logits, drafts, num_drafts))
     return greedy_chain_torch(logits, drafts, num_drafts)
 
 
@@ -58,22 +58,23 @@ def sampled_chain(
     Args:
         probs: [R, N + 1, V] float32, the target's distributions after the anchor and after every draft.
         drafts: [R, N] int64.
-        num_drafts: [R], how many of them are meant.
+        num_drafts: [R], how many of them are valid.
         candidate_ids: [R, N, K] int64, what each draft could have been, each token once.
         draft_probs: [R, N, K] float32, how probable that was.
         accept: [R, N] float64 in [0, 1), the number that decides about each draft.
         residual: [R, N + 1] float64 in [0, 1), the number that draws the bonus token at each position.
     """
     given = (probs, drafts, num_drafts, candidate_ids, draft_probs, accept, residual)
-    if _takes(probs) and probs.dtype == draft_probs.dtype == torch.float32 and drafts.shape[1] > 0:
+    if _in_triton(probs) and probs.dtype == draft_probs.dtype == torch.float32 and drafts.shape[1] > 0:
         from domino_spec.ops.triton.acceptance import sampled_chain_triton
 
-        return sampled_chain_triton(*given)
+        return Accepted(*sampled_chain_triton(*given))
     return sampled_chain_torch(*given)
 
 
-def _takes(values: Tensor) -> bool:
-    return values.is_cuda and values.dtype in (torch.float32, torch.bfloat16) and find_spec("triton") is not None
+def _in_triton(values: Tensor) -> bool:
+    """Whether Triton decides about rows of this kind."""
+    return values.is_cuda and values.dtype in (torch.float32, torch.bfloat16) and has_triton("acceptance")
 
 
 def greedy_chain_torch(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted:
@@ -107,16 +108,16 @@ def sampled_chain_torch(
         rejected = (num_accepted < num_drafts)[:, None]
         removed = torch.where(rejected, draft_probs.gather(1, at)[:, 0].double(), 0.0)
         without = left.scatter_add(1, candidate_ids.gather(1, at)[:, 0], -removed).clamp_(min=0)
-        # Rounding can leave nothing where the two distributions are all but equal; a rejection there has no weight.
+        # If the two distributions are almost equal, rounding can leave nothing; a rejection then has no weight.
         left = torch.where(without.sum(1, keepdim=True) > 0, without, left)
     bonus = draw(left, residual.gather(1, num_accepted[:, None])[:, 0])
     return Accepted(_with_bonus(drafts, num_accepted, bonus[:, None]), num_accepted, _finite(probs, num_accepted))
 
 
 def _prefix(accepted: Tensor, num_drafts: Tensor) -> Tensor:
-    """Length of the leading run of True within each request's own drafts."""
-    meant = torch.arange(accepted.shape[1], device=accepted.device) < num_drafts[:, None]
-    return (accepted & meant).long().cumprod(1).sum(1)
+    """Length of the leading run of True within each request's drafts."""
+    valid = torch.arange(accepted.shape[1], device=accepted.device) < num_drafts[:, None]
+    return (accepted & valid).long().cumprod(1).sum(1)
 
 
 def _with_bonus(drafts: Tensor, num_accepted: Tensor, bonus: Tensor) -> Tensor:

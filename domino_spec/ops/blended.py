@@ -2,8 +2,8 @@
 
 The draft is trained on two distributions at once, that of the base logits and that of the final ones (base plus
 correction). For every row, this module turns logits into losses and, in place, into gradients; the products with the
-LM head around it belong to `training.fused_loss`. `blended_rows_` chooses between the twins: PyTorch (the truth, here),
-C loops on CPU (`kernels.blended_cpu`) and Triton on CUDA (`kernels.blended_triton`).
+LM head around it belong to `training.fused_loss`. `blended_rows_` uses C loops on a CPU and a Triton kernel on CUDA;
+the PyTorch version, which explains them, is here too.
 
 For one row, with draft distribution q = softmax(z), target distribution p and label y, the loss is a sum of terms:
 
@@ -13,23 +13,23 @@ alpha is the probability that a token sampled from the draft is accepted. With m
 
     dCE/dz = q - onehot(y)    dKL/dz = q - p    dTV/dz = q (<q, m> - m)    d(-log alpha)/dz = dTV/dz / alpha
 
-Shapes: M rows, V logits (the draft vocabulary where there is one).
+Shapes: M rows, V logits (the draft vocabulary if there is one).
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_log = logging.getLogger(__name__)
+from domino_spec.ops.native import bindings
+from domino_spec.ops.triton import has_triton
+
 SMALLEST_ALPHA = 1e-30
-"""What a smaller alpha counts as: it would rest on probabilities that float32 cannot hold, or be 0."""
+"""A smaller alpha counts as this: it would rest on probabilities that float32 cannot hold, or be 0."""
 
 
 class Terms(NamedTuple):
@@ -48,7 +48,7 @@ class Terms(NamedTuple):
 
     @property
     def needs_target(self) -> bool:
-        """Whether the target's own distribution is compared with, not only its text."""
+        """Whether the loss compares with the target's distribution, not only with its text."""
         return any((self.kl, self.total_variation, self.log_acceptance)) or self.adaptive_eta is not None
 
 
@@ -57,7 +57,7 @@ class RowLosses(NamedTuple):
 
     base: Tensor
     final: Tensor
-    """Equal to `base` where there is no correction."""
+    """Equal to `base` if there is no correction."""
 
 
 def blended_rows_(
@@ -74,33 +74,48 @@ def blended_rows_(
     Args:
         base: [M, V] base logits, float32 or bfloat16 (computed in float32); becomes the gradient with respect to them.
         correction: [M, V] of the same type; becomes its gradient. None without a head: base then counts fully.
-        target: [M, V] the target's logits for the same tokens, left as they are; needed where `terms.needs_target`.
+        target: [M, V] the target's logits for the same tokens, not changed; required if `terms.needs_target`.
         labels: [M] int64, indices into the logits.
         weights: [M] float32.
         lambda_base: weight of the base loss, 0 to 1.
         terms: of the objective.
     """
-    twin = _twin(base, correction, target)
-    return twin(base, correction, target, labels, weights, lambda_base, terms)
-
-
-def _twin(base: Tensor, correction: Tensor | None, target: Tensor | None) -> Callable[..., RowLosses]:
-    """The fastest that takes these logits."""
-    if base.is_cuda and _has_triton():
-        from domino_spec.ops.triton.blended import blended_rows_triton_
-
-        return blended_rows_triton_
-    from domino_spec.ops.native import blended as blended_cpu
-
-    return blended_cpu.blended_rows_cpu_ if blended_cpu.is_available(base, correction, target) else blended_rows_torch_
+    given = (base, correction, target)
+    contiguous = all(logits is None or logits.is_contiguous() for logits in given)
+    types = tuple(None if logits is None else logits.dtype for logits in given)
+    compute = _implementation(base.device.type, types, contiguous)
+    return RowLosses(*compute(base, correction, target, labels, weights, lambda_base, terms))
 
 
 @functools.cache
-def _has_triton() -> bool:
-    found = find_spec("triton") is not None
-    if not found:
-        _log.warning("Triton is not installed; the loss is computed by PyTorch, which is slower")
-    return found
+def _implementation(device: str, types: tuple[torch.dtype | None, ...], contiguous: bool) -> Callable[..., tuple]:
+    """The fastest one for logits of this kind; `types` are those of base, correction and target."""
+    if device == "cuda" and has_triton("the loss"):
+        from domino_spec.ops.triton.blended import blended_rows_triton_
+
+        return blended_rows_triton_
+    base, correction, target = types
+    taken = base in _IN_C and correction in (None, base) and target in (None, *_IN_C)
+    native = device == "cpu" and contiguous and taken and bindings.library() is not None
+    return blended_rows_in_c_ if native else blended_rows_torch_
+
+
+_IN_C = (torch.float32, torch.bfloat16)
+
+
+def blended_rows_in_c_(
+    base: Tensor,
+    correction: Tensor | None,
+    target: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    lambda_base: float,
+    terms: Terms,
+) -> RowLosses:
+    """`blended_rows_` in one pass over memory; a thread needs 12 bytes of scratch per logit of one row."""
+    target = target if terms.needs_target else None
+    given = (base, correction, target, labels.contiguous(), weights.contiguous(), lambda_base, terms)
+    return RowLosses(*bindings.blended_rows(*given))
 
 
 def blended_rows_torch_(

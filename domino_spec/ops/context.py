@@ -1,22 +1,23 @@
 """New context rows into the draft's cache: the last step of `Backbone.project_context`, for all layers at once.
 
 After the two products (features to context, context to keys and values of all layers) keys are normed per head and
-rotated, and both are written behind the rows that each request already has. PyTorch's truth is here; on CUDA a Triton
-twin does it in one launch, on a CPU a loop in C, without the copies in between.
+rotated, and both are written behind the rows that each request already has. The PyTorch version is here; on CUDA a
+Triton kernel does it in one launch, on a CPU a C loop, without the copies in between.
 
 Shapes: R requests, T new rows, D head_dim.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.ops.native import bindings
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.triton import has_triton
 
 
 def write_context_(
@@ -29,9 +30,9 @@ def write_context_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """Norm, rotate (half-split RoPE) and write; rows that a request has no room for are left out by the fast twins.
+    """Norm, rotate (half-split RoPE) and write.
 
-    On a CPU what does not fit, a negative length too, is a ValueError.
+    C and Triton leave out rows that a request has no room for. In C, a negative length is a ValueError.
 
     Args:
         keys: [layers, R, kv_heads, capacity, D]; rows `lengths[r] .. lengths[r] + T - 1` of request r are written.
@@ -43,15 +44,20 @@ def write_context_(
         cos: [R, T, D] float32, for the rows' absolute positions.
         sin: [R, T, D] float32.
     """
-    given = (keys, values, lengths, projected, norm_weights, eps, cos, sin)
-    if keys.is_cuda and projected.dtype in (torch.float32, torch.bfloat16) and find_spec("triton") is not None:
+    types = (keys.dtype, projected.dtype, norm_weights.dtype)
+    write = _implementation(keys.device.type, types, keys.shape[-1])
+    write(keys, values, lengths, projected, norm_weights, eps, cos, sin)
+
+
+@functools.cache
+def _implementation(device: str, types: tuple[torch.dtype, ...], head_dim: int) -> Callable[..., None]:
+    """The fastest one for caches of this kind."""
+    if device == "cuda" and types[1] in (torch.float32, torch.bfloat16) and has_triton("a draft's context"):
         from domino_spec.ops.triton.context import write_context_triton_
 
-        write_context_triton_(*given)
-    elif _suits_cpu(keys, projected, norm_weights):
-        _write_context_cpu_(*given)
-    else:
-        write_context_torch_(*given)
+        return write_context_triton_
+    native = set(types) == {torch.float32} and bindings.is_available(torch.device(device), torch.float32)
+    return bindings.write_context if native and bindings.fits(head_dim) else write_context_torch_
 
 
 def write_context_torch_(
@@ -77,27 +83,3 @@ def write_context_torch_(
     # Advanced indices around a slice put R and T first: [R, T, layers, kv_heads, D].
     keys[:, of, :, rows] = rotated
     values[:, of, :, rows] = projected[:, :, :, 1].to(values.dtype)
-
-
-def _suits_cpu(keys: Tensor, projected: Tensor, norm_weights: Tensor) -> bool:
-    floats = all(x.dtype == torch.float32 for x in (keys, projected, norm_weights))
-    return floats and cpu.is_available(keys.device, keys.dtype) and cpu.fits(keys.shape[-1])
-
-
-def _write_context_cpu_(
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    projected: Tensor,
-    norm_weights: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    new = projected.shape[1]
-    cos, sin = (
-        bindings.spread("write_context_", name, part, (len(lengths), new, part.shape[-1]))
-        for name, part in (("cos", cos), ("sin", sin))
-    )
-    rows = lengths[:, None] + torch.arange(new)
-    bindings.write_context(projected.contiguous(), norm_weights.contiguous(), eps, cos, sin, rows, keys, values)

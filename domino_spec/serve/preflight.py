@@ -22,7 +22,7 @@ from domino_spec.devices import free_memory
 from domino_spec.draft.load import AnyDraft, draft_directory, fit_of, read_any_draft
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, make_drafter
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.settings import UserError, found
 from domino_spec.target.load import load_tokenizer, target_source
 from domino_spec.target.model import Target

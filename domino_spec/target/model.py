@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from domino_spec.ops.native import steps as cpu
-from domino_spec.ops.native.layers import DecoderLayers
+from domino_spec.ops.native import bindings as cpu
+from domino_spec.ops.native.bindings import DecoderLayers
 from domino_spec.settings import UserError
 from domino_spec.target.cache import TargetCache, pass_mask
 from domino_spec.target.native import FusedAttention, attention_calls, fuse, fused_layers, near, pack_linears

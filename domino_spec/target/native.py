@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from domino_spec.ops.native import steps as cpu
-from domino_spec.ops.native.layers import DecoderLayers, Layer, Norm, Product
+from domino_spec.ops.native import bindings as cpu
+from domino_spec.ops.native.bindings import DecoderLayers, Layer, Norm, Product
 from domino_spec.target.cache import folded_attention, watch_attention
 
 _log = logging.getLogger(__name__)

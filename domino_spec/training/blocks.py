@@ -21,7 +21,7 @@ from domino_spec.draft.config import SINGLE_LAYER_KINDS
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.load import AnyDraft
 from domino_spec.draft.single_layer import SingleLayerDraft
-from domino_spec.ops.reference import head_rollout
+from domino_spec.ops.heads import HeadInputs, head_rollout
 from domino_spec.training.attention import block_attention
 from domino_spec.training.chains import forward_chains
 from domino_spec.training.data import Batch, Sequence
@@ -174,8 +174,8 @@ def forward_blocks(
 def _greedy_drafts(draft: Draft, hidden: Tensor, anchor_tokens: Tensor) -> Tensor:
     """The draft's own greedy tokens: hidden states [A, N, H] and anchors [A] to token ids [A, N]."""
     chunk = max(1, ROLLOUT_LOGITS // (hidden.shape[1] * draft.config.logits_size))
-    choices = []
+    choices, head = [], draft.head_weights
     for part, anchors in zip(hidden.split(chunk), anchor_tokens.split(chunk), strict=True):
-        base = draft.base_logits(part)
-        choices.append(head_rollout(draft.head, part, base, draft.embed(anchors), draft.embed_choices).choices)
+        block = HeadInputs(part, draft.base_logits(part), draft.embed(anchors))
+        choices.append(head_rollout(head, block).choices)
     return draft.to_token_ids(torch.cat(choices))

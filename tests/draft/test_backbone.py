@@ -9,7 +9,7 @@ import torch
 
 from domino_spec.draft.backbone import ContextKV
 from domino_spec.drafters.block import ContextCache
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from tests.tiny import assert_close, random_prompts, tiny_draft
 
 ROWS = 11

@@ -14,7 +14,7 @@ from domino_spec.draft.config import HeadConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.draft.initialize import draft_config, new_draft
 from domino_spec.draft.load import load_draft
-from domino_spec.ops.reference import head_rollout
+from domino_spec.ops.heads import HeadInputs, head_rollout
 from domino_spec.recipe import DraftRecipe, HeadRecipe
 from domino_spec.settings import UserError
 from tests.tiny import ARCHITECTURES, MASK, VOCAB, assert_close, tiny_draft, tiny_target, word_tokenizer
@@ -140,7 +140,7 @@ def proposals(draft: Draft, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden = draft.backbone(draft.block_embeddings(anchors), positions[:, rows:], context, mask)
     hidden = hidden[:, config.first_draft_slot :]
     base = draft.base_logits(hidden)
-    rollout = head_rollout(draft.head, hidden, base, draft.embed(anchors), draft.embed_choices)
+    rollout = head_rollout(draft.head_weights, HeadInputs(hidden, base, draft.embed(anchors)))
     return hidden, base, draft.to_token_ids(rollout.choices)
 
 

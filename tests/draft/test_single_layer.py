@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from domino_spec.draft.single_layer import PairKV, SingleLayerDraft
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from tests.plain_eagle3 import PlainEagle3
 from tests.tiny import VOCAB, tiny_single_layer, tiny_target
 

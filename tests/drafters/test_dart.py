@@ -14,7 +14,7 @@ from domino_spec.decoding.cycle import Proposal, start
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.dart import DartDrafter, search_tree
 from domino_spec.drafters.ngram_counts import NgramModel
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.settings import UserError
 from tests.decoding.test_lossless import FALSE_ALARM, NUCLEUS, PENALISED, PLAIN, PROMPT, exact_joint, p_value
 from tests.decoding.test_lossless import TOKENS as SAMPLED_TOKENS

@@ -8,6 +8,7 @@ import torch
 from domino_spec.decoding.request import Limits
 from domino_spec.drafters.block import BlockDrafter
 from domino_spec.engines.drafting import DraftParts, Drafts, cache_as_logits, draft_tokens, over_vocabulary
+from domino_spec.ops.heads import HeadOps
 from tests import tiny
 
 EVERY_SECOND = torch.arange(0, tiny.VOCAB, 2)
@@ -15,9 +16,8 @@ EVERY_SECOND = torch.arange(0, tiny.VOCAB, 2)
 
 def parts_of(draft, candidates: int | None) -> DraftParts:
     """What drafting takes, as the plug-in would borrow it from vLLM."""
-    return DraftParts(
-        draft.head, draft.base_logits, draft.embed, draft.choice_embedding, draft.draft_vocab_ids, candidates
-    )
+    head = HeadOps(draft.head_weights, draft.device, draft.dtype)
+    return DraftParts(head, draft.base_logits, draft.embed, draft.draft_vocab_ids, candidates)
 
 
 class Noted(BlockDrafter):

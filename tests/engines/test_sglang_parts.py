@@ -27,7 +27,7 @@ from domino_spec.engines.drafting import ALLOW_OTHER_TARGET
 from domino_spec.engines.sglang import cpu, install
 from domino_spec.engines.sglang.model import Proposer, check_names
 from domino_spec.engines.sglang.worker import DominoWorker, GraphSampler, draft_temperatures, tap_last_layer
-from domino_spec.ops.rollout import head_rollout
+from domino_spec.ops.heads import HeadInputs, head_rollout
 from domino_spec.settings import UserError
 from tests import tiny
 from tests.engines.sglang_engine import save_tiny_pair
@@ -218,7 +218,7 @@ def blocks(pair, requests=3):
 def reference(pair, hidden, anchors):
     draft = pair[2]
     slots = hidden[:, draft.config.first_draft_slot :][:, :4]
-    rollout = head_rollout(draft.head, slots, draft.base_logits(slots), draft.embed(anchors), draft.embed_choices)
+    rollout = head_rollout(draft.head_weights, HeadInputs(slots, draft.base_logits(slots), draft.embed(anchors)))
     return draft.to_token_ids(rollout.choices)
 
 

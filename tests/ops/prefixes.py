@@ -1,7 +1,7 @@
 """What tests of trees share: inputs, every prefix written out one by one, and trees grown in plain Python.
 
 The growers below know nothing of tensors: they take a function from a prefix to the log probabilities of what may
-follow it. None of them looks at how `domino_spec.ops.trees` works.
+follow it. None of them looks at how `domino_spec.ops` grows them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from domino_spec.ops.trees import Tree
+from domino_spec.ops.heads import HeadInputs, HeadWeights, Tree
 
 VOCAB, DEPTHS, REQUESTS = 5, 3, 4
 EVERYTHING = VOCAB + VOCAB**2 + VOCAB**3
@@ -116,8 +115,8 @@ def prefixes(tree: Tree, r: int) -> list[Prefix]:
 
 def mass(tree: Tree) -> list[float]:
     """Sum of the kept prefixes' probabilities: the drafts that would be accepted if the draft were right."""
-    meant = torch.arange(tree.choices.shape[1]) < tree.num_drafts[:, None]
-    return (tree.log_probs.exp() * meant).sum(1).tolist()
+    valid = torch.arange(tree.choices.shape[1]) < tree.num_drafts[:, None]
+    return (tree.log_probs.exp() * valid).sum(1).tolist()
 
 
 # Worked examples (a, b, .. are tokens 0, 1, ..).
@@ -146,13 +145,13 @@ def table_logits(probs: dict[str, float]) -> torch.Tensor:
 
 
 def marginal_inputs(slots: list[dict[str, float]] = MARGINAL):
-    """Hidden states, base logits, anchor and embedding of a draft without a head."""
+    """What a draft without a head drafts from."""
     base = torch.stack([table_logits(slot) for slot in slots])[None]
-    return torch.zeros(1, len(slots), 1), base, torch.zeros(1, 1), lambda ids: ids
+    return HeadInputs(torch.zeros(1, len(slots), 1), base, torch.zeros(1, 1))
 
 
-class TableHead:
-    """A head that looks its logits up by the whole prefix; of a real head it has what rollout and trees use.
+class TableHead(HeadWeights):
+    """A head that looks its logits up by the whole prefix.
 
     Its state is one-hot in the prefix, W1 hands it on, and a column of W2 holds the logits after that prefix. The
     embedding of a token is its id, the anchor's is -1.
@@ -161,17 +160,19 @@ class TableHead:
     ANCHOR = -1.0
 
     def __init__(self, table: dict[str, dict[str, float]] = CONDITIONAL) -> None:
-        self.known = ["".join(p) for n in range(3) for p in itertools.product(LETTERS, repeat=n)]
-        size = len(self.known)
-        self.config = SimpleNamespace(pure_draft_prefix_len=0, gru_hidden_dim=size)
-        self.input_weight = torch.cat((torch.zeros(size, 1), torch.eye(size)), dim=1)
-        rows = [table_logits(table.get(prefix, UNKNOWN)) for prefix in self.known]
-        self.correction_weight = torch.stack(rows, dim=1) / F.silu(torch.ones(()))
-        self.read: list[str] = []
-        """Every prefix whose state was computed."""
-
-    def initial_state(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(*shape, len(self.known))
+        known = ["".join(p) for n in range(3) for p in itertools.product(LETTERS, repeat=n)]
+        size, nothing = len(known), torch.zeros(0, 1)
+        rows = [table_logits(table.get(prefix, UNKNOWN)) for prefix in known]
+        super().__init__(
+            input_gates=nothing,
+            state_gates=torch.zeros(0, size),
+            to_low_rank=torch.cat((torch.zeros(size, 1), torch.eye(size)), dim=1),
+            correction=torch.stack(rows, dim=1) / F.silu(torch.ones(())),
+            pure_draft_prefix_len=0,
+            embed_choice=lambda ids: ids[..., None].float(),
+        )
+        object.__setattr__(self, "known", known)
+        object.__setattr__(self, "read", [])  # every prefix whose state was computed
 
     def step(self, embedding: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         after = torch.zeros_like(state)
@@ -182,7 +183,6 @@ class TableHead:
             self.read.append(text)
         return after
 
-    def inputs(self):
-        """Hidden states, base logits, anchor and embedding that leave every choice to the table."""
-        anchor = torch.full((1, 1), self.ANCHOR)
-        return torch.zeros(1, 3, 1), torch.zeros(1, 3, 6), anchor, lambda ids: ids[..., None].float()
+    def inputs(self) -> HeadInputs:
+        """What leaves every choice to the table."""
+        return HeadInputs(torch.zeros(1, 3, 1), torch.zeros(1, 3, 6), torch.full((1, 1), self.ANCHOR))

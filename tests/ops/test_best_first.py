@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from domino_spec.ops.trees import Tree, best_first_tree, head_tree
+from domino_spec.ops.best_first import best_first_tree
+from domino_spec.ops.heads import Draw, HeadInputs, HeadWeights, Tree, head_tree
 from tests.ops.prefixes import (
     CONDITIONAL,
     EVERYTHING,
@@ -45,8 +47,9 @@ def draft(request, small_target):
     return tiny_draft(small_target, prefix=request.param, std=0.8)
 
 
-def grow(draft, given, candidates: int | None, budget: int, **options) -> Tree:
-    return best_first_tree(draft.head, *given, draft.embed, candidates, budget, **options)
+def grow(draft, given, candidates: int | None, budget: int, min_confidence: float = 0.0, **options) -> Tree:
+    how = Draw(candidates, min_confidence=min_confidence)
+    return best_first_tree(draft.head_weights, HeadInputs(*given), how, budget, **options)
 
 
 def equal(tree: Tree, other: Tree) -> bool:
@@ -91,11 +94,11 @@ def test_every_prefix_has_a_gru_state_of_its_own(draft, ahead):
             assert after == pytest.approx(logits.log_softmax(-1).tolist(), abs=2e-5)
 
 
-def watch(head, monkeypatch) -> list[int]:
+def watch(monkeypatch) -> list[int]:
     """How many GRU states each step computes, from now on."""
     rows: list[int] = []
-    step = type(head).step
-    monkeypatch.setattr(type(head), "step", lambda self, e, state: rows.append(len(e)) or step(self, e, state))
+    step = HeadWeights.step
+    monkeypatch.setattr(HeadWeights, "step", lambda self, e, state: rows.append(len(e)) or step(self, e, state))
     return rows
 
 
@@ -135,7 +138,7 @@ def test_states_computed_late_give_the_tree_of_states_computed_at_once(small_tar
     draft, candidates, budget = tiny_draft(small_target, prefix=1, std=0.8), 4, 16
     given = inputs(draft, seed, depths=5)
     eager = [eager_tree(draft, given, candidates, budget, r) for r in range(REQUESTS)]
-    rows = watch(draft.head, monkeypatch)
+    rows = watch(monkeypatch)
     for ahead, most in ((1, 1.0), (4, 2.0)):
         rows.clear()
         tree = grow(draft, given, candidates, budget, ahead=ahead)
@@ -148,7 +151,7 @@ def test_states_computed_late_give_the_tree_of_states_computed_at_once(small_tar
 def test_looking_ahead_saves_steps_and_changes_no_tree(small_target, monkeypatch, candidates):
     draft, budget = tiny_draft(small_target, std=0.8), 24
     given = inputs(draft, depths=6)
-    rows = watch(draft.head, monkeypatch)
+    rows = watch(monkeypatch)
     steps, trees = [], []
     for ahead in AHEAD:
         rows.clear()
@@ -161,7 +164,7 @@ def test_looking_ahead_saves_steps_and_changes_no_tree(small_target, monkeypatch
 def test_of_a_prefix_that_is_not_extended_no_state_is_computed():
     """The last draft needs no children, nor do those of the last depth; nothing is computed ahead in vain here."""
     head = TableHead()
-    tree = best_first_tree(head, *head.inputs(), None, 5, ahead=1)
+    tree = best_first_tree(head, head.inputs(), Draw(), 5, ahead=1)
     assert texts(tree) == ["a", "ac", "ace", "b", "bc"]
     assert head.read == ["", "a", "ac", "b"]
 
@@ -173,7 +176,7 @@ def test_no_tree_of_its_size_holds_more_probability(draft, budget):
     best = mass(grow(draft, given, 4, budget))
     narrow = []
     for width, penalty in ((budget, 0.0), (2, 0.0), (4, 0.2), (None, 0.0)):
-        tree = head_tree(draft.head, *given, draft.embed, 4, budget, width, depth_penalty=penalty)
+        tree = head_tree(draft.head_weights, HeadInputs(*given), Draw(4), budget, width, penalty)
         narrow.append(mass(tree))
         assert all(b >= m - 1e-5 for b, m in zip(best, narrow[-1], strict=True))
         if width == budget:
@@ -233,24 +236,24 @@ def test_dominotrees_order(ahead):
     head = TableHead(CONDITIONAL)
     order = ["a", "ac", "ace", "b", "bc", "bce", "ad"]
     for budget in range(1, len(order) + 1):
-        assert texts(best_first_tree(head, *head.inputs(), None, budget, ahead=ahead)) == order[:budget]
-    tree = best_first_tree(head, *head.inputs(), None, 5, ahead=ahead)
+        assert texts(best_first_tree(head, head.inputs(), Draw(), budget, ahead=ahead)) == order[:budget]
+    tree = best_first_tree(head, head.inputs(), Draw(), 5, ahead=ahead)
     assert tree.parents.tolist() == [[-1, 0, 1, -1, 3]]
     assert tree.log_probs.exp().tolist()[0] == pytest.approx([0.6, 0.42, 0.4116, 0.4, 0.36], abs=1e-6)
 
 
 def test_ddtrees_order():
     """Marginals a .6 b .4, c .7 d .3, e .6 f .4: a .6, ac .42, b .4, bc .28, ace .252."""
-    tree = best_first_tree(None, *marginal_inputs(), None, 5)
+    tree = best_first_tree(None, marginal_inputs(), Draw(), 5)
     assert texts(tree) == ["a", "ac", "b", "bc", "ace"] and tree.parents.tolist() == [[-1, 0, -1, 2, 1]]
     assert tree.log_probs.exp().tolist()[0] == pytest.approx([0.6, 0.42, 0.4, 0.28, 0.252], abs=1e-6)
 
 
 def test_of_candidates_that_cannot_follow_none_is_proposed():
     """A logit of minus infinity is a probability of nothing."""
-    hidden, base, anchor, embed = marginal_inputs()
-    base = base.masked_fill(base < -9, -math.inf)
-    given = (None, hidden, base, anchor, embed, None, 99)
+    block = marginal_inputs()
+    base = block.base_logits.masked_fill(block.base_logits < -9, -math.inf)
+    given = (None, replace(block, base_logits=base), Draw(), 99)
     for tree in (best_first_tree(*given), head_tree(*given, width=99)):
         assert len(texts(tree)) == 2 + 4 + 8 and set("".join(texts(tree))) == set(LETTERS)
         assert {text for text in texts(tree) if len(text) == 1} == {"a", "b"}

@@ -20,19 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from domino_spec.draft.config import HeadConfig
-from domino_spec.draft.domino import DominoHead
-from domino_spec.ops import reference, trees
+from domino_spec.ops import heads
 from domino_spec.ops.blended import Terms, blended_rows_torch_
-from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.heads import Draw, EmbeddingTable, HeadInputs, HeadWeights
 from domino_spec.ops.native import bindings
-from domino_spec.ops.native import steps as cpu
-from domino_spec.ops.native.layers import Layer, Norm, Product
+from domino_spec.ops.native.bindings import DecoderLayers, Layer, Norm, Product
 from domino_spec.target.native import FusedAttention, FusedProjection, NotFusible
 from tests import sanitized
 from tests.tiny import tiny_target
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(bindings.library() is None, reason="no C compiler here")
 KERNELS = Path(bindings.__file__).parent
 SANITIZED = os.environ.get("DOMINO_SPEC_NATIVE_SANITIZE") == "1"
 
@@ -53,14 +50,14 @@ class Call:
     entry: Callable[..., Any]
     arguments: dict[str, Any]
     truth: Callable[..., dict[str, Tensor]]
-    """The same arguments to what some of them must hold afterwards."""
+    """The same arguments to what some of them must hold afterwards. A call returns "y", or several results by name."""
 
 
 def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, gain.shape, gain, eps)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of x [..., D] by cos and sin that broadcast, on the first values of a head."""
     part, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
     left, right = part.chunk(2, dim=-1)
@@ -89,21 +86,16 @@ def product(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Ten
 
 def linear(rows: int, inputs: int, outputs: int) -> Call:
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    arguments = dict(x=x, panels=cpu.pack(weight), bias=cpu.pack_bias(bias), turned=torch.empty_like(x))
-    arguments["y"] = torch.empty(rows, outputs)
-    return Call(
-        bindings.linear,
-        arguments,
-        lambda x, panels, bias, turned, y: {"y": product(x, panels, bias, y.shape[-1])},
-    )
+    arguments = dict(x=x, panels=bindings.pack(weight), outputs=outputs, bias=bindings.pack_bias(bias))
+    return Call(bindings.linear, arguments, lambda x, panels, outputs, bias: {"y": product(x, panels, bias, outputs)})
 
 
 def rms_norm(rows: int, width: int) -> Call:
     x = torch.randn(rows, width)
     return Call(
         bindings.rms_norm,
-        dict(x=x, weight=torch.randn(width), eps=1e-5, y=torch.empty_like(x)),
-        lambda x, weight, eps, y: {"y": normed(x, weight, eps)},
+        dict(x=x, weight=torch.randn(width), eps=1e-5),
+        lambda x, weight, eps: {"y": normed(x, weight, eps)},
     )
 
 
@@ -116,25 +108,25 @@ def rms_norm_heads(rows: int, width: int, heads: int) -> Call:
     arguments = dict(
         x=torch.randn(rows, (heads + 2) * width), first=1, heads=heads, weight=torch.randn(width), eps=1e-5
     )
-    return Call(bindings.rms_norm_heads, arguments, truth)
+    return Call(bindings.rms_norm_heads_, arguments, truth)
 
 
 def rotate(requests: int, tokens: int, heads: int, width: int, rotary: int) -> Call:
     def truth(x, heads, head_dim, cos, sin):
         by_head = x[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
-        by_head.copy_(turned(by_head, cos[:, :, None], sin[:, :, None]))
+        by_head.copy_(rotated(by_head, cos[:, :, None], sin[:, :, None]))
         return {"x": x}
 
     cos, sin = torch.randn(2, requests, tokens, rotary)
     x = torch.randn(requests, tokens, (heads + 1) * width)
-    return Call(bindings.rotate, dict(x=x, heads=heads, head_dim=width, cos=cos, sin=sin), truth)
+    return Call(bindings.rotate_, dict(x=x, heads=heads, head_dim=width, cos=cos, sin=sin), truth)
 
 
 def silu_mul(rows: int, width: int) -> Call:
     return Call(
         bindings.silu_mul,
-        dict(x=torch.randn(rows, 2 * width), y=torch.empty(rows, width)),
-        lambda x, y: {"y": F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]},
+        dict(x=torch.randn(rows, 2 * width)),
+        lambda x: {"y": F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]},
     )
 
 
@@ -145,15 +137,16 @@ def attend(requests: int, tokens: int, groups: int, kv_heads: int, extent: int, 
     mask = torch.rand(requests, 1, tokens, extent) < 0.5
     return Call(
         bindings.attend,
-        dict(query=query, keys=keys, values=values, mask=mask, scale=0.3, y=torch.empty(query.shape)),
-        lambda query, keys, values, mask, scale, y: {"y": attended(query, keys, values, mask, scale)},
+        dict(query=query, keys=keys, values=values, mask=mask, scale=0.3),
+        lambda query, keys, values, mask, scale: {"y": attended(query, keys, values, mask, scale)},
     )
 
 
 def write_context(requests: int, tokens: int, layers: int, kv_heads: int, width: int, capacity: int) -> Call:
-    def truth(projected, norms, eps, cos, sin, rows, keys, values):
+    def truth(keys, values, lengths, projected, norms, eps, cos, sin):
+        rows = lengths[:, None] + torch.arange(tokens)
         for i, gain in enumerate(norms):
-            new = turned(normed(projected[:, :, i, 0], gain, eps), cos[:, :, None], sin[:, :, None])
+            new = rotated(normed(projected[:, :, i, 0], gain, eps), cos[:, :, None], sin[:, :, None])
             write(keys[i], rows, new)
             write(values[i], rows, projected[:, :, i, 1])
         return {"keys": keys, "values": values}
@@ -166,7 +159,7 @@ def write_context(requests: int, tokens: int, layers: int, kv_heads: int, width:
         eps=1e-5,
         cos=cos,
         sin=sin,
-        rows=torch.randint(capacity + 2, (requests, 1)) + torch.arange(tokens),
+        lengths=torch.randint(capacity + 2, (requests,)),
         keys=keys,
         values=values,
     )
@@ -182,8 +175,8 @@ def layer_weights(hidden: int, heads: int, kv_heads: int, width: int, inner: int
     sizes = {"joined": (hidden, row), "output": (heads * width, hidden)}
     sizes |= {"gate_up": (hidden, 2 * inner), "down": (inner, hidden)}
     for name, (inputs, outputs) in sizes.items():
-        weights[name] = cpu.pack(torch.randn(outputs, inputs) / inputs**0.5)
-        weights[f"{name}_bias"] = cpu.pack_bias(torch.randn(outputs))
+        weights[name] = bindings.pack(torch.randn(outputs, inputs) / inputs**0.5)
+        weights[f"{name}_bias"] = bindings.pack_bias(torch.randn(outputs))
     return weights
 
 
@@ -198,11 +191,12 @@ def described(weights: dict[str, Any], kind: str = "any") -> Layer:
 def decoder_layers(
     requests: int, tokens: int, hidden: int, groups: int, kv_heads: int, width: int, capacity: int
 ) -> Call:
-    def entry(x, cos, sin, keys, values, rows, mask, tapped, features, **weights):
-        layers = bindings.Described([described(weights)] * 2, ("any",))
-        bindings.decoder_layers(layers, x, cos, sin, keys, values, rows, [mask], [tapped], features)
+    def entry(x, cos, sin, keys, values, rows, mask, tapped, **weights):
+        layers = DecoderLayers([described(weights)] * 2)
+        y, features = layers(x, cos, sin, keys, values, rows, {"any": mask}, [tapped])
+        return {"y": y, "features": features}
 
-    def truth(x, cos, sin, keys, values, rows, mask, tapped, features, **weights):
+    def truth(x, cos, sin, keys, values, rows, mask, tapped, **weights):
         layer, outputs = described(weights), []
         heads, kv_heads = layer.heads, layer.kv_heads
         parts = (heads, kv_heads, kv_heads)
@@ -211,7 +205,7 @@ def decoder_layers(
             joined = product(normed(x, layer.input_norm.gain, 1e-5), layer.joined.panels, layer.joined.bias, row)
             query, key, value = joined.unflatten(-1, (-1, layer.head_dim)).split(parts, dim=2)
             query, key = (
-                turned(normed(part, gain, 1e-5), cos[:, :, None], sin[:, :, None])
+                rotated(normed(part, gain, 1e-5), cos[:, :, None], sin[:, :, None])
                 for part, gain in ((query, weights["query"]), (key, weights["key"]))
             )
             write(keys[i], rows, key)
@@ -223,7 +217,7 @@ def decoder_layers(
             gate, up = inner.chunk(2, -1)
             x = x + product(F.silu(gate) * up, layer.down.panels, layer.down.bias, hidden)
             outputs.append(x)
-        return {"x": x, "keys": keys, "values": values, "features": outputs[tapped]}
+        return {"y": x, "keys": keys, "values": values, "features": outputs[tapped]}
 
     cos, sin = torch.randn(2, requests, tokens, width)
     keys, values = torch.randn(2, 2, requests, kv_heads, capacity, width)
@@ -236,7 +230,6 @@ def decoder_layers(
         rows=torch.randint(capacity + 2, (requests, 1)) + torch.arange(tokens),
         mask=torch.rand(requests, 1, tokens, capacity - 1) < 0.7,
         tapped=1,
-        features=torch.empty(requests, tokens, hidden),
         **layer_weights(hidden, groups * kv_heads, kv_heads, width, 2 * hidden),
     )
     return Call(entry, arguments, truth)
@@ -244,35 +237,35 @@ def decoder_layers(
 
 def head_rollout(requests: int, depths: int, hidden: int, vocabulary: int, how: str) -> Call:
     """Chains that are chosen or sampled, or trees."""
-    candidates = vocabulary // 2
 
-    def entry(threshold=-math.inf, **arguments):
-        head = tuple(arguments.pop(name) for name in ("input_gates", "state_gates", "to_low_rank", "correction"))
-        bindings.head_rollout(head=head, scale=1.0, threshold=threshold, **arguments)
+    def bundles(arguments):
+        table = EmbeddingTable(arguments["embeddings"], arguments["token_ids"], torch.float32)
+        matrices = (arguments[name] for name in ("input_gates", "state_gates", "to_low_rank", "correction"))
+        block = HeadInputs(arguments["slots"], arguments["logits"], arguments["anchors"])
+        drawn = Draw(arguments["candidates"], uniform=arguments["uniform"])
+        return HeadWeights(*matrices, arguments["pure_prefix"], table), block, drawn
 
-    def truth(slots, logits, anchors, input_gates, state_gates, to_low_rank, correction, embeddings, token_ids, **rest):
-        state, low_rank = state_gates.shape[1], len(to_low_rank)
-        head = DominoHead(HeadConfig(state, low_rank, rest["pure_prefix"]), slots.shape[-1], logits.shape[-1])
-        weights = (head.prefix_gru.weight_ih_l0, head.prefix_gru.weight_hh_l0, head.input_weight)
-        own = (input_gates, state_gates, to_low_rank, correction)
-        for parameter, weight in zip((*weights, head.correction_weight), own, strict=True):
-            parameter.copy_(weight)
-        table = EmbeddingTable(embeddings, token_ids, torch.float32)
-        given = (head, slots, logits, anchors, table, len(rest["ids"][0, 0]))
-        if rest["budget"] != budget:
-            return {}  # fewer of the same prefixes
-        if how == "tree":
-            return {"num_drafts": trees.head_tree(*given, budget, 3).num_drafts}
-        temperature = 1.0 if rest["temperatures"] is None else rest["temperatures"]
-        chain = reference.head_rollout(*given, temperature, rest["uniform"])
+    def entry(**arguments):
+        head, block, drawn = bundles(arguments)
+        rest = (arguments[name] for name in ("temperatures", "budget"))
+        return bindings.head_rollout(bindings.Head(head), block, arguments["widths"], drawn, *rest)._asdict()
+
+    def truth(**arguments):
+        head, block, drawn = bundles(arguments)
+        if how == "tree":  # of another budget, fewer or more of the same prefixes
+            return (
+                {"num_drafts": heads.head_tree(head, block, drawn, 6, 3).num_drafts} if arguments["budget"] == 6 else {}
+            )
+        if arguments["budget"] or set(arguments["widths"]) != {1}:
+            return {}  # trees
+        temperature = 0.0 if arguments["temperatures"] is None else arguments["temperatures"]
+        chain = heads.head_rollout(head, block, replace(drawn, temperature=temperature))
         return {"choices": chain.choices} | ({} if chain.probs is None else {"probs": chain.probs})
 
-    budget = 6 if how == "tree" else 0
+    candidates, sampled = vocabulary // 2, how == "sampled"
     state, low_rank, tokens = 16, 32, vocabulary + 5
-    widths = trees.depth_widths(depths, candidates, 6, 3) if how == "tree" else [1] * depths
-    depths, room = len(widths), sum(widths)
-    sampled = how == "sampled"
-    choices, parents = torch.zeros(2, requests, room, dtype=torch.long).unbind()
+    widths = heads.depth_widths(depths, candidates, 6, 3) if how == "tree" else [1] * depths
+    depths = len(widths)
     arguments = dict(
         slots=torch.randn(requests, depths, hidden),
         logits=torch.randn(requests, depths, vocabulary),
@@ -284,30 +277,28 @@ def head_rollout(requests: int, depths: int, hidden: int, vocabulary: int, how: 
         embeddings=torch.randn(tokens, hidden),
         token_ids=torch.randperm(tokens)[:vocabulary],
         pure_prefix=1,
+        candidates=candidates,
         widths=widths,
         temperatures=torch.rand(requests) if sampled else None,
         uniform=torch.rand(requests, depths, dtype=torch.float64) if sampled else None,
-        choices=choices,
-        parents=parents,
-        scores=torch.zeros(requests, room),
-        budget=budget,
-        num_drafts=torch.zeros(requests, dtype=torch.long),
-        ids=torch.zeros(requests, depths, candidates, dtype=torch.long),
-        probs=torch.zeros(requests, depths, candidates) if sampled else None,
+        budget=6 if how == "tree" else 0,
     )
     return Call(entry, arguments, truth)
 
 
 def blended_rows(rows: int, width: int, dtype: torch.dtype) -> Call:
-    def truth(base, correction, target, labels, weights, lambda_base, terms, adaptive_eta, base_losses, final_losses):
+    def entry(**arguments):
+        base_losses, final_losses = bindings.blended_rows(**arguments)
+        return dict(base_losses=base_losses, final_losses=final_losses)
+
+    def truth(base, correction, target, labels, weights, lambda_base, terms):
         losses = blended_rows_torch_(base, correction, target, labels, weights, lambda_base, terms)
         return dict(base=base, correction=correction, base_losses=losses.base, final_losses=losses.final)
 
     base, correction, target = torch.randn(3, rows, width).to(dtype)
     arguments = dict(base=base, correction=correction, target=target, labels=torch.randint(width, (rows,)))
-    arguments |= dict(weights=torch.rand(rows), lambda_base=0.4, terms=Terms(0.3, 0.5, 0.7), adaptive_eta=math.nan)
-    arguments |= dict(base_losses=torch.empty(rows), final_losses=torch.empty(rows))
-    return Call(bindings.blended_rows, arguments, truth)
+    arguments |= dict(weights=torch.rand(rows), lambda_base=0.4, terms=Terms(0.3, 0.5, 0.7))
+    return Call(entry, arguments, truth)
 
 
 FEW, WIDTH = st.integers(0, 4), st.sampled_from([16, 32, 48])
@@ -400,10 +391,11 @@ def test_a_call_equals_pytorch_or_is_refused(name, data):
         arguments[argument] = spoil(data.draw, arguments[argument])
     copies = {name: _copy(value) for name, value in arguments.items()}
     try:
-        call.entry(**arguments)
+        found = call.entry(**arguments)
     except (ValueError, TypeError) as refused:
         assert chosen and str(refused).startswith(name), "what fits is taken, and who refuses gives its name"
         return
+    arguments |= found if isinstance(found, dict) else {"y": found}
     for result, expected in call.truth(**copies).items():
         wide = dict(atol=2e-2, rtol=2e-2) if expected.dtype == torch.bfloat16 else dict(atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(arguments[result], expected, **wide)
@@ -419,30 +411,30 @@ def call_with(name: str, *sizes: Any, **changes: Any) -> Call:
 
 
 def test_a_refusal_names_function_argument_what_is_expected_and_what_was_found():
-    panels = cpu.pack(torch.randn(40, 64))
+    panels = bindings.pack(torch.randn(40, 64))
     with pytest.raises(
         ValueError, match=r"^linear: panels must be contiguous torch.float32 \[\d, 63, \d+\] on cpu, got torch"
     ):
-        cpu.linear(torch.randn(2, 63), panels, 40)
+        bindings.linear(torch.randn(2, 63), panels, 40)
     with pytest.raises(ValueError, match=r"^attend: 3 heads cannot share 2 heads of keys and values evenly"):
-        cpu.attend(
+        bindings.attend(
             torch.randn(1, 1, 3, 32), *torch.randn(2, 1, 2, 4, 32), torch.ones(1, 1, 1, 4, dtype=torch.bool), 1.0
         )
     with pytest.raises(
         ValueError, match=r"^rms_norm: the width of x must be a multiple of \d+, this processor's vectors, got 7"
     ):
-        cpu.rms_norm(torch.randn(2, 7), torch.randn(7), 1e-5)
+        bindings.rms_norm(torch.randn(2, 7), torch.randn(7), 1e-5)
     with pytest.raises(TypeError, match=r"^linear: panels must be .* got NoneType"):
-        cpu.linear(torch.randn(2, 63), None, 40)  # type: ignore[arg-type]
+        bindings.linear(torch.randn(2, 63), None, 40)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("row", [-1, -(2**62)])
 def test_a_negative_row_is_refused_before_anything_is_written(row):
-    layers = call_with("decoder_layers", 1, 2, 32, 1, 1, 16, 6, rows=torch.tensor([[0, row]]))
-    context = call_with("write_context", 1, 2, 2, 1, 16, 6, rows=torch.tensor([[0, row]]))
+    layers = call_with("decoder_layers", 1, 2, 32, 1, 1, 16, 6, rows=torch.tensor([[row + 1, row]]))
+    context = call_with("write_context", 1, 2, 2, 1, 16, 6, lengths=torch.tensor([row]))
     for call in (layers, context):
         before = {name: call.arguments[name].clone() for name in ("keys", "values")}
-        with pytest.raises(ValueError, match=f"rows must be 0 or more, got {row} to 0"):
+        with pytest.raises(ValueError, match=f"rows must be 0 or more, got {row} to {row + 1}"):
             call.entry(**call.arguments)
         assert all(torch.equal(call.arguments[name], kept) for name, kept in before.items())
 
@@ -466,26 +458,26 @@ def test_a_token_that_sees_nothing_gets_zeros_and_no_tokens_give_nothing():
     query, keys = torch.randn(2, 3, 2, 32), torch.randn(2, 1, 5, 32)
     mask = torch.ones(2, 1, 3, 5, dtype=torch.bool)
     mask[1, 0, 2] = False
-    got = cpu.attend(query, keys, keys, mask, 0.3)
+    got = bindings.attend(query, keys, keys, mask, 0.3)
     assert not got[1, 2].any() and got[:, :2].ne(0).all() and got[0, 2].ne(0).all()
-    assert cpu.attend(query[:, :0], keys, keys, mask[:, :, :0], 0.3).shape == (2, 0, 2, 32)
+    assert bindings.attend(query[:, :0], keys, keys, mask[:, :, :0], 0.3).shape == (2, 0, 2, 32)
 
 
 def test_attention_takes_tokens_that_are_cut_out_only_where_their_distance_is_the_same():
     query, keys = torch.randn(2, 5, 2, 32), torch.randn(2, 1, 4, 32)
     mask = torch.ones(2, 1, 1, 4, dtype=torch.bool)
     one = query[:, 3:4]  # of each request, five tokens apart
-    assert torch.equal(cpu.attend(one, keys, keys, mask, 0.3), cpu.attend(one.clone(), keys, keys, mask, 0.3))
+    assert torch.equal(bindings.attend(one, keys, keys, mask, 0.3), bindings.attend(one.clone(), keys, keys, mask, 0.3))
     with pytest.raises(ValueError, match="attend: query must be cut from"):
-        cpu.attend(query[:, :2], keys, keys, mask.expand(2, 1, 2, 4), 0.3)
+        bindings.attend(query[:, :2], keys, keys, mask.expand(2, 1, 2, 4), 0.3)
 
 
 def test_weights_of_layers_are_compared_when_they_are_described():
     sizes = dict(hidden=32, heads=4, kv_heads=2, width=16, inner=64)
-    bindings.Described([described(layer_weights(**sizes))], ("any",))
+    DecoderLayers([described(layer_weights(**sizes))])
     faults = {
         "query": torch.randn(64),  # MiniMax-M2: of all heads
-        "down": cpu.pack(torch.randn(32, 48)),
+        "down": bindings.pack(torch.randn(32, 48)),
         "joined_bias": torch.randn(31),
         "kv_heads": 3,
         "input": torch.randn(32).double(),
@@ -493,7 +485,7 @@ def test_weights_of_layers_are_compared_when_they_are_described():
     for name, fault in faults.items():
         with pytest.raises(ValueError, match=r"^decoder_layers: layer 1: "):
             good = described(layer_weights(**sizes))
-            bindings.Described([good, described(layer_weights(**sizes) | {name: fault})], ("any",))
+            DecoderLayers([good, described(layer_weights(**sizes) | {name: fault})])
 
 
 # ---- a norm over all heads: MiniMax-M2 ----
@@ -522,7 +514,7 @@ def test_a_norm_as_wide_as_all_heads_is_not_taken_for_a_heads():
     with pytest.raises(
         ValueError, match="rms_norm_heads_: weight must be as wide as a head, of which 4 from number 0 on"
     ):
-        cpu.rms_norm_heads_(torch.randn(2, 8 * 16), 0, 4, attention.q_norm.weight, 1e-6)
+        bindings.rms_norm_heads_(torch.randn(2, 8 * 16), 0, 4, attention.q_norm.weight, 1e-6)
     target.pack()
     assert layer.self_attn is attention and isinstance(target.layers[1].self_attn, FusedAttention)
 
@@ -556,14 +548,14 @@ _STARVE = """
 import resource, torch
 from tests.ops import test_bindings as t
 torch.set_num_threads(1)
-for call in (
-    t.attend(1, 40, 1, 1, 1 << 20, 16),
-    t.decoder_layers(1, 1 << 15, 32, 1, 1, 16, 4),
-    t.head_rollout(1, 200, 16, 100_000, "chosen"),
-    t.blended_rows(1, 16 << 20, torch.float32),
+for call, megabytes in (
+    (t.attend(1, 40, 1, 1, 1 << 20, 16), 4),
+    (t.decoder_layers(1, 1 << 15, 32, 1, 1, 16, 4), 4),
+    (t.head_rollout(1, 200, 16, 100_000, "chosen"), 100),  # 80 of which are for its result
+    (t.blended_rows(1, 16 << 20, torch.float32), 4),
 ):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), -1))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), -1))
     try:
         call.entry(**call.arguments)
     except MemoryError as error:
@@ -589,7 +581,7 @@ def _python(code: str, *arguments: str, environment: dict[str, str] | None = Non
 
 _PLANTED = """
 import ctypes, sys, torch
-from domino_spec.ops import bindings
+from domino_spec.ops.native import bindings
 keys, values = torch.zeros(2, 1, 1, 1, 8, 16)
 rows, cos = torch.tensor([[int(sys.argv[1])]]), torch.ones(1, 1, 16)
 tensors = (torch.zeros(1, 1, 1, 2, 1, 16), torch.ones(1, 16), cos, cos, rows, keys, values)

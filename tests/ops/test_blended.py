@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domino_spec.ops import blended
-from domino_spec.ops.blended import SMALLEST_ALPHA, Terms, blended_rows_, blended_rows_torch_
-from domino_spec.ops.native import blended as blended_cpu
-from domino_spec.ops.native import steps as cpu
-from domino_spec.ops.native.blended import blended_rows_cpu_
+from domino_spec.ops.blended import SMALLEST_ALPHA, Terms, blended_rows_, blended_rows_in_c_, blended_rows_torch_
+from domino_spec.ops.native import bindings as cpu
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -107,7 +104,7 @@ def test_the_truth_equals_autograd(terms, corrected):
 @pytest.mark.parametrize("width", [1, 2, 7, 16, 31, 200, 1025, 8192])
 def test_c_equals_the_truth(terms, corrected, dtype, width):
     arguments = some_rows(5, width, terms, corrected, dtype, seed=width)
-    assert_twins_agree(run(blended_rows_cpu_, arguments), run(blended_rows_torch_, arguments))
+    assert_twins_agree(run(blended_rows_in_c_, arguments), run(blended_rows_torch_, arguments))
 
 
 @needs_library
@@ -116,7 +113,7 @@ def test_c_equals_the_truth(terms, corrected, dtype, width):
 def test_c_rounds_bfloat16_gradients_only_once_and_to_the_nearest(terms, corrected):
     arguments = some_rows(6, 333, terms, corrected, torch.bfloat16)
     in_float32 = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-    for a, b in zip(run(blended_rows_cpu_, arguments), run(blended_rows_cpu_, in_float32), strict=True):
+    for a, b in zip(run(blended_rows_in_c_, arguments), run(blended_rows_in_c_, in_float32), strict=True):
         assert torch.equal(a, b.to(a.dtype))
 
 
@@ -141,11 +138,11 @@ def test_c_equals_the_truth_at_extreme_logits(terms, corrected):
     arguments = extreme_rows(terms, corrected)
     expected = run(blended_rows_torch_, arguments)
     assert all(x.isfinite().all() for x in expected)
-    assert_twins_agree(run(blended_rows_cpu_, arguments), expected)
+    assert_twins_agree(run(blended_rows_in_c_, arguments), expected)
 
 
 @every_objective
-@pytest.mark.parametrize("twin", [blended_rows_torch_, pytest.param(blended_rows_cpu_, marks=needs_library)])
+@pytest.mark.parametrize("twin", [blended_rows_torch_, pytest.param(blended_rows_in_c_, marks=needs_library)])
 def test_distributions_that_do_not_meet_give_numbers(terms, twin):
     arguments = some_rows(1, 20, terms, corrected=False)
     arguments[0][:] = torch.tensor([100.0, *[-100.0] * 19])
@@ -162,7 +159,7 @@ def test_distributions_that_do_not_meet_give_numbers(terms, twin):
 def test_c_leaves_a_draft_that_agrees_with_its_target(terms, dtype):
     arguments = some_rows(4, 500, terms, corrected=False, dtype=dtype)
     arguments[2] = arguments[0].clone()
-    losses, _, gradient = run(blended_rows_cpu_, arguments)
+    losses, _, gradient = run(blended_rows_in_c_, arguments)
     assert losses.abs().max() < 1e-5 and gradient.abs().max() < 1e-8
 
 
@@ -171,7 +168,7 @@ def test_c_leaves_a_draft_that_agrees_with_its_target(terms, dtype):
 def test_c_does_not_hide_a_nan(terms):
     arguments = some_rows(3, 40, terms, corrected=True)
     arguments[1][1, 8] = torch.nan
-    _, final, base_gradient, correction_gradient = run(blended_rows_cpu_, arguments)
+    _, final, base_gradient, correction_gradient = run(blended_rows_in_c_, arguments)
     for x in (final, base_gradient, correction_gradient):
         assert x[1].isnan().all() and x[[0, 2]].isfinite().all()
 
@@ -185,7 +182,7 @@ def test_c_gives_the_same_bits_whatever_the_number_of_threads(corrected):
         results = []
         for threads in (1, 3, 20):
             torch.set_num_threads(threads)
-            results.append(run(blended_rows_cpu_, arguments))
+            results.append(run(blended_rows_in_c_, arguments))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -195,21 +192,21 @@ def test_c_gives_the_same_bits_whatever_the_number_of_threads(corrected):
 @needs_library
 def test_c_takes_no_rows_and_targets_of_another_type():
     terms = OBJECTIVES["adaptive"]
-    assert [x.shape[0] for x in run(blended_rows_cpu_, some_rows(0, 8, terms, corrected=True))] == [0] * 4
+    assert [x.shape[0] for x in run(blended_rows_in_c_, some_rows(0, 8, terms, corrected=True))] == [0] * 4
     arguments = some_rows(4, 50, terms, corrected=True, dtype=torch.bfloat16)
     arguments[2] = arguments[2].float() + 0.001
-    assert blended_cpu.is_available(*arguments[:3])
-    assert_twins_agree(run(blended_rows_cpu_, arguments), run(blended_rows_torch_, arguments))
+    assert_twins_agree(run(blended_rows_in_c_, arguments), run(blended_rows_torch_, arguments))
 
 
 @needs_library
-@every_objective
-def test_logits_on_cpu_go_to_c(monkeypatch, terms):
-    seen = []
-    monkeypatch.setattr(blended_cpu, "blended_rows_cpu_", lambda *args: seen.append(args) or blended_rows_cpu_(*args))
-    arguments = some_rows(4, 20, terms, corrected=True)
-    assert_twins_agree(run(blended_rows_, arguments), run(blended_rows_torch_, arguments))
-    assert len(seen) == 1
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_logits_on_cpu_go_to_c(dtype, corrected):
+    arguments = some_rows(4, 20, OBJECTIVES["everything"], corrected, dtype)
+    for ours, theirs in zip(run(blended_rows_, arguments), run(blended_rows_in_c_, arguments), strict=True):
+        assert torch.equal(ours, theirs)
+    types = (dtype, dtype if corrected else None, torch.float32)
+    assert blended._implementation("cpu", types, contiguous=True) is blended_rows_in_c_
 
 
 def _strided(logits: Tensor) -> Tensor:
@@ -219,24 +216,24 @@ def _strided(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "change", [Tensor.double, Tensor.half, _strided], ids=["float64", "float16", "columns side by side"]
 )
-def test_logits_that_c_does_not_take_go_to_pytorch(change):
-    logits = change(torch.randn(3, 4))
-    assert blended._twin(logits, None, None) is blended_rows_torch_
-    assert blended._twin(torch.randn(3, 4), logits, None) is blended_rows_torch_
+@pytest.mark.parametrize("changed", [0, 1, 2], ids=["base", "correction", "target"])
+def test_logits_that_c_does_not_take_go_to_pytorch(change, changed):
+    arguments = some_rows(3, 8, OBJECTIVES["kl"], corrected=True)
+    arguments[changed] = change(arguments[changed])
+    for ours, theirs in zip(run(blended_rows_, arguments), run(blended_rows_torch_, arguments), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_without_a_library_pytorch_does_it(monkeypatch):
-    monkeypatch.setenv("DOMINO_SPEC_NATIVE", "0")
-    monkeypatch.setattr(blended_cpu, "library", cpu.library.__wrapped__)  # asked anew
-    arguments = some_rows(4, 20, OBJECTIVES["everything"], corrected=True)
-    got, expected = run(blended_rows_, arguments), run(blended_rows_torch_, arguments)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    types = (torch.float32, None, None)
+    assert blended._implementation.__wrapped__("cpu", types, True) is blended_rows_torch_
 
 
 @needs_triton
 def test_logits_on_a_gpu_go_to_triton():
-    twin = blended._twin(SimpleNamespace(is_cuda=True), None, None)
-    assert twin.__name__ == "blended_rows_triton_"
+    chosen = blended._implementation("cuda", (torch.bfloat16, None, None), True)
+    assert chosen.__name__ == "blended_rows_triton_"
 
 
 INTERPRETED = [

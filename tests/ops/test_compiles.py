@@ -33,12 +33,13 @@ driver.set_active(Hopper())
 launch, JITFunction.run = JITFunction.run, compile_only
 torch.empty = torch.zeros  # what no kernel has written must still be indices
 
-from domino_spec.ops import acceptance_triton, context_triton, rollout_triton
+from domino_spec.ops.triton import acceptance as acceptance_triton, context as context_triton, rollout as rollout_triton
 from tests.ops import test_acceptance, test_context, test_rollout_triton
 
 case = test_rollout_triton.Case(1, 4, 9, torch.bfloat16, (0.5,), confident=True, gru=64, low_rank=16)
 shape = rollout_triton.Shape(1, 4, case.width, 9, case.hidden, case.gru, case.low_rank, case.dtype)
-rollout_triton.head_rollout_triton(**case.inputs(), plan=rollout_triton.Plan.of(shape, 132), fused=True)
+plan = rollout_triton.Plan.of(shape, 132)
+rollout_triton.head_rollout_triton(*test_rollout_triton.bundled(case.inputs()), plan=plan, fused=True)
 acceptance_triton.greedy_chain_triton(*test_acceptance.greedy_case(2, 3, 100))
 given, _, _ = test_acceptance.with_numbers(test_acceptance.sampled_case(2, 2, 12, 12))
 acceptance_triton.sampled_chain_triton(*given, programs=132)

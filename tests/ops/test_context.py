@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from domino_spec.ops.context import write_context_, write_context_torch_
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from tests.tiny import assert_close, tiny_draft
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from domino_spec.draft.config import HeadConfig
 from domino_spec.draft.domino import DominoHead
-from domino_spec.ops.embedding import EmbeddingTable
-from domino_spec.ops.reference import Rollout, draft_distribution, draw
+from domino_spec.ops.heads import Draw, EmbeddingTable, HeadInputs, Rollout, draft_distribution, draw
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
@@ -43,7 +42,7 @@ class Case:
     low_rank: int = 6
 
     def inputs(self) -> dict:
-        """Arguments of `head_rollout`."""
+        """What is drafted from, and how."""
         generator = torch.Generator().manual_seed(self.requests + 10 * self.drafts)
 
         def noise(*shape: int) -> Tensor:
@@ -97,8 +96,14 @@ def triton_rollout(case: Case) -> tuple[Tensor | None, ...]:
     workspace = Workspace.allocate(shape, plan, torch.device("cpu"))
     for memory in (workspace.states, workspace.low_rank, workspace.logits, workspace.tops, workspace.masses):
         memory.fill_(torch.nan)
-    found = head_rollout_triton(**given, plan=plan, workspace=workspace, fused=case.fused)
-    return found.choices, found.candidates, found.probs, found.confidence
+    return head_rollout_triton(*bundled(given), plan=plan, workspace=workspace, fused=case.fused)
+
+
+def bundled(given: dict) -> tuple:
+    """What `Case.inputs` returns, as the rollout takes it."""
+    block = HeadInputs(given["hidden"], given["base_logits"], given["anchor_embedding"])
+    how = Draw(given["candidates"], given["temperature"], given["uniform"], given["min_confidence"])
+    return given["head"].weights(given["embedding"]), block, how
 
 
 def final_logits(given: dict, choices: Tensor) -> Tensor:
@@ -191,7 +196,7 @@ def test_plans_cover_everything_and_fit_a_multiprocessor(programs, dtype):
 
     for requests, drafts, width, candidates, gru, low_rank in SHAPES:
         shape = Shape(requests, drafts, width, candidates, 4096, gru, low_rank, dtype)
-        assert suits(shape)
+        assert suits(gru, low_rank, dtype)
         plan, scored = Plan.of(shape, programs), candidates or width
         blocks = (plan.block_g, plan.block_l, plan.block_h, plan.block_k, plan.select.block)
         assert all(b & (b - 1) == 0 < b for b in blocks), "Triton's blocks are powers of two"
@@ -220,10 +225,10 @@ def test_the_shape_of_qwen3_8b_is_spread_as_the_notes_say():
 
 @needs_triton
 def test_what_does_not_fit_is_left_to_pytorch():
-    from domino_spec.ops.triton.rollout import Shape, suits
+    from domino_spec.ops.triton.rollout import suits
 
-    assert not suits(Shape(1, 15, 50, 7, 64, 20000, 8, FLOAT))
-    assert not suits(Shape(1, 15, 50, 7, 64, 64, 8, torch.float16))
+    assert not suits(20000, 8, FLOAT)
+    assert not suits(64, 8, torch.float16)
 
 
 class _Scaled(nn.Embedding):

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from domino_spec.drafters.lookup import PlainDecoding
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.settings import UserError
 from domino_spec.target import model as target_model
 from domino_spec.target import native as fusing

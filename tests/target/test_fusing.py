@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from domino_spec.drafters.lookup import PlainDecoding
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 from domino_spec.target.native import FusedAttention, FusedMLP, FusedNorm, fuse
 from tests.tiny import ARCHITECTURES, VOCAB, as_target, plain_greedy, random_prompts, run, tiny_model
 

@@ -14,7 +14,7 @@ bfloat16 master weights
     tests/training/test_step.py::test_master_weights_are_float32_and_keep_tiny_updates
 Uncorrected slots left at token id 0 when decoding
     tests/drafters/test_block_drafter.py::test_drafts_of_every_cycle_equal_a_fresh_computation
-    tests/ops/test_rollout.py::test_greedy_rollout_equals_step_by_step_recomputation
+    tests/ops/test_chains.py::test_greedy_rollout_equals_step_by_step_recomputation
 Configuration fields not forwarded to the exported file
     tests/training/test_traps.py::test_every_field_of_the_configuration_reaches_the_file
     tests/training/test_traps.py::test_every_setting_of_a_recipe_reaches_the_exported_draft

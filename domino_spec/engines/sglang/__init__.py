@@ -3,8 +3,8 @@
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and calls it in every process it starts. To
 SGLang a Domino draft is then a DFlash draft with a candidate selector, the seam for drafts that are more than the
 argmax of the LM head. The backbone, the caches and the verify pass are SGLang's, the rollout of the head is ours
-(`ops.rollout`), and what was sampled is accepted with the probability it was drawn with. Nothing else changes, and
-and drafts of other kinds are served as before.
+(`ops.heads`), and what was sampled is accepted with the probability it was drawn with. Nothing else changes, and
+drafts of other kinds are served as before.
 
 - `install`: the entrances that are wrapped, what is checked before the engine starts, and what is relied on inside it
 - `model`: the draft's weights and the rollout of its head

@@ -20,7 +20,7 @@ from domino_spec.draft.checkpoint import check_vocabulary, parse_config
 from domino_spec.draft.config import DraftConfig
 from domino_spec.draft.domino import DominoHead
 from domino_spec.engines.drafting import DraftParts, Drafts, draft_tokens, expected_shapes
-from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.heads import EmbeddingTable, HeadOps
 from domino_spec.settings import UserError
 
 SAMPLED_CANDIDATES = 2048
@@ -82,12 +82,12 @@ class Proposer(nn.Module):
             raise UserError("the target's LM head has rows for added tokens, which a Domino draft was not trained with")
         scale = float(torch.tensor(embedding_scale, dtype=weight.dtype))
         vocabulary, ranks = self.draft_vocab_ids, tp_group.world_size
+        head = self.head.weights(_embedding(embedding, vocabulary, self.dtype, scale, ranks))
         self._parts = [
             DraftParts(
-                head=self.head,
+                head=HeadOps(head, self.head.input_weight.device, self.dtype),
                 base_logits=_base_logits(weight, self.settings.vocab_size, vocabulary, tp_group),
                 embed=_embedding(embedding, None, self.dtype, scale, ranks),
-                choice_embedding=_embedding(embedding, vocabulary, self.dtype, scale, ranks),
                 token_ids=vocabulary,
                 candidates=candidates if 0 < candidates < self.settings.logits_size else None,
             )

@@ -24,7 +24,7 @@ from domino_spec.draft.checkpoint import check_tensors, check_vocabulary
 from domino_spec.draft.domino import DominoHead
 from domino_spec.engines.drafting import DraftParts, Drafts, draft_tokens, expected_shapes
 from domino_spec.engines.vllm.install import is_domino, read_settings
-from domino_spec.ops.embedding import EmbeddingTable
+from domino_spec.ops.heads import EmbeddingTable, HeadOps
 from domino_spec.settings import UserError
 
 _HEAD = ("prefix_gru.", "embed_proj.")
@@ -101,11 +101,12 @@ class DominoForCausalLM(DFlashQwen3ForCausalLM):
             def base_logits(hidden: Tensor) -> Tensor:
                 return F.linear(hidden, rows)
 
+        weight = self.head.input_weight
+        head = self.head.weights(_choice_embedding(embedding, token_ids, weight.dtype))
         self._parts = DraftParts(
-            head=self.head,
+            head=HeadOps(head, weight.device, weight.dtype),
             base_logits=base_logits,
             embed=embedding,
-            choice_embedding=_choice_embedding(embedding, token_ids, self.head.input_weight.dtype),
             token_ids=token_ids,
             candidates=self.settings.candidates,
         )

@@ -1,15 +1,17 @@
-"""The one door to the native loops (`native.py`): every entry of C, as a function of tensors.
+"""The one door to the C loops: every entry of the library, as a function of tensors.
 
-C reads and writes where it is told to, so nothing else in the package calls it, and nothing gets past these functions
+C reads and writes where it is told to. So nothing else in the package calls it, and nothing gets past these functions
 that does not fit: types, devices, strides and shapes are compared here, with each other and with the processor's
-vectors; numbers that stand in tensors (rows of a cache, labels, tokens) are compared by C itself, which reads them
-anyway, and reports. What does not fit is a ValueError that names function and argument, what is expected and what was
-found; without memory for scratch there is a MemoryError. Weights of decoder layers are compared once, when they are
-described; a call compares only what it brings, which takes microseconds.
+vectors. Numbers inside tensors (rows of a cache, labels, tokens) are compared by C, which reads them anyway, and
+reports. What does not fit is a ValueError (a TypeError if it is no tensor) that names function and argument, what is
+expected and what was found; without memory for scratch there is a MemoryError. Weights are compared once, when a
+`DecoderLayers` or a `Head` is made; a call compares only what it brings.
 
-Arguments are those of the functions that call these: `cpu.py`, `layers_cpu.py`, `context.py`, `rollout_cpu.py` and
-`blended.py` say what they mean, allocate results and lay out what is not contiguous. All tensors are float32 unless
-something else is said.
+Two properties matter for decoding: a pass over a dozen rows costs hardly more than a pass over one, and every row of a
+result has the same bits whatever the number of rows. All tensors are float32 on the CPU unless something else is said.
+If `is_available` says no, callers keep PyTorch's functions.
+
+Shapes: R requests, N tokens, D head_dim.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ import ctypes
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from domino_spec.ops.native import build as native
+from domino_spec.ops.native import build
 
 if TYPE_CHECKING:
     from domino_spec.ops.blended import Terms
-    from domino_spec.ops.native.layers import Layer, Norm, Product
+    from domino_spec.ops.heads import Draw, HeadInputs, HeadWeights
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +61,7 @@ _CAN_FAIL = ("attend", "write_context", "decoder_layers", "head_rollout", "blend
 
 
 class _Layer(ctypes.Structure):
-    """`struct layer`, whose members layers.c explains."""
+    """`struct layer`; layers.c explains its members."""
 
     _fields_ = (
         *((name, _INTEGER) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner")),
@@ -80,17 +85,24 @@ class _Pass(ctypes.Structure):
     )
 
 
-class _Rollout(ctypes.Structure):
-    """`struct rollout`, whose members rollout.c explains."""
+class _Head(ctypes.Structure):
+    """`struct head`; rollout.c explains its members."""
 
     _fields_ = (
-        *((name, _INTEGER) for name in ("requests", "depths", "hidden", "state", "low_rank", "vocabulary")),
-        *((name, _INTEGER) for name in ("candidates", "pure_prefix")),
+        *((name, _INTEGER) for name in ("hidden", "state", "low_rank", "pure_prefix", "tokens")),
         *((name, _POINTER) for name in ("input_gates", "state_gates", "to_low_rank", "correction")),
-        *((name, _POINTER) for name in ("slots", "logits", "anchors")),
-        ("tokens", _INTEGER),
         *((name, _POINTER) for name in ("embeddings", "token_ids")),
-        *((name, _REAL) for name in ("scale", "threshold")),
+        ("scale", _REAL),
+    )
+
+
+class _Rollout(ctypes.Structure):
+    """`struct rollout`, of rollout.c too."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("head", "slots", "logits", "anchors")),
+        *((name, _INTEGER) for name in ("requests", "depths", "vocabulary", "candidates")),
+        ("threshold", _REAL),
         *((name, _POINTER) for name in ("widths", "temperatures", "uniform", "kept")),
         ("room", _INTEGER),
         *((name, _POINTER) for name in ("choices", "parents", "scores")),
@@ -99,27 +111,29 @@ class _Rollout(ctypes.Structure):
     )
 
 
-_MIRRORS: dict[str, type[ctypes.Structure]] = {"layer": _Layer, "pass": _Pass, "rollout": _Rollout}
+_MIRRORS: dict[str, type[ctypes.Structure]] = {"layer": _Layer, "pass": _Pass, "head": _Head, "rollout": _Rollout}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loops; None where there are none, which is said once."""
-    loaded = native.load()
+    """The compiled loops; None if there are none, which is logged once."""
+    loaded = build.load()
     if loaded is None:
         return None
     strange = next((name for name, mirror in _MIRRORS.items() if _layout(mirror) != _layout_in_c(loaded, name)), None)
     if strange is not None:
         _log.warning(
             "decoding and training on this CPU are slow: the native loops are not used, as the compiler lays out their "
-            "struct %s in another way than this package expects; set CC to a plain gcc, without options",
+            "struct %s in another way than this package expects; set CC to a plain gcc or clang, without options",
             strange,
         )
         return None
-    loaded.panel_width.restype = loaded.lanes.restype = _INTEGER
+    loaded.panel_width.restype = loaded.lanes.restype = loaded.uses_threads.restype = _INTEGER
     for name, arguments in _ENTRIES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, _INTEGER if name in _CAN_FAIL else None
+    if not loaded.uses_threads() and torch.get_num_threads() > 1:
+        _log.warning("the native loops use one thread only, as the compiler built them without OpenMP; gcc would not")
     return loaded
 
 
@@ -130,12 +144,12 @@ class _Member(ctypes.Structure):
 
 
 def _layout(mirror: type[ctypes.Structure]) -> dict[str, int]:
-    """The size of a struct, under no name, and where each member begins."""
+    """The size of a struct, under an empty name, and where each member begins."""
     return {"": ctypes.sizeof(mirror), **{name: getattr(mirror, name).offset for name, *_ in mirror._fields_}}
 
 
 def _layout_in_c(loaded: ctypes.CDLL, name: str) -> dict[str, int]:
-    """The same as C has it."""
+    """The same, as C has it."""
     first = ctypes.addressof(_Member.in_dll(loaded, f"{name}_layout"))
     members = (_Member.from_address(first + i * ctypes.sizeof(_Member)) for i in itertools.count())
     return {
@@ -143,16 +157,17 @@ def _layout_in_c(loaded: ctypes.CDLL, name: str) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _loops() -> ctypes.CDLL:
     found = library()
     if found is None:
-        raise RuntimeError("there are no native loops here; ask cpu.is_available first")
+        raise RuntimeError("there are no native loops here; ask is_available first")
     return found
 
 
 @functools.cache
 def lanes() -> int:
-    """Values of a vector of the processor. Norms, SwiGLU and attention go over whole vectors."""
+    """Values in a vector of the processor. Norms, SwiGLU and attention go over whole vectors."""
     return _loops().lanes()
 
 
@@ -162,101 +177,125 @@ def panel_width() -> int:
     return _loops().panel_width()
 
 
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the functions of this module work on tensors of `device` and `dtype`."""
+    return device.type == "cpu" and dtype == torch.float32 and library() is not None
+
+
+def fits(width: int) -> bool:
+    """Whether rows of `width` values can be cut into whole vectors, as norms, SwiGLU and attention ask."""
+    return width > 0 and width % lanes() == 0
+
+
 # ---- what is compared ----
 
 
-def _expect(
-    function: str, name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> None:
-    """Refuse what is not a contiguous tensor of this shape and type on the CPU."""
-    if isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.is_cpu and x.is_contiguous():
-        return
-    raise _unfit(function, name, x, f"contiguous {dtype} {list(shape)} on cpu")
+@functools.cache
+def _words(shape: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The words of a shape, and those of them that are numbers."""
+    words = tuple(shape.split())
+    return words, {word: int(word) for word in words if word.isdigit()}
 
 
-def _shape(function: str, name: str, x: Tensor | None, letters: str, dtype: torch.dtype = torch.float32) -> torch.Size:
-    """The shape of a tensor whose sizes are free, named by `letters`; refuses other types, devices and ranks."""
-    if isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.dim() == letters.count(",") + 1:
-        return x.shape
-    raise _unfit(function, name, x, f"{dtype} [{letters}] on cpu")
+class _Fit:
+    """Compares the tensors of one call: the first tensor that has a size sets it, the others must have the same.
+
+    It must live as long as the call: addresses that `spread` returns are of tensors that only it keeps.
+
+    Args:
+        function: named in errors.
+        sizes: known beforehand.
+    """
+
+    def __init__(self, function: str, **sizes: int) -> None:
+        self.function, self.sizes = function, sizes
+        self._held: list[Tensor] = []
+
+    def __getitem__(self, size: str) -> int:
+        return self.sizes[size]
+
+    def __call__(self, name: str, x: Tensor | None, shape: str, dtype: torch.dtype = torch.float32) -> int:
+        """The address of a contiguous tensor whose sizes are named by `shape`, a word or a number for each."""
+        sizes, (words, numbers) = self.sizes, _words(shape)
+        sizes.update(numbers)
+        if isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.dim() == len(words) and x.is_contiguous():
+            for word, size in zip(words, x.shape, strict=True):
+                if sizes.setdefault(word, size) != size:
+                    break
+            else:
+                return x.data_ptr()
+        expected = ", ".join(str(sizes.get(word, word)) for word in words)
+        raise _unfit(self.function, name, x, f"contiguous {dtype} [{expected}] on cpu")
+
+    def optional(self, name: str, x: Tensor | None, shape: str, dtype: torch.dtype = torch.float32) -> int | None:
+        """The same; None, which is NULL, if there is no tensor."""
+        return None if x is None else self(name, x, shape, dtype)
+
+    def spread(self, name: str, x: Tensor, shape: str, dtype: torch.dtype = torch.float32) -> int:
+        """The same of `x` expanded, in all dimensions but the last, to sizes that are known, and made contiguous."""
+        words = _words(shape)[0]
+        if not isinstance(x, Tensor) or x.dim() != len(words):
+            raise _unfit(self.function, name, x, f"{dtype} [{', '.join(words)}] on cpu")
+        wanted = [self.sizes.get(word, size) for word, size in zip(words[:-1], x.shape, strict=False)]
+        try:
+            x = (x if list(x.shape[:-1]) == wanted else x.expand(*wanted, x.shape[-1])).contiguous()
+        except RuntimeError:
+            raise _unfit(self.function, name, x, f"{[*wanted, x.shape[-1]]}, or expand to it") from None
+        self._held.append(x)
+        return self(name, x, shape, dtype)
+
+    def whole_vectors(self, **sizes: int) -> None:
+        """Refuse a size that is not a multiple of the processor's vectors."""
+        for name, size in sizes.items():
+            if size < 1 or size % lanes():
+                described = f"{name.replace('_', ' ')} must be a multiple of {lanes()}, this processor's vectors"
+                raise ValueError(f"{self.function}: the {described}, got {size}")
+
+    def grouped(self, heads: int, kv_heads: int) -> None:
+        """Refuse heads of queries that cannot share heads of keys evenly."""
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{self.function}: {heads} heads cannot share {kv_heads} heads of keys and values evenly")
+
+    def rotary(self, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[int, int]:
+        """The addresses of cos and sin [requests or 1, tokens, rotary], spread."""
+        addresses = (
+            self.spread("cos", cos, "requests tokens rotary"),
+            self.spread("sin", sin, "requests tokens rotary"),
+        )
+        if self["rotary"] % 2 or self["rotary"] > head_dim:
+            raise _unfit(self.function, "cos", cos, f"of an even width up to {head_dim}, a head's")
+        return addresses
+
+    def cache(self, keys: Tensor, values: Tensor, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """A cache's capacity, and the strides of its layers, requests and heads; it may be cut from a larger one."""
+        for name, x in (("keys", keys), ("values", values)):
+            is_cache = isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_cpu and x.dim() == 5
+            capacity = self.sizes.setdefault("capacity", x.shape[3] if is_cache else 0)
+            sizes = (layers, self["requests"], kv_heads, capacity, head_dim)
+            if not is_cache or x.shape != sizes:
+                raise _unfit(self.function, name, x, f"torch.float32 {list(sizes)} on cpu")
+            strides = keys.stride()
+            nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
+            if strides[3:] != (head_dim, 1) or not nested or x.stride() != strides:
+                raise _unfit(self.function, name, x, f"cut from a contiguous cache, and of keys' strides, {strides}")
+        return capacity, *strides[:3]
 
 
-def _rows(function: str, name: str, x: Tensor) -> tuple[int, int]:
-    """How many rows x [..., width] has, and the width."""
+def _as_rows(function: str, name: str, x: Tensor) -> Tensor:
+    """x [..., width] as contiguous rows."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
         raise _unfit(function, name, x, "torch.float32 [..., width] on cpu, of a width of 1 or more")
-    _expect(function, name, x, x.shape)
-    return x.numel() // x.shape[-1], x.shape[-1]
-
-
-def _whole_vectors(function: str, name: str, width: int) -> None:
-    if width < 1 or width % lanes():
-        raise ValueError(f"{function}: {name} must be a multiple of {lanes()}, this processor's vectors, got {width}")
-
-
-def _grouped(function: str, heads: int, kv_heads: int) -> None:
-    if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{function}: {heads} heads cannot share {kv_heads} heads of keys and values evenly")
-
-
-def _rotary(function: str, cos: Tensor, sin: Tensor, requests: int, tokens: int, head_dim: int) -> int:
-    """How many values of a head turn."""
-    width = cos.shape[-1] if isinstance(cos, Tensor) and cos.dim() else -1
-    if width % 2 or not 0 <= width <= head_dim:
-        raise ValueError(f"{function}: cos must be of an even width up to {head_dim}, a head's, {_found(cos)}")
-    for name, x in (("cos", cos), ("sin", sin)):
-        _expect(function, name, x, (requests, tokens, width))
-    return width
-
-
-def _cache(
-    function: str, keys: Tensor, values: Tensor, layers: int, requests: int, kv_heads: int, head_dim: int
-) -> tuple[int, ...]:
-    """A cache's capacity, and the strides of its layers, requests and heads; it may be cut from a larger one."""
-    letters = "layers, requests, kv_heads, capacity, head_dim"
-    capacity, strides = _shape(function, "keys", keys, letters)[3], keys.stride()
-    sizes = (layers, requests, kv_heads, capacity, head_dim)
-    nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
-    for name, x in (("keys", keys), ("values", values)):
-        if _shape(function, name, x, letters) != sizes:
-            raise _unfit(function, name, x, f"torch.float32 {list(sizes)} on cpu")
-        if strides[3:] != (head_dim, 1) or not nested or x.stride() != strides:
-            raise _unfit(function, name, x, f"cut from a contiguous cache, and of keys' strides, {strides}")
-    return capacity, *strides[:3]
-
-
-def _rows_side_by_side(function: str, name: str, x: Tensor, dim: int) -> None:
-    """Refuse unless the last dimension, and `dim` before it, stand one behind another."""
-    width = x.shape[-1]
-    if (width > 1 and x.stride(-1) != 1) or (x.shape[dim] > 1 and x.stride(dim) != width):
-        raise _unfit(function, name, x, f"of strides {width} and 1 in dimensions {dim} and -1")
-
-
-def spread(function: str, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` expanded to this shape and contiguous, as C takes it.
-
-    Raises:
-        ValueError: it cannot be expanded so.
-    """
-    try:
-        return (x if x.shape == shape else x.expand(shape)).contiguous()
-    except RuntimeError:
-        raise _unfit(function, name, x, f"{list(shape)}, or expand to it") from None
+    return x.contiguous().view(-1, x.shape[-1])
 
 
 def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | TypeError:
-    kind = ValueError if isinstance(x, Tensor) else TypeError
-    return kind(f"{function}: {name} must be {expected}, {_found(x)}")
-
-
-def _found(x: object) -> str:
     if not isinstance(x, Tensor):
-        return f"got {type(x).__name__}"
+        return TypeError(f"{function}: {name} must be {expected}, got {type(x).__name__}")
     layout = f" of strides {x.stride()}" if x.layout is torch.strided else f" ({x.layout})"
-    return f"got {x.dtype} {list(x.shape)} on {x.device}{layout}"
+    return ValueError(f"{function}: {name} must be {expected}, got {x.dtype} {list(x.shape)} on {x.device}{layout}")
 
 
-def _settle(function: str, status: int, name: str = "", indices: Tensor | None = None, expected: str = "") -> None:
+def _raise_for(function: str, status: int, name: str = "", indices: Tensor | None = None, expected: str = "") -> None:
     """Make an exception of what C returned."""
     if status == _NO_MEMORY:
         raise MemoryError(f"{function}: no memory is left for its scratch")
@@ -265,341 +304,438 @@ def _settle(function: str, status: int, name: str = "", indices: Tensor | None =
         raise ValueError(f"{function}: {name} must be {expected}, got {int(indices.min())} to {int(indices.max())}")
 
 
-def _address(x: Tensor | None) -> int | None:
-    """Where a tensor's values begin, as C takes it; None is NULL."""
-    return None if x is None else x.data_ptr()
+# ---- steps of a decoder pass ----
 
 
-# ---- steps of a decoder pass: cpu.py ----
+def pack(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] in panels of neighbouring outputs, [panels, inputs, width], padded with zeros."""
+    width = panel_width()
+    outputs, inputs = weight.shape
+    padded = F.pad(weight.detach(), (0, 0, 0, -outputs % width))
+    return padded.view(-1, width, inputs).transpose(1, 2).contiguous()
 
 
-def linear(x: Tensor, panels: Tensor, bias: Tensor | None, turned: Tensor, y: Tensor) -> None:
-    """x [..., inputs] times a packed weight, plus a packed bias, to y [..., outputs]; `turned` is room for x."""
-    rows, inputs = _rows("linear", "x", x)
-    outputs, width = _rows("linear", "y", y)[1], panel_width()
-    count = -(-outputs // width)
-    _expect("linear", "panels", panels, (count, inputs, width))
-    if bias is not None:
-        _expect("linear", "bias", bias, (count * width,))
-    _expect("linear", "turned", turned, x.shape)
-    _expect("linear", "y", y, (*x.shape[:-1], outputs))
-    _loops().linear(
-        x.data_ptr(), rows, inputs, panels.data_ptr(), _address(bias), outputs, turned.data_ptr(), y.data_ptr()
-    )
+def pack_bias(bias: Tensor) -> Tensor:
+    """A bias [outputs], padded as `pack` pads."""
+    return F.pad(bias.detach(), (0, -len(bias) % panel_width())).contiguous()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
-    """x [..., width] to y."""
-    rows, width = _rows("rms_norm", "x", x)
-    _whole_vectors("rms_norm", "the width of x", width)
-    _expect("rms_norm", "weight", weight, (width,))
-    _expect("rms_norm", "y", y, x.shape)
-    _loops().rms_norm(x.data_ptr(), rows, width, 1, width, weight.data_ptr(), eps, y.data_ptr())
+def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x [..., inputs] and a packed weight (and bias) to [..., outputs]."""
+    rows = _as_rows("linear", "x", x)
+    count = -(-outputs // panel_width())
+    fit = _Fit("linear", panels=count, width=panel_width(), padded=count * panel_width())
+    at = fit("x", rows, "rows inputs")
+    weight, added = fit("panels", panels, "panels inputs width"), fit.optional("bias", bias, "padded")
+    transposed, y = torch.empty_like(rows), rows.new_empty(len(rows), outputs)
+    _loops().linear(at, *rows.shape, weight, added, outputs, transposed.data_ptr(), y.data_ptr())
+    return y.view(*x.shape[:-1], outputs)
 
 
-def rms_norm_heads(x: Tensor, first: int, heads: int, weight: Tensor, eps: float) -> None:
-    """Heads `first` to `first + heads` of x [..., row], in place; a head is as wide as the weight."""
-    rows, row = _rows("rms_norm_heads_", "x", x)
-    (width,) = _shape("rms_norm_heads_", "weight", weight, "head_dim")
-    _expect("rms_norm_heads_", "weight", weight, (width,))
-    _whole_vectors("rms_norm_heads_", "the width of weight", width)
-    if first < 0 or heads < 0 or (first + heads) * width > row:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last dimension of x [..., width]."""
+    rows = _as_rows("rms_norm", "x", x)
+    fit, y = _Fit("rms_norm"), torch.empty_like(rows)
+    at = fit("x", rows, "rows width")
+    fit.whole_vectors(width_of_x=fit["width"])
+    _loops().rms_norm(at, *rows.shape, 1, fit["width"], fit("weight", weight, "width"), eps, y.data_ptr())
+    return y.view(x.shape)
+
+
+def rms_norm_heads_(x: Tensor, first: int, heads: int, weight: Tensor, eps: float) -> None:
+    """Norm, in place, `heads` heads of contiguous x [..., row] from the head numbered `first` on, weight [head_dim]."""
+    fit = _Fit("rms_norm_heads_")
+    norm = fit("weight", weight, "head_dim")
+    width = fit["head_dim"]
+    fit.whole_vectors(width_of_weight=width)
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0 or not x.is_contiguous():
+        raise _unfit("rms_norm_heads_", "x", x, "contiguous torch.float32 [..., row] on cpu")
+    rows = x.view(-1, x.shape[-1])
+    at = fit("x", rows, "rows row")
+    if first < 0 or heads < 0 or (first + heads) * width > fit["row"]:
         raise ValueError(
             f"rms_norm_heads_: weight must be as wide as a head, of which {heads} from number {first} on "
-            f"stand in a row of {row} values, got {width}"
+            f"stand in a row of {fit['row']} values, got {width}"
         )
-    start = x.data_ptr() + 4 * first * width
-    _loops().rms_norm(start, rows, row, heads, width, weight.data_ptr(), eps, start)
+    start = at + 4 * first * width
+    _loops().rms_norm(start, *rows.shape, heads, width, norm, eps, start)
 
 
-def rotate(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
-    """The first `heads` heads of x [R, N, row], in place; cos and sin [R, N, rotary]."""
-    requests, tokens, row = _shape("rotate_", "x", x, "requests, tokens, row")
-    _expect("rotate_", "x", x, x.shape)
+def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
+    """Apply RoPE (half-split form), in place, to the first `heads` heads of x [R, N, row].
+
+    Args:
+        x: contiguous; a row holds heads of `head_dim` values.
+        heads: how many of them are rotated.
+        head_dim: D.
+        cos: [R or 1, N, rotary], rotary <= D and even: the values of a head past `rotary` stay.
+        sin: as cos.
+    """
+    fit = _Fit("rotate_")
+    at = fit("x", x, "requests tokens row")
+    requests, tokens, row = x.shape
     if heads < 0 or not 1 <= head_dim <= row or heads * head_dim > row:
         raise ValueError(f"rotate_: {heads} heads of {head_dim} values must fit a row of x, which has {row}")
-    width = _rotary("rotate_", cos, sin, requests, tokens, head_dim)
-    _loops().rotate(x.data_ptr(), requests * tokens, row, heads, head_dim, width, cos.data_ptr(), sin.data_ptr())
+    angles = fit.rotary(cos, sin, head_dim)
+    _loops().rotate(at, requests * tokens, row, heads, head_dim, fit["rotary"], *angles)
 
 
-def silu_mul(x: Tensor, y: Tensor) -> None:
-    """Gate and up, x [..., 2 * width], to y [..., width]."""
-    rows, width = _rows("silu_mul", "y", y)
-    _whole_vectors("silu_mul", "half of the width of x", width)
-    _expect("silu_mul", "x", x, (*y.shape[:-1], 2 * width))
-    _loops().silu_mul(x.data_ptr(), rows, width, y.data_ptr())
+def silu_mul(x: Tensor) -> Tensor:
+    """SwiGLU's product, silu(gate) * up, of a joined x [..., 2 * width]: gate first."""
+    rows, fit = _as_rows("silu_mul", "x", x), _Fit("silu_mul")
+    at = fit("x", rows, "rows joined")
+    width = fit["joined"] // 2
+    fit.whole_vectors(half_of_the_width_of_x=width, width_of_x=fit["joined"])
+    y = rows.new_empty(len(rows), width)
+    _loops().silu_mul(at, len(rows), width, y.data_ptr())
+    return y.view(*x.shape[:-1], width)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, y: Tensor) -> None:
-    """Queries [R, N, heads, D] over keys and values [R, kv_heads, T, D], where mask [R, 1, N, T] is True, to y."""
-    requests, tokens, heads, width = _shape("attend", "query", query, "requests, tokens, heads, head_dim")
-    _, kv_heads, extent, _ = _shape("attend", "keys", keys, "requests, kv_heads, extent, head_dim")
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`F.scaled_dot_product_attention` with grouped heads, over rows of a cache.
+
+    Args:
+        query: [R, N, heads, D], heads and D contiguous, the same distance between all tokens.
+        keys: [R, kv_heads, T, D], T and D contiguous; T may be cut from a larger cache.
+        values: as keys, with the same strides.
+        mask: [R or 1, 1, N or 1, T] bool, True where seen; a token that sees nothing gets zeros.
+        scale: of the products of queries and keys.
+
+    Returns:
+        [R, N, heads, D].
+    """
+    letters = ("requests, tokens, heads, head_dim", "requests, kv_heads, extent, head_dim")
+    for name, x, shape in (("query", query, letters[0]), ("keys", keys, letters[1]), ("values", values, letters[1])):
+        if not (isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_cpu and x.dim() == 4):
+            raise _unfit("attend", name, x, f"torch.float32 [{shape}] on cpu")
+    (requests, tokens, heads, width), (_, kv_heads, extent, _) = query.shape, keys.shape
     if keys.shape != (requests, kv_heads, extent, width) or extent < 1:
         raise _unfit("attend", "keys", keys, f"[{requests}, kv_heads, 1 or more, {width}], as query is")
-    if _shape("attend", "values", values, "requests, kv_heads, extent, head_dim") != keys.shape:
+    if values.shape != keys.shape:
         raise _unfit("attend", "values", values, f"{list(keys.shape)}, as keys are")
-    _grouped("attend", heads, kv_heads)
-    _whole_vectors("attend", "the width of a head", width)
-    _expect("attend", "mask", mask, (requests, 1, tokens, extent), torch.bool)
-    _expect("attend", "y", y, query.shape)
-    _rows_side_by_side("attend", "query", query, -2)
+    fit = _Fit("attend", requests=requests, tokens=tokens, extent=extent)
+    fit.grouped(heads, kv_heads)
+    fit.whole_vectors(width_of_a_head=width)
+    seen = fit.spread("mask", mask, "requests 1 tokens extent", torch.bool)
+    for name, x in (("query", query), ("keys", keys), ("values", values)):
+        if (width > 1 and x.stride(-1) != 1) or (x.shape[-2] > 1 and x.stride(-2) != width):
+            raise _unfit("attend", name, x, f"of strides {width} and 1 in dimensions -2 and -1")
     between = query.stride(1 if tokens > 1 else 0)
     if min(requests, tokens) > 1 and query.stride(0) != tokens * between:
         raise _unfit("attend", "query", query, "cut from a tensor of as many tokens, the same distance between all")
-    for name, x in (("keys", keys), ("values", values)):
-        _rows_side_by_side("attend", name, x, -2)
     apart = [keys.stride(i) if keys.shape[i] > 1 else 0 for i in (0, 1)]
     if apart != [values.stride(i) if values.shape[i] > 1 else 0 for i in (0, 1)]:
         raise _unfit("attend", "values", values, f"of keys' strides, {keys.stride()}")
+    y = query.new_empty(query.shape)
     status = _loops().attend(
-        query.data_ptr(), between, keys.data_ptr(), values.data_ptr(), *apart, mask.data_ptr(),
+        query.data_ptr(), between, keys.data_ptr(), values.data_ptr(), *apart, seen,
         requests, tokens, heads, kv_heads, extent, width, scale, y.data_ptr(),
     )  # fmt: skip
-    _settle("attend", status)
+    _raise_for("attend", status)
+    return y
+
+
+# ---- all layers of a decoder in one call: Python between the steps of a few rows costs more than the steps ----
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm: gain [width], and what is added to the mean square."""
+
+    gain: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """A packed weight and its bias (`pack`, `pack_bias`)."""
+
+    panels: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer's weights. Its widths are whole vectors (`fits`)."""
+
+    input_norm: Norm
+    joined: Product
+    """Queries, keys and values: `heads` and twice `kv_heads` heads of `head_dim`."""
+    query_norm: Norm | None
+    """Of every head of queries, if the model has one."""
+    key_norm: Norm | None
+    output: Product
+    """Of attention."""
+    post_norm: Norm
+    """Before the MLP."""
+    gate_up: Product
+    """Gate and up, `inner` outputs each."""
+    down: Product
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    scale: float
+    """Of the products of queries and keys."""
+    kind: str
+    """Of attention: names the mask."""
+
+
+class DecoderLayers:
+    """Layers whose weights stay where they are.
+
+    Raises:
+        ValueError: a weight does not fit, or layers differ in what one cache asks of all of them.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        if not layers:
+            raise ValueError("decoder_layers: there are no layers")
+        self.kinds = tuple(sorted({layer.kind for layer in layers}))
+        """Of the masks that a pass needs."""
+        self._weights = tuple(layers)  # the memory that the addresses point to
+        self._hidden = len(layers[0].input_norm.gain)
+        self._kv_heads, self._head_dim = layers[0].kv_heads, layers[0].head_dim
+        self._in_c = (_Layer * len(layers))(*(self._one(i, layer) for i, layer in enumerate(layers)))
+
+    def _one(self, number: int, layer: Layer) -> _Layer:
+        heads, kv_heads, width, inner = layer.heads, layer.kv_heads, layer.head_dim, layer.inner
+        widths = dict(hidden=self._hidden, head_dim=width, inner=inner)
+        widths |= dict(mixed=heads * width, row=(heads + 2 * kv_heads) * width, gate_up=2 * inner)
+        fit = _Fit(f"decoder_layers: layer {number}", panel=panel_width(), **widths)
+        fit.whole_vectors(hidden_size=self._hidden, head_dim=width, inner=inner)
+        fit.grouped(heads, kv_heads)
+        if (kv_heads, width) != (self._kv_heads, self._head_dim):
+            raise ValueError(
+                f"{fit.function}: one cache holds {self._kv_heads} heads of {self._head_dim} values for every layer, "
+                f"got {kv_heads} of {width}"
+            )
+        described = _Layer(
+            hidden=self._hidden, heads=heads, kv_heads=kv_heads, head_dim=width, inner=inner, scale=layer.scale,
+            kind=self.kinds.index(layer.kind),
+        )  # fmt: skip
+        for name, size in {"input": "hidden", "query": "head_dim", "key": "head_dim", "post": "hidden"}.items():
+            norm: Norm | None = getattr(layer, f"{name}_norm")
+            if norm is not None:
+                setattr(described, f"{name}_norm", fit(f"{name}_norm", norm.gain, size))
+                setattr(described, f"{name}_eps", norm.eps)
+        products = {"joined": ("hidden", "row"), "output": ("mixed", "hidden")}
+        for name, (inputs, outputs) in {
+            **products,
+            "gate_up": ("hidden", "gate_up"),
+            "down": ("inner", "hidden"),
+        }.items():
+            product: Product = getattr(layer, name)
+            count = -(-fit[outputs] // panel_width())
+            setattr(described, name, fit(name, product.panels, f"{count} {inputs} panel"))
+            setattr(described, f"{name}_bias", fit.optional(f"{name}'s bias", product.bias, f"{count * panel_width()}"))
+        return described
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        masks: dict[str, Tensor],
+        tapped: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run N tokens of R requests through all layers; writes their keys and values.
+
+        Args:
+            x: [R, N, H]; its content is lost.
+            cos: [R or 1, N, rotary], see `rotate_`.
+            sin: as cos.
+            keys: [layers, R, kv_heads, capacity, D], capacity and D contiguous.
+            values: as keys, with the same strides.
+            rows: [R, N] int64, where keys and values of each token go; those beyond the capacity are dropped.
+            masks: of each of `kinds`, [R, 1, N, T] bool, True where seen; T <= capacity.
+            tapped: layers whose outputs are wanted, counted from 0.
+
+        Returns:
+            The last layer's output [R, N, H], in the memory of `x` if that is contiguous, and the tapped layers'
+            outputs side by side, [R, N, len(tapped) * H]; None if none is tapped.
+
+        Raises:
+            ValueError: an argument does not fit, or a row is negative.
+        """
+        number = len(self._weights)
+        if not all(0 <= layer < number for layer in tapped):
+            raise ValueError(f"decoder_layers: tapped must be layers from 0 to {number - 1}, got {list(tapped)}")
+        fit, x, rows = _Fit("decoder_layers", hidden=self._hidden), x.contiguous(), rows.contiguous()
+        at_x, at_rows = fit("x", x, "requests tokens hidden"), fit("rows", rows, "requests tokens", torch.int64)
+        angles = fit.rotary(cos, sin, self._head_dim)
+        capacity, *strides = fit.cache(keys, values, number, self._kv_heads, self._head_dim)
+        shape = "requests 1 tokens extent"
+        seen = [fit.spread(f"the mask of {kind}", masks[kind], shape, torch.bool) for kind in self.kinds]
+        if not 1 <= fit["extent"] <= capacity:
+            raise ValueError(f"decoder_layers: masks must show 1 to {capacity} rows, the cache's, got {fit['extent']}")
+        features = x.new_empty(*rows.shape, len(tapped) * self._hidden) if tapped else None
+        taps, pointers = (_INTEGER * len(tapped))(*tapped), (_POINTER * len(seen))(*seen)
+        described = _Pass(
+            *rows.shape, fit["extent"], capacity, fit["rotary"], *strides, *angles, at_rows,
+            ctypes.addressof(pointers), keys.data_ptr(), values.data_ptr(), at_x, len(tapped), ctypes.addressof(taps),
+            None if features is None else features.data_ptr(),
+        )  # fmt: skip
+        status = _loops().decoder_layers(self._in_c, number, ctypes.byref(described))
+        _raise_for("decoder_layers", status, "rows", rows, "0 or more")
+        return x, features
 
 
 # ---- a draft's context: context.py ----
 
 
 def write_context(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
     projected: Tensor,
     norms: Tensor,
     eps: float,
     cos: Tensor,
     sin: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
 ) -> None:
-    """projected [R, T, layers, 2, kv_heads, D], which is lost, to rows [R, T] int64 of a cache."""
-    letters = "requests, tokens, layers, 2, kv_heads, head_dim"
-    requests, tokens, layers, _, kv_heads, width = _shape("write_context_", "projected", projected, letters)
-    _expect("write_context_", "projected", projected, (requests, tokens, layers, 2, kv_heads, width))
-    _whole_vectors("write_context_", "the width of a head", width)
-    _expect("write_context_", "norm_weights", norms, (layers, width))
-    if _rotary("write_context_", cos, sin, requests, tokens, width) != width:
-        raise _unfit("write_context_", "cos", cos, f"[{requests}, {tokens}, {width}]")
-    _expect("write_context_", "rows", rows, (requests, tokens), torch.int64)
-    capacity, *strides = _cache("write_context_", keys, values, layers, requests, kv_heads, width)
+    """`context.write_context_`: projected [R, T, layers, 2, kv_heads, D], which is lost, behind `lengths` [R] rows."""
+    fit, projected, norms = _Fit("write_context_"), projected.contiguous(), norms.contiguous()
+    new = fit("projected", projected, "requests tokens layers 2 kv_heads head_dim")
+    requests, tokens, layers, _, kv_heads, width = projected.shape
+    fit.whole_vectors(width_of_a_head=width)
+    weights, angles = fit("norm_weights", norms, "layers head_dim"), fit.rotary(cos, sin, width)
+    if fit["rotary"] != width:
+        raise _unfit("write_context_", "cos", cos, f"of a width of {width}, a head's")
+    fit("lengths", lengths.contiguous(), "requests", torch.int64)
+    rows = lengths[:, None] + torch.arange(tokens)
+    capacity, *strides = fit.cache(keys, values, layers, kv_heads, width)
     status = _loops().write_context(
-        projected.data_ptr(), requests, tokens, layers, kv_heads, width, norms.data_ptr(), eps, cos.data_ptr(),
-        sin.data_ptr(), rows.data_ptr(), capacity, *strides, keys.data_ptr(), values.data_ptr(),
+        new, requests, tokens, layers, kv_heads, width, weights, eps, *angles, rows.data_ptr(), capacity, *strides,
+        keys.data_ptr(), values.data_ptr(),
     )  # fmt: skip
-    _settle("write_context_", status, "rows", rows, "0 or more")
+    _raise_for("write_context_", status, "rows", rows, "0 or more")
 
 
-# ---- all layers of a decoder: layers_cpu.py ----
+# ---- the head's drafts: heads.py ----
 
 
-class Described:
-    """Decoder layers as C reads them: their weights have been compared with their sizes.
+class Head:
+    """A Domino head whose weights stay where they are.
+
+    Args:
+        head: its `embed_choice` is an `EmbeddingTable`.
 
     Raises:
-        ValueError: a weight does not fit, or layers differ in what one cache asks of all of them.
+        ValueError: a weight does not fit.
     """
 
-    def __init__(self, layers: Sequence[Layer], kinds: Sequence[str]) -> None:
-        if not layers:
-            raise ValueError("decoder_layers: there are no layers")
-        self._weights = tuple(layers)  # the memory that the addresses point to
-        self.hidden = len(layers[0].input_norm.gain)
-        self.kv_heads, self.head_dim = layers[0].kv_heads, layers[0].head_dim
-        self.kinds = tuple(kinds)
-        self.in_c = (_Layer * len(layers))(*(self._one(i, layer) for i, layer in enumerate(layers)))
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def _one(self, number: int, layer: Layer) -> _Layer:
-        function = f"decoder_layers: layer {number}"
-        hidden, inner, width = self.hidden, layer.inner, layer.head_dim
-        own, row = layer.heads * width, (layer.heads + 2 * layer.kv_heads) * width
-        for name, size in (("hidden size", hidden), ("head_dim", width), ("inner", inner)):
-            _whole_vectors(function, name, size)
-        _grouped(function, layer.heads, layer.kv_heads)
-        if (layer.kv_heads, width) != (self.kv_heads, self.head_dim):
+    def __init__(self, head: HeadWeights) -> None:
+        table: Any = head.embed_choice
+        given = (head.input_gates, head.state_gates, head.to_low_rank, head.correction, table.weight, table.token_ids)
+        # Detached: a parameter whose data is replaced would leave the addresses behind.
+        self._weights = tuple(x.detach() if isinstance(x, Tensor) else x for x in given)
+        input_gates, state_gates, to_low_rank, correction, embeddings, self.token_ids = self._weights
+        fit = _Fit("head_rollout")
+        at = {"state_gates": fit("state_gates", state_gates, "any state")}
+        at["correction"] = fit("correction", correction, "vocabulary low_rank")
+        at["embeddings"] = fit("embeddings", embeddings, "tokens hidden")
+        fit.sizes |= {"gates": 3 * fit["state"], "joined": fit["hidden"] + fit["state"]}
+        fit("state_gates", state_gates, "gates state")  # again, now that the number of gates is known
+        at["input_gates"] = fit("input_gates", input_gates, "gates hidden")
+        at["to_low_rank"] = fit("to_low_rank", to_low_rank, "low_rank joined")
+        self.vocabulary, self.tokens, self.hidden = fit["vocabulary"], fit["tokens"], fit["hidden"]
+        fit.whole_vectors(hidden_size=self.hidden, width_of_the_state=fit["state"], low_rank=fit["low_rank"])
+        if self.token_ids is None and self.tokens < self.vocabulary:
             raise ValueError(
-                f"{function}: one cache holds {self.kv_heads} heads of {self.head_dim} values for every layer, "
-                f"got {layer.kv_heads} of {width}"
+                f"head_rollout: embeddings must have a row for each of {self.vocabulary} logits, got {self.tokens}"
             )
-        described = _Layer(
-            hidden=hidden, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=width, inner=inner, scale=layer.scale,
-            kind=self.kinds.index(layer.kind),
+        if head.pure_draft_prefix_len < 0:
+            raise ValueError(f"head_rollout: pure_prefix must be 0 or more, got {head.pure_draft_prefix_len}")
+        self.in_c = _Head(
+            self.hidden, fit["state"], fit["low_rank"], min(head.pure_draft_prefix_len, 2**31), self.tokens,
+            scale=table.scale, token_ids=fit.optional("token_ids", self.token_ids, "vocabulary", torch.int64), **at,
         )  # fmt: skip
-        norms = {"input": hidden, "query": width, "key": width, "post": hidden}
-        for name, size in norms.items():
-            norm: Norm | None = getattr(layer, f"{name}_norm")
-            if norm is not None:
-                _expect(function, f"{name}_norm", norm.gain, (size,))
-                setattr(described, f"{name}_norm", norm.gain.data_ptr())
-                setattr(described, f"{name}_eps", norm.eps)
-        products = {"joined": (hidden, row), "output": (own, hidden), "gate_up": (hidden, 2 * inner)}
-        for name, (inputs, outputs) in {**products, "down": (inner, hidden)}.items():
-            product: Product = getattr(layer, name)
-            count = -(-outputs // panel_width())
-            _expect(function, name, product.panels, (count, inputs, panel_width()))
-            if product.bias is not None:
-                _expect(function, f"{name}'s bias", product.bias, (count * panel_width(),))
-            setattr(described, name, product.panels.data_ptr())
-            setattr(described, f"{name}_bias", _address(product.bias))
-        return described
 
 
-def decoder_layers(
-    layers: Described,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    masks: Sequence[Tensor],
-    tapped: Sequence[int],
-    features: Tensor | None,
-) -> None:
-    """x [R, N, H] through all layers, in place; masks [R, 1, N, T] bool, one for each kind."""
-    requests, tokens, hidden = _shape("decoder_layers", "x", x, "requests, tokens, hidden")
-    _expect("decoder_layers", "x", x, (requests, tokens, layers.hidden))
-    rotary = _rotary("decoder_layers", cos, sin, requests, tokens, layers.head_dim)
-    _expect("decoder_layers", "rows", rows, (requests, tokens), torch.int64)
-    capacity, *strides = _cache("decoder_layers", keys, values, len(layers), requests, layers.kv_heads, layers.head_dim)
-    if len(masks) != len(layers.kinds):
-        raise ValueError(f"decoder_layers: masks must be one for each of {layers.kinds}, got {len(masks)}")
-    letters = "requests, 1, tokens, extent"
-    extent = _shape("decoder_layers", f"the mask of {layers.kinds[0]}", masks[0], letters, torch.bool)[-1]
-    if not 1 <= extent <= capacity:
-        raise ValueError(f"decoder_layers: masks must show 1 to {capacity} rows, the cache's, got {extent}")
-    for kind, mask in zip(layers.kinds, masks, strict=True):
-        _expect("decoder_layers", f"the mask of {kind}", mask, (requests, 1, tokens, extent), torch.bool)
-    if not all(0 <= layer < len(layers) for layer in tapped):
-        raise ValueError(f"decoder_layers: tapped must be layers from 0 to {len(layers) - 1}, got {list(tapped)}")
-    if features is not None:
-        _expect("decoder_layers", "features", features, (requests, tokens, len(tapped) * hidden))
-    elif tapped:
-        raise TypeError("decoder_layers: features must be a tensor for what is tapped, got None")
-    taps = (_INTEGER * len(tapped))(*tapped)
-    seen = (_POINTER * len(masks))(*(mask.data_ptr() for mask in masks))
-    described = _Pass(
-        requests=requests, tokens=tokens, extent=extent, capacity=capacity, rotary=rotary,
-        layer_stride=strides[0], request_stride=strides[1], head_stride=strides[2],
-        cos=cos.data_ptr(), sin=sin.data_ptr(), rows=rows.data_ptr(), seen=ctypes.addressof(seen),
-        keys=keys.data_ptr(), values=values.data_ptr(), x=x.data_ptr(), taps=len(tapped),
-        tapped=ctypes.addressof(taps), features=_address(features),
-    )  # fmt: skip
-    status = _loops().decoder_layers(layers.in_c, len(layers), ctypes.byref(described))
-    _settle("decoder_layers", status, "rows", rows, "0 or more")
+class Grown(NamedTuple):
+    """Prefixes of all depths, M for each request, and what sampled chains were drawn from."""
 
-
-# ---- the head's drafts: rollout_cpu.py ----
+    choices: Tensor
+    """[R, M], indices into the logits, depth by depth."""
+    parents: Tensor
+    """[R, M], indices into the same prefixes; -1 for a child of the anchor."""
+    scores: Tensor
+    """[R, M], log probabilities; those of the most probable tokens if chains are sampled."""
+    num_drafts: Tensor
+    """[R], how many of the M are left if there is a budget."""
+    ids: Tensor | None
+    """[R, N, K], candidates; None if all logits are."""
+    probs: Tensor | None
+    """[R, N, K]; None if nothing is sampled."""
 
 
 def head_rollout(
-    *,
-    slots: Tensor,
-    logits: Tensor,
-    anchors: Tensor,
-    head: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    embeddings: Tensor | None,
-    token_ids: Tensor | None,
-    scale: float,
-    pure_prefix: int,
-    threshold: float,
+    head: Head | None,
+    block: HeadInputs,
     widths: Sequence[int],
-    temperatures: Tensor | None,
-    uniform: Tensor | None,
-    choices: Tensor,
-    parents: Tensor,
-    scores: Tensor,
-    budget: int,
-    num_drafts: Tensor,
-    ids: Tensor | None,
-    probs: Tensor | None,
-) -> list[int]:
-    """A chain or a tree for every request; returns how many prefixes each depth has.
+    how: Draw,
+    temperatures: Tensor | None = None,
+    budget: int = 0,
+) -> Grown:
+    """A chain or a tree for every request, in one call.
 
-    `head` are the weights of its input gates, state gates, low-rank layer and correction; without it, `slots`,
-    `anchors` and `embeddings` are not read. Shapes are those of `struct rollout` in rollout.c.
+    Args:
+        head: without it, hidden states and anchors are not read.
+        block: of N slots.
+        widths: prefixes of each depth, N numbers; all are 1 if drafts are sampled.
+        how: candidates, least confidence and, for sampled chains, random numbers.
+        temperatures: [R], of sampled chains.
+        budget: only so many prefixes are kept of a request, the best; 0 keeps all.
     """
-    function = "head_rollout"
-    requests, depths, vocabulary = _shape(function, "logits", logits, "requests, depths, vocabulary")
-    _expect(function, "logits", logits, (requests, depths, vocabulary))
-    candidates = vocabulary if ids is None else ids.shape[-1]
-    if not 1 <= candidates <= vocabulary:
+    known = {} if head is None else {"vocabulary": head.vocabulary, "hidden": head.hidden}
+    function, fit = "head_rollout", _Fit("head_rollout", **known)
+    hidden, logits, anchors = (x.contiguous() for x in (block.hidden, block.base_logits, block.anchor_embedding))
+    at_logits = fit("logits", logits, "requests depths vocabulary")
+    requests, depths, vocabulary = logits.shape
+    candidates = vocabulary if how.candidates is None else min(how.candidates, vocabulary)
+    if candidates < 1:
         raise ValueError(f"{function}: candidates must be 1 to {vocabulary}, all logits, got {candidates}")
     if len(widths) != depths or not all(isinstance(width, int) and width >= 1 for width in widths):
         raise ValueError(f"{function}: widths must be {depths} numbers of 1 or more, got {list(widths)}")
-    room = sum(widths)
-    for name, x in (("choices", choices), ("parents", parents)):
-        _expect(function, name, x, (requests, room), torch.int64)
-    _expect(function, "scores", scores, (requests, room))
-    _expect(function, "num_drafts", num_drafts, (requests,), torch.int64)
-    if ids is not None:
-        _expect(function, "ids", ids, (requests, depths, candidates), torch.int64)
     if budget < 0:
         raise ValueError(f"{function}: budget must be 0 or more, got {budget}")
-    arguments = _Rollout(
-        requests=requests, depths=depths, vocabulary=vocabulary, candidates=candidates, pure_prefix=depths,
-        logits=logits.data_ptr(), scale=scale, threshold=threshold, room=room, choices=choices.data_ptr(),
-        parents=parents.data_ptr(), scores=scores.data_ptr(), budget=min(budget, room),
-        num_drafts=num_drafts.data_ptr(), ids=_address(ids),
-    )  # fmt: skip
-    if temperatures is not None or uniform is not None or probs is not None:
-        _expect(function, "temperatures", temperatures, (requests,))
-        _expect(function, "uniform", uniform, (requests, depths), torch.float64)
-        _expect(function, "probs", probs, (requests, depths, candidates))
-        if room != depths:
-            raise ValueError(f"{function}: widths must be 1 where drafts are sampled, got {list(widths)}")
-        arguments.temperatures, arguments.uniform = _address(temperatures), _address(uniform)
-        arguments.probs = _address(probs)
-    if head is not None:
-        _add_head(arguments, head, slots, anchors, embeddings, token_ids)
-        if pure_prefix < 0:
-            raise ValueError(f"{function}: pure_prefix must be 0 or more, got {pure_prefix}")
-        arguments.pure_prefix = min(pure_prefix, depths)
+    room = sum(widths)
+    choices, parents = torch.empty(2, requests, room, dtype=torch.long).unbind()
+    scores, num_drafts = torch.empty(requests, room), torch.zeros(requests, dtype=torch.long)
+    ids = torch.empty(requests, depths, candidates, dtype=torch.long) if candidates < vocabulary else None
     in_c, kept = (_INTEGER * depths)(*widths), (_INTEGER * depths)()
-    arguments.widths, arguments.kept = ctypes.addressof(in_c), ctypes.addressof(kept)
+    arguments = _Rollout(
+        requests=requests, depths=depths, vocabulary=vocabulary, candidates=candidates, logits=at_logits,
+        threshold=how.threshold, widths=ctypes.addressof(in_c), kept=ctypes.addressof(kept), room=room,
+        choices=choices.data_ptr(), parents=parents.data_ptr(), scores=scores.data_ptr(), budget=min(budget, room),
+        num_drafts=num_drafts.data_ptr(), ids=None if ids is None else ids.data_ptr(),
+    )  # fmt: skip
+    if head is not None:
+        arguments.head = ctypes.addressof(head.in_c)
+        arguments.slots = fit("slots", hidden, "requests depths hidden")
+        arguments.anchors = fit("anchors", anchors, "requests hidden")
+    uniform, probs = how.uniform, None
+    if uniform is not None:
+        if room != depths:
+            raise ValueError(f"{function}: widths must be 1 if drafts are sampled, got {list(widths)}")
+        uniform = uniform.contiguous()
+        arguments.uniform = fit("uniform", uniform, "requests depths", torch.float64)
+        temperatures = None if temperatures is None else temperatures.contiguous()
+        arguments.temperatures = fit("temperatures", temperatures, "requests")
+        probs = torch.empty(requests, depths, candidates)
+        arguments.probs = probs.data_ptr()
     status = _loops().head_rollout(ctypes.byref(arguments))
-    _settle(function, status, "token_ids", token_ids, f"rows of the embeddings, 0 to {arguments.tokens - 1}")
-    return list(kept)
+    ids_given, tokens = (None, 0) if head is None else (head.token_ids, head.tokens)
+    _raise_for(function, status, "token_ids", ids_given, f"rows of the embeddings, 0 to {tokens - 1}")
+    total = sum(kept)
+    return Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
 
 
-def _add_head(
-    arguments: _Rollout,
-    head: tuple[Tensor, Tensor, Tensor, Tensor],
-    slots: Tensor,
-    anchors: Tensor,
-    embeddings: Tensor | None,
-    token_ids: Tensor | None,
-) -> None:
-    """What a rollout reads where there is a head."""
-    function, requests, depths, vocabulary = "head_rollout", arguments.requests, arguments.depths, arguments.vocabulary
-    hidden = _shape(function, "slots", slots, "requests, depths, hidden")[-1]
-    state = _shape(function, "state_gates", head[1], "gates, state")[-1]
-    low_rank = _shape(function, "correction", head[3], "vocabulary, low_rank")[-1]
-    tokens = _shape(function, "embeddings", embeddings, "tokens, hidden")[0]
-    for size, name in ((hidden, "hidden size"), (state, "width of the state"), (low_rank, "low rank")):
-        _whole_vectors(function, f"the {name}", size)
-    given: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "input_gates": (head[0], (3 * state, hidden)),
-        "state_gates": (head[1], (3 * state, state)),
-        "to_low_rank": (head[2], (low_rank, hidden + state)),
-        "correction": (head[3], (vocabulary, low_rank)),
-        "slots": (slots, (requests, depths, hidden)),
-        "anchors": (anchors, (requests, hidden)),
-        "embeddings": (embeddings, (tokens, hidden)),
-    }
-    for name, (x, shape) in given.items():
-        _expect(function, name, x, shape)
-        setattr(arguments, name, _address(x))
-    if token_ids is not None:
-        _expect(function, "token_ids", token_ids, (vocabulary,), torch.int64)
-        arguments.token_ids = token_ids.data_ptr()
-    elif tokens < vocabulary:
-        raise ValueError(f"{function}: embeddings must have a row for each of {vocabulary} logits, got {tokens}")
-    arguments.hidden, arguments.state, arguments.low_rank, arguments.tokens = hidden, state, low_rank, tokens
-
-
-# ---- losses and gradients of training: blended_cpu.py ----
+# ---- losses and gradients of training: blended.py ----
 
 
 def blended_rows(
@@ -610,30 +746,28 @@ def blended_rows(
     weights: Tensor,
     lambda_base: float,
     terms: Terms,
-    adaptive_eta: float,
-    base_losses: Tensor,
-    final_losses: Tensor,
-) -> None:
-    """Logits [M, V] of float32 or bfloat16, which become gradients, and labels [M] int64, to losses [M]."""
-    function = "blended_rows_"
-    half = isinstance(base, Tensor) and base.dtype is torch.bfloat16
-    rows, width = _shape(function, "base", base, "rows, logits", torch.bfloat16 if half else torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """Logits [M, V] of float32 or bfloat16, which become gradients, and labels [M] int64, to two losses [M]."""
+    fit, halves = _Fit("blended_rows_"), []
+    for x in (base, target):
+        halves.append(isinstance(x, Tensor) and x.dtype is torch.bfloat16)
+    types = [torch.bfloat16 if half else torch.float32 for half in halves]
+    if target is None and terms.needs_target:
+        raise TypeError("blended_rows_: target must be logits, which the objective compares with, got None")
+    at_base = fit("base", base, "rows logits", types[0])
+    at_correction = fit.optional("correction", correction, "rows logits", types[0])
+    at_target = fit.optional("target", target, "rows logits", types[1])
+    rows, width = base.shape
     if not 1 <= width < 2**31:  # lanes count in 32 bits
-        raise ValueError(f"{function}: base must have 1 to 2^31 - 1 logits in a row, got {width}")
-    _expect(function, "base", base, (rows, width), base.dtype)
-    if correction is not None:
-        _expect(function, "correction", correction, (rows, width), base.dtype)
-    target_half = target is not None and target.dtype is torch.bfloat16
-    if target is not None:
-        _expect(function, "target", target, (rows, width), torch.bfloat16 if target_half else torch.float32)
-    elif terms.needs_target:
-        raise TypeError(f"{function}: target must be logits, which the objective compares with, got None")
-    _expect(function, "labels", labels, (rows,), torch.int64)
-    for name, x in (("weights", weights), ("base_losses", base_losses), ("final_losses", final_losses)):
-        _expect(function, name, x, (rows,))
+        raise ValueError(f"blended_rows_: base must have 1 to 2^31 - 1 logits in a row, got {width}")
+    at_labels, at_weights = fit("labels", labels, "rows", torch.int64), fit("weights", weights, "rows")
+    base_losses = torch.empty(rows)
+    final_losses = base_losses if correction is None else torch.empty(rows)
+    eta = math.nan if terms.adaptive_eta is None else terms.adaptive_eta
     status = _loops().blended_rows(
-        half, base.data_ptr(), _address(correction), target_half, _address(target), labels.data_ptr(),
-        weights.data_ptr(), rows, width, lambda_base, terms.cross_entropy, terms.kl, terms.total_variation,
-        terms.log_acceptance, adaptive_eta, base_losses.data_ptr(), final_losses.data_ptr(),
+        halves[0], at_base, at_correction, halves[1], at_target, at_labels, at_weights, rows, width, lambda_base,
+        terms.cross_entropy, terms.kl, terms.total_variation, terms.log_acceptance, eta,
+        base_losses.data_ptr(), final_losses.data_ptr(),
     )  # fmt: skip
-    _settle(function, status, "labels", labels, f"0 to {width - 1}")
+    _raise_for("blended_rows_", status, "labels", labels, f"0 to {width - 1}")
+    return base_losses, final_losses

@@ -1,11 +1,11 @@
 /* Losses of rows of logits, which become their gradients in place: the C twin of `blended_rows_torch_` in blended.py,
- * where the formulas stand.
+ * which has the formulas.
  *
- * A row is copied once into float32 scratch of its thread, where it stays near: its exponentials are computed once, and
+ * A row is copied once into float32 scratch of its thread, which stays in the nearest cache: its exponentials are computed once, and
  * probabilities are never written, only multiplied into what is made of them. Rows do not depend on each other, so
  * results do not depend on the number of threads.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; blended.py says what they are.
+ * Built by build.py and called by bindings.py, which checks the arguments; blended.py says what they are.
  */
 #include "cpu.h"
 #include "vectors.h"
@@ -188,7 +188,7 @@ static void write_row(int half, const struct softmax *drafts, const struct softm
     write_row_as(0, drafts, target, slopes, label, width, base, correction);
 }
 
-/* One row; scratch is room for three rows, padded. Its final loss is left alone where there is no correction. */
+/* One row; scratch is room for three rows, padded. Its final loss is not written if there is no correction. */
 static void blend_row(int half, void *base, void *correction, int target_half, const void *target, int64_t label,
                       float weight, float lambda_base, const struct terms *terms, int64_t width, int64_t padded,
                       float *scratch, float *base_loss, float *final_loss) {

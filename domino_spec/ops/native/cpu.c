@@ -1,15 +1,21 @@
 /* Float32 loops of a decoder pass over few rows: products, norms, rotary positions, SwiGLU, attention.
  *
- * A verify pass multiplies a handful of rows by every weight, so the weights' way from memory is what costs; each
- * weight is read once for all rows. And every output row is computed in the same order whatever the number of rows:
+ * A verify pass multiplies a handful of rows by every weight, so its time goes into reading weights from memory; each
+ * weight is read once for all rows. Every output row is computed in the same order whatever the number of rows:
  * a token verified among eight others gets the bits it would have got alone.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; cpu.py says what they are.
+ * Built by build.py and called by bindings.py, which checks the arguments and says what they are.
  */
 #include "cpu.h"
 #include "vectors.h"
 
-#include <omp.h> /* clang, which vectors.h refuses, may have none */
+#ifdef _OPENMP
+#include <omp.h>
+int64_t uses_threads(void) { return 1; }
+#else
+static int omp_get_max_threads(void) { return 1; }
+int64_t uses_threads(void) { return 0; }
+#endif
 
 #if LANES == 16
 #define MAX_TILE 12 /* rows whose two accumulators each fit the registers, beside two weights and a broadcast */
@@ -19,8 +25,8 @@
 #define PANEL (2 * LANES)
 #define SUM_BLOCK 64 /* products summed up before they join the total: long sums would lose low bits */
 
-#define TURNED 64        /* inputs that a thread lays side by side at a time */
-#define AHEAD 32         /* steps that weights are fetched in advance; processors do not look as far on their own */
+#define TRANSPOSED 64    /* inputs that a thread transposes at a time */
+#define AHEAD 32         /* steps that weights are fetched in advance; processors do not look so far ahead */
 #define QUERY_ROWS 4     /* of attention, at once in registers */
 #define VALUE_VECTORS 4  /* of a value, at once in registers */
 #define SHARED_ROWS 32   /* of attention, that take turns at keys and values while those are in the nearest cache */
@@ -30,7 +36,7 @@
 int64_t panel_width(void) { return PANEL; }
 int64_t lanes(void) { return LANES; }
 
-/* y[rows, columns] = inputs turned to x[inputs, rows], times one panel [inputs, PANEL], plus bias[PANEL] if there is one. */
+/* y[rows, columns] = transposed inputs x[inputs, rows], times one panel [inputs, PANEL], plus bias[PANEL] if there is one. */
 ALWAYS_INLINE void tile(const int rows, const float *restrict x, int64_t inputs, const float *restrict panel,
                         const float *bias, float *y, int64_t y_stride, int64_t columns) {
   vec totals[MAX_TILE][2];
@@ -57,11 +63,11 @@ ALWAYS_INLINE void tile(const int rows, const float *restrict x, int64_t inputs,
   for (int r = 0; r < rows; r++) memcpy(y + r * y_stride, totals[r], columns * sizeof(float));
 }
 
-/* x[rows, inputs] side by side, so that one pointer walks all rows: the part from..to of turned[inputs, rows]. */
-ALWAYS_INLINE void turn(const int rows, const float *restrict x, int64_t inputs, int64_t from, int64_t to,
-                        float *restrict turned) {
+/* x[rows, inputs] to transposed[inputs, rows], which one pointer can walk; the part from..to of the inputs. */
+ALWAYS_INLINE void transpose(const int rows, const float *restrict x, int64_t inputs, int64_t from, int64_t to,
+                        float *restrict transposed) {
   for (int64_t k = from; k < to; k++)
-    for (int r = 0; r < rows; r++) turned[k * rows + r] = x[r * inputs + k];
+    for (int r = 0; r < rows; r++) transposed[k * rows + r] = x[r * inputs + k];
 }
 
 /* A number of rows known to the compiler keeps a tile's sums in registers. */
@@ -80,10 +86,10 @@ ALWAYS_INLINE void turn(const int rows, const float *restrict x, int64_t inputs,
   }
 #endif
 
-static void any_turn(int64_t rows, const float *x, int64_t inputs, int64_t from, int64_t to, float *turned) {
-#define TURN(n) turn(n, x, inputs, from, to, turned)
-  FOR_ROWS(rows, TURN)
-#undef TURN
+static void any_transpose(int64_t rows, const float *x, int64_t inputs, int64_t from, int64_t to, float *transposed) {
+#define TRANSPOSE(n) transpose(n, x, inputs, from, to, transposed)
+  FOR_ROWS(rows, TRANSPOSE)
+#undef TRANSPOSE
 }
 
 static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *panel, const float *bias, float *y,
@@ -93,25 +99,25 @@ static void any_tile(int64_t rows, const float *x, int64_t inputs, const float *
 #undef TILE
 }
 
-/* `turned` is room for rows * inputs values. */
+/* `transposed` is room for rows * inputs values. */
 void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
-            float *turned, float *y) {
+            float *transposed, float *y) {
   int64_t num_panels = (outputs + PANEL - 1) / PANEL, num_tiles = (rows + MAX_TILE - 1) / MAX_TILE;
 #pragma omp parallel
   {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t t = 0; t < num_tiles; t++)
-      for (int64_t from = 0; from < inputs; from += TURNED) {
+      for (int64_t from = 0; from < inputs; from += TRANSPOSED) {
         int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
-        int64_t to = from + TURNED < inputs ? from + TURNED : inputs;
-        any_turn(count, x + first * inputs, inputs, from, to, turned + first * inputs);
+        int64_t to = from + TRANSPOSED < inputs ? from + TRANSPOSED : inputs;
+        any_transpose(count, x + first * inputs, inputs, from, to, transposed + first * inputs);
       }
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < num_panels; p++) {
       int64_t columns = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
       for (int64_t t = 0; t < num_tiles; t++) {
         int64_t first = rows * t / num_tiles, count = rows * (t + 1) / num_tiles - first;
-        any_tile(count, turned + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
+        any_tile(count, transposed + first * inputs, inputs, panels + p * PANEL * inputs, bias ? bias + p * PANEL : NULL,
                  y + first * outputs + p * PANEL, outputs, columns);
       }
     }
@@ -174,7 +180,7 @@ ALWAYS_INLINE vec score_keys(const float *query, const float *keys, int64_t widt
 
 #define HIDDEN -1e30f /* the score of what the mask hides */
 
-/* Scores of one row become weights, exactly 0 where the mask hides; returns one over their sum, 0 if all is hidden. */
+/* Scores of one row become weights, exactly 0 if the mask hides the key; returns one over their sum, 0 if all are hidden. */
 ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end) {
   int64_t padded = (end + LANES - 1) / LANES * LANES;
   for (int64_t t = 0; t < end; t++) scores[t] = seen[t] ? scores[t] : HIDDEN;
@@ -191,7 +197,7 @@ ALWAYS_INLINE float softmax_row(float *scores, const uint8_t *seen, int64_t end)
   return top == HIDDEN ? 0.0f : 1.0f / sum_lanes(total);
 }
 
-/* Rows of queries that look at the same keys: tokens of one head, or of several that share a key head. */
+/* Rows of queries that read the same keys: tokens of one head, or of several that share a key head. */
 struct rows {
   const float *query[SHARED_ROWS];
   const uint8_t *seen[SHARED_ROWS];
@@ -230,7 +236,7 @@ static void attend_rows(const struct rows *of, int64_t count, const float *keys,
   for (int64_t n = 0; n < count; n++) inverse[n] = softmax_row(scores + n * stride, of->seen[n], end);
   for (int64_t from = 0; from < end; from += VALUE_BLOCK) {
     int64_t to = from + VALUE_BLOCK < end ? from + VALUE_BLOCK : end;
-    for (int64_t n = 0, rows; n < count; n += rows)
+    for (int64_t n = 0, rows = 1; n < count; n += rows)
       for (int64_t place = 0, vectors; place < width; place += vectors * LANES) {
         const float *weights = scores + n * stride;
         float *const *out = of->out + n;

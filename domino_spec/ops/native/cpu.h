@@ -1,7 +1,7 @@
 /* What the files of C share: what an entry returns, room for scratch, and steps of a decoder pass that layers.c joins.
  *
  * Sizes of tensors are compared in bindings.py before an entry is called; numbers that stand in tensors (rows, labels,
- * token ids) are compared here, where they are read anyway.
+ * token ids) are compared in C, which reads them anyway.
  */
 #ifndef CPU_H
 #define CPU_H
@@ -25,14 +25,14 @@ struct member {
 #define SIZE(type) {"", sizeof(struct type)}
 #define AT(type, member) {#member, offsetof(struct type, member)}
 
-/* Room for so many values of `size` bytes; NULL where there is none. The caller multiplies in 128 bits, where no product
+/* Room for so many values of `size` bytes; NULL if there is none. The caller multiplies in 128 bits, so that no product
  * of sizes wraps. */
 static inline void *room_for(__int128 values, int64_t size) {
-  return values > INT64_MAX / size ? NULL : malloc(values ? values * size : 1);
+  return values < 0 || values > INT64_MAX / size ? NULL : malloc(values ? values * size : 1);
 }
 
 void linear(const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias, int64_t outputs,
-            float *turned, float *y);
+            float *transposed, float *y);
 void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t groups, int64_t width, const float *weight,
               float eps, float *y);
 void rotate(float *x, int64_t rows, int64_t stride, int64_t heads, int64_t width, int64_t rotary, const float *cos,

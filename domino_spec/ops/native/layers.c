@@ -1,11 +1,10 @@
 /* All layers of a decoder in one call: norm, attention over a cache, norm, SwiGLU, and the two sums beside them; and a
- * draft's context, which goes into its cache likewise.
+ * draft's context, which goes into its cache in the same way.
  *
- * The steps are those of cpu.c, in the order and with the bits that single calls have; what is saved is the way back to
- * Python between them, which took a third of a small model's pass.
+ * The steps are those of cpu.c, in the order and with the bits of single calls. Returning to Python between them took a
+ * third of a small model's pass.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; layers_cpu.py and context.py say what they
- * are.
+ * Built by build.py and called by bindings.py, which checks the arguments; bindings.py and context.py say what they are.
  */
 
 #include "cpu.h"
@@ -45,11 +44,11 @@ const struct member pass_layout[] = {SIZE(pass), AT(pass, requests), AT(pass, to
     AT(pass, taps), AT(pass, tapped), AT(pass, features), {0}};
 
 static float *scratch(__int128 floats, int *kept) {
-  static _Thread_local float *own;
+  static _Thread_local float *buffer;
   *kept = floats <= KEPT_FLOATS;
   if (!*kept) return room_for(floats, sizeof(float));
-  if (!own) own = malloc(KEPT_FLOATS * sizeof(float));
-  return own;
+  if (!buffer) buffer = malloc(KEPT_FLOATS * sizeof(float));
+  return buffer;
 }
 
 /* Where keys and values of new tokens go. */
@@ -83,38 +82,38 @@ static void add(float *sum, const float *other, int64_t count) {
   for (int64_t i = 0; i < count; i++) sum[i] += other[i];
 }
 
-/* Floats of scratch for a token: each step's results have a place of their own. */
+/* Floats of scratch for a token: each step's results have their place. */
 static int64_t room_of(const struct layer *l) {
-  int64_t own = l->heads * l->head_dim, widest = l->hidden > own ? l->hidden : own;
+  int64_t queries = l->heads * l->head_dim, widest = l->hidden > queries ? l->hidden : queries;
   if (l->inner > widest) widest = l->inner;
-  return widest + 2 * l->hidden + 2 * own + 2 * l->kv_heads * l->head_dim + 3 * l->inner;
+  return widest + 2 * l->hidden + 2 * queries + 2 * l->kv_heads * l->head_dim + 3 * l->inner;
 }
 
 static int64_t run_layer(const struct layer *l, const struct pass *p, int64_t number, float *room) {
   int64_t count = p->requests * p->tokens, hidden = l->hidden, width = l->head_dim, inner = l->inner;
-  int64_t own = l->heads * width, row = own + 2 * l->kv_heads * width;
+  int64_t queries = l->heads * width, row = queries + 2 * l->kv_heads * width;
   float *keys = p->keys + number * p->layer_stride, *values = p->values + number * p->layer_stride, *x = p->x;
   struct places cache = {p->requests, p->tokens, l->kv_heads, width, p->capacity, p->request_stride, p->head_stride,
                          p->rows, keys, values};
   float *normed = room, *out = normed + count * hidden, *joined = out + count * hidden, *mixed = joined + count * row;
-  float *gate_up = mixed + count * own, *product = gate_up + 2 * count * inner, *turned = product + count * inner;
+  float *gate_up = mixed + count * queries, *product = gate_up + 2 * count * inner, *transposed = product + count * inner;
 
   rms_norm(x, count, hidden, 1, hidden, l->input_norm, l->input_eps, normed);
-  linear(normed, count, hidden, l->joined, l->joined_bias, row, turned, joined);
+  linear(normed, count, hidden, l->joined, l->joined_bias, row, transposed, joined);
   if (l->query_norm) rms_norm(joined, count, row, l->heads, width, l->query_norm, l->query_eps, joined);
-  if (l->key_norm) rms_norm(joined + own, count, row, l->kv_heads, width, l->key_norm, l->key_eps, joined + own);
+  if (l->key_norm) rms_norm(joined + queries, count, row, l->kv_heads, width, l->key_norm, l->key_eps, joined + queries);
   rotate(joined, count, row, l->heads + l->kv_heads, width, p->rotary, p->cos, p->sin);
-  write_rows(&cache, joined + own, row, l->kv_heads * width);
+  write_rows(&cache, joined + queries, row, l->kv_heads * width);
   if (attend(joined, row, keys, values, p->request_stride, p->head_stride, p->seen[l->kind], p->requests, p->tokens,
              l->heads, l->kv_heads, p->extent, width, l->scale, mixed))
     return NO_MEMORY;
-  linear(mixed, count, own, l->output, l->output_bias, hidden, turned, out);
+  linear(mixed, count, queries, l->output, l->output_bias, hidden, transposed, out);
   add(x, out, count * hidden);
 
   rms_norm(x, count, hidden, 1, hidden, l->post_norm, l->post_eps, normed);
-  linear(normed, count, hidden, l->gate_up, l->gate_up_bias, 2 * inner, turned, gate_up);
+  linear(normed, count, hidden, l->gate_up, l->gate_up_bias, 2 * inner, transposed, gate_up);
   silu_mul(gate_up, count, inner, product);
-  linear(product, count, inner, l->down, l->down_bias, hidden, turned, out);
+  linear(product, count, inner, l->down, l->down_bias, hidden, transposed, out);
   add(x, out, count * hidden);
   return DONE;
 }

@@ -1,11 +1,11 @@
-/* What follows the base logits of a block, on CPU: a chain or a tree of drafts for every request, in one call.
+/* What follows the base logits of a block, on a CPU: a chain or a tree of drafts for every request, in one call.
  *
- * The float32 twin of `head_rollout` in reference.py and `head_tree` in trees.py, where the mathematics stands. A chain
- * is a tree of width one, so there is one loop over depths. One team of threads goes through it: the head's weights are
- * divided among them by rows, and each row is read once for all prefixes. A prefix's numbers are computed in the same
- * order whatever stands beside it.
+ * The float32 twin of `head_rollout` and `head_tree` in heads.py, which explain the mathematics. A chain is a tree of
+ * width 1, so there is one loop over depths. One team of threads runs it: the head's weights are divided among the
+ * threads by rows, and each row is read once for all prefixes. A prefix's numbers are computed in the same order
+ * whatever stands beside it.
  *
- * Built by native.py and called by bindings.py, which checks the arguments; rollout_cpu.py says what they are.
+ * Built by build.py and called by bindings.py, which checks the arguments.
  */
 #include <math.h>
 
@@ -17,23 +17,28 @@
 #define SHARING 1
 #endif
 #define ROWS 8  /* weights at once: independent sums that keep the multipliers busy */
-#define GLANCE (4 * LANES) /* logits that are passed over together where none of them is among the best */
+#define SKIPPED (4 * LANES) /* logits that are passed over together if none of them is among the best */
 
-struct rollout { /* shapes as in reference.py and trees.py; rows of every matrix are contiguous */
-  int64_t requests, depths, hidden, state, low_rank, vocabulary;
-  int64_t candidates;         /* K; the vocabulary where all are */
-  int64_t pure_prefix;        /* depths that the head leaves as they are; all of them without a head */
+struct head { /* rows of every matrix are contiguous */
+  int64_t hidden, state, low_rank;
+  int64_t pure_prefix;        /* depths that the head leaves as they are */
+  int64_t tokens;
   const float *input_gates;   /* [3 * state, hidden]: reset, update, new */
   const float *state_gates;   /* [3 * state, state] */
   const float *to_low_rank;   /* [low_rank, hidden + state] */
   const float *correction;    /* [vocabulary, low_rank] */
+  const float *embeddings;    /* [tokens, hidden] */
+  const int64_t *token_ids;   /* [vocabulary], rows of `embeddings`; NULL if they are the same */
+  float scale;                /* of embeddings */
+};
+
+struct rollout { /* shapes as in heads.py */
+  const struct head *head;    /* NULL leaves all base logits as they are; slots and anchors are then not read */
   const float *slots;         /* [requests, depths, hidden] */
   const float *logits;        /* [requests, depths, vocabulary] */
   const float *anchors;       /* [requests, hidden], embedded */
-  int64_t tokens;
-  const float *embeddings;    /* [tokens, hidden] */
-  const int64_t *token_ids;   /* [vocabulary], rows of `embeddings`; NULL where they are the same */
-  float scale;                /* of embeddings */
+  int64_t requests, depths, vocabulary;
+  int64_t candidates;         /* K; the vocabulary if all are */
   float threshold;            /* log probability below which prefixes are not extended */
   const int64_t *widths;      /* [depths], prefixes of each depth at most */
   const float *temperatures;  /* [requests], of sampled chains; NULL chooses */
@@ -44,18 +49,23 @@ struct rollout { /* shapes as in reference.py and trees.py; rows of every matrix
   float *scores;              /* [requests, room], log probabilities; of sampled chains, of the most probable token */
   int64_t budget;             /* at the end, so many prefixes are left of a request, the best; 0 leaves all */
   int64_t *num_drafts;        /* [requests], how many were left */
-  int64_t *ids;               /* [requests, depths, K], candidates, the best first; NULL where all are */
+  int64_t *ids;               /* [requests, depths, K], candidates, the best first; NULL if all are */
   float *probs;               /* [requests, depths, K], of sampled chains */
 };
 
-const struct member rollout_layout[] = {SIZE(rollout), AT(rollout, requests), AT(rollout, depths),
-    AT(rollout, hidden), AT(rollout, state), AT(rollout, low_rank), AT(rollout, vocabulary), AT(rollout, candidates),
-    AT(rollout, pure_prefix), AT(rollout, input_gates), AT(rollout, state_gates), AT(rollout, to_low_rank),
-    AT(rollout, correction), AT(rollout, slots), AT(rollout, logits), AT(rollout, anchors), AT(rollout, tokens),
-    AT(rollout, embeddings), AT(rollout, token_ids), AT(rollout, scale), AT(rollout, threshold), AT(rollout, widths),
-    AT(rollout, temperatures), AT(rollout, uniform), AT(rollout, kept), AT(rollout, room), AT(rollout, choices),
-    AT(rollout, parents), AT(rollout, scores), AT(rollout, budget), AT(rollout, num_drafts), AT(rollout, ids),
-    AT(rollout, probs), {0}};
+const struct member head_layout[] = {SIZE(head), AT(head, hidden), AT(head, state), AT(head, low_rank),
+    AT(head, pure_prefix), AT(head, tokens), AT(head, input_gates), AT(head, state_gates), AT(head, to_low_rank),
+    AT(head, correction), AT(head, embeddings), AT(head, token_ids), AT(head, scale), {0}};
+const struct member rollout_layout[] = {SIZE(rollout), AT(rollout, head), AT(rollout, slots), AT(rollout, logits),
+    AT(rollout, anchors), AT(rollout, requests), AT(rollout, depths), AT(rollout, vocabulary),
+    AT(rollout, candidates), AT(rollout, threshold), AT(rollout, widths), AT(rollout, temperatures),
+    AT(rollout, uniform), AT(rollout, kept), AT(rollout, room), AT(rollout, choices), AT(rollout, parents),
+    AT(rollout, scores), AT(rollout, budget), AT(rollout, num_drafts), AT(rollout, ids), AT(rollout, probs), {0}};
+
+/* Depths whose base logits stay as they are. */
+static int64_t pure_depths(const struct rollout *w) {
+  return w->head && w->head->pure_prefix < w->depths ? w->head->pure_prefix : w->depths;
+}
 
 /* What threads share on the way. Prefixes of one depth stand side by side: request, then place in it. */
 struct scratch {
@@ -135,6 +145,7 @@ static const float *base_of(const struct rollout *w, const struct scratch *s, in
 
 /* Candidates of all slots, and the slots' share of the low-rank layer. */
 static void prepare(const struct rollout *w, struct scratch *s) {
+  const struct head *h = w->head;
   int64_t slots = w->requests * w->depths;
   if (w->ids) {
 #pragma omp for schedule(dynamic)
@@ -143,46 +154,47 @@ static void prepare(const struct rollout *w, struct scratch *s) {
                       w->ids + i * w->candidates))
         fail(s, NO_MEMORY);
   }
-  if (w->pure_prefix < w->depths) {
+  if (pure_depths(w) < w->depths) {
 #pragma omp single
-    for (int64_t i = 0; i < slots; i++) s->rows[i] = w->slots + i * w->hidden;
-    products(w->to_low_rank, w->hidden + w->state, w->hidden, w->low_rank, s->rows, slots, s->from_slots);
+    for (int64_t i = 0; i < slots; i++) s->rows[i] = w->slots + i * h->hidden;
+    products(h->to_low_rank, h->hidden + h->state, h->hidden, h->low_rank, s->rows, slots, s->from_slots);
   }
 }
 
 ALWAYS_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_lanes(-x)); }
 ALWAYS_INLINE vec tanh_lanes(vec x) { return 1.0f - 2.0f / (exp_lanes(2.0f * x) + 1.0f); }
 
-/* The states of `count` prefixes of each request: each consumes its last token, or the anchor where `first` is -1. */
+/* The states of `count` prefixes of each request: each consumes its last token, or the anchor if `first` is -1. */
 static void step(const struct rollout *w, struct scratch *s, int64_t first, int64_t count, int64_t parents_first,
                  int64_t parents_count) {
-  int64_t prefixes = w->requests * count, width = w->state;
+  const struct head *h = w->head;
+  int64_t prefixes = w->requests * count, width = h->state;
   int64_t starts = first < 0;
 #pragma omp single
   for (int64_t n = 0; n < prefixes; n++) {
     int64_t request = n / count;
     if (starts) {
-      s->rows[n] = w->anchors + request * w->hidden;
+      s->rows[n] = w->anchors + request * h->hidden;
     } else {
       int64_t choice = w->choices[request * w->room + first + n % count];
-      int64_t token = w->token_ids ? w->token_ids[choice] : choice;
-      if (token < 0 || token >= w->tokens) {
+      int64_t token = h->token_ids ? h->token_ids[choice] : choice;
+      if (token < 0 || token >= h->tokens) {
         fail(s, BAD_INDEX);
         token = 0;
       }
-      s->rows[n] = w->embeddings + token * w->hidden;
+      s->rows[n] = h->embeddings + token * h->hidden;
     }
   }
-  products(w->input_gates, w->hidden, w->hidden, 3 * width, s->rows, prefixes, s->from_input);
+  products(h->input_gates, h->hidden, h->hidden, 3 * width, s->rows, prefixes, s->from_input);
   if (!starts) {
 #pragma omp single
     for (int64_t n = 0; n < prefixes; n++) {
       int64_t request = n / count, parent = w->parents[request * w->room + first + n % count] - parents_first;
       s->rows[n] = s->states + (request * parents_count + parent) * width;
     }
-    products(w->state_gates, width, width, 3 * width, s->rows, prefixes, s->from_state);
+    products(h->state_gates, width, width, 3 * width, s->rows, prefixes, s->from_state);
   }
-  float scale = starts ? 1.0f : w->scale;
+  float scale = starts ? 1.0f : h->scale;
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < prefixes; n++) {
     const float *input = s->from_input + 3 * n * width, *state = s->from_state + 3 * n * width;
@@ -208,19 +220,20 @@ static void step(const struct rollout *w, struct scratch *s, int64_t first, int6
 
 /* final[prefixes, K] = base logits of a depth, corrected for each of the `count` prefixes of each request. */
 static void correct(const struct rollout *w, struct scratch *s, int64_t depth, int64_t count) {
+  const struct head *h = w->head;
   int64_t prefixes = w->requests * count;
 #pragma omp single
-  for (int64_t n = 0; n < prefixes; n++) s->rows[n] = s->states + n * w->state;
-  products(w->to_low_rank + w->hidden, w->hidden + w->state, w->state, w->low_rank, s->rows, prefixes, s->low_rank);
+  for (int64_t n = 0; n < prefixes; n++) s->rows[n] = s->states + n * h->state;
+  products(h->to_low_rank + h->hidden, h->hidden + h->state, h->state, h->low_rank, s->rows, prefixes, s->low_rank);
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < prefixes; n++) {
-    float *own = s->low_rank + n * w->low_rank;
-    const float *of_slot = s->from_slots + (n / count * w->depths + depth) * w->low_rank;
-    for (int64_t i = 0; i < w->low_rank; i += LANES) {
-      vec x = load(own + i) + load(of_slot + i);
-      store(own + i, x * sigmoid(x));
+    float *u = s->low_rank + n * h->low_rank;
+    const float *of_slot = s->from_slots + (n / count * w->depths + depth) * h->low_rank;
+    for (int64_t i = 0; i < h->low_rank; i += LANES) {
+      vec x = load(u + i) + load(of_slot + i);
+      store(u + i, x * sigmoid(x));
     }
-    s->rows[n] = own;
+    s->rows[n] = u;
   }
 #pragma omp for schedule(static) collapse(2)
   for (int64_t r = 0; r < w->requests; r++)
@@ -230,10 +243,10 @@ static void correct(const struct rollout *w, struct scratch *s, int64_t depth, i
       const int64_t *ids = w->ids ? w->ids + slot * w->candidates + first : NULL;
       for (int64_t k = 0; k < LANES; k++) {
         int64_t place = k < present ? k : 0;
-        rows[k] = w->correction + (ids ? ids[place] : first + place) * w->low_rank;
+        rows[k] = h->correction + (ids ? ids[place] : first + place) * h->low_rank;
       }
       float *y = s->final + r * count * w->candidates + first;
-      multiply(s->rows + r * count, count, rows, present, w->low_rank, y, w->candidates);
+      multiply(s->rows + r * count, count, rows, present, h->low_rank, y, w->candidates);
       for (int64_t n = 0; n < count; n++)
         for (int64_t k = 0; k < present; k++) y[n * w->candidates + k] += base[k];
     }
@@ -263,7 +276,7 @@ static float largest_of(const float *x, int64_t count) {
   return largest;
 }
 
-/* One of `count` by inverse-transform sampling (`reference.draw`), and the probabilities it was drawn with. */
+/* One of `count` by inverse-transform sampling (`draw` in heads.py), and the probabilities it was drawn with. */
 static int64_t sample(const float *logits, int64_t count, float top, float temperature, double uniform, float *probs) {
   int64_t place = 0;
   if (temperature == 0.0f) {
@@ -291,7 +304,7 @@ static void choose_children(const struct rollout *w, const struct scratch *s, in
   int64_t slot = r * w->depths + depth, found = 0;
   const int64_t *ids = w->ids ? w->ids + slot * w->candidates : NULL;
   for (int64_t n = 0; n < count; n++) {
-    int pure = depth < w->pure_prefix;
+    int pure = depth < pure_depths(w);
     const float *logits = pure ? base_of(w, s, slot) : s->final + (r * count + n) * w->candidates;
     float top = largest_of(logits, w->candidates);
     float of_top = (depth ? above[n] : 0.0f) - logf(exponentials(logits, w->candidates, top, 1.0f, NULL));
@@ -303,8 +316,8 @@ static void choose_children(const struct rollout *w, const struct scratch *s, in
       scores[0] = of_top;
       return;
     }
-    for (int64_t from = 0; from < w->candidates; from += GLANCE) {
-      int64_t to = from + GLANCE < w->candidates ? from + GLANCE : w->candidates;
+    for (int64_t from = 0; from < w->candidates; from += SKIPPED) {
+      int64_t to = from + SKIPPED < w->candidates ? from + SKIPPED : w->candidates;
       if (found == keep && !(largest_of(logits + from, to - from) - top + of_top > scores[keep - 1])) continue;
       for (int64_t k = from; k < to; k++) {
         float score = logits[k] - top + of_top;
@@ -361,9 +374,9 @@ static void keep_best(const struct rollout *w, struct scratch *s, int64_t r, int
 static void grow(const struct rollout *w, struct scratch *s) {
   int64_t before = -1, count = 1, first = 0; /* of the depth above: its first prefix, and how many they are */
   prepare(w, s);
-  if (w->pure_prefix < w->depths) step(w, s, -1, 1, -1, 1);
+  if (pure_depths(w) < w->depths) step(w, s, -1, 1, -1, 1);
   for (int64_t depth = 0; depth < w->depths; depth++) {
-    if (depth >= w->pure_prefix) correct(w, s, depth, count);
+    if (depth >= pure_depths(w)) correct(w, s, depth, count);
     int64_t keep = w->widths[depth] < count * w->candidates ? w->widths[depth] : count * w->candidates;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < w->requests; r++) choose_children(w, s, r, depth, before, count, first, keep);
@@ -371,7 +384,7 @@ static void grow(const struct rollout *w, struct scratch *s) {
 #pragma omp single
     w->kept[depth] = keep;
     if (keep == 0) break;
-    if (depth + 1 < w->depths && w->pure_prefix < w->depths) step(w, s, first, keep, before, count);
+    if (depth + 1 < w->depths && pure_depths(w) < w->depths) step(w, s, first, keep, before, count);
     before = first, count = keep, first += keep;
   }
   if (w->budget == 0) return;
@@ -386,22 +399,24 @@ static void *part_of(char **from, int64_t bytes) {
 }
 
 int64_t head_rollout(const struct rollout *w) {
+  const struct head *h = w->head;
+  int64_t low_rank = h ? h->low_rank : 0, state = h ? h->state : 0; /* without a head nothing needs them */
   int64_t widest = 1, slots = w->requests * w->depths;
   for (int64_t depth = 0; depth < w->depths; depth++)
     if (w->widths[depth] > widest) widest = w->widths[depth];
   int64_t prefixes = w->requests * widest, most = prefixes > slots ? prefixes : slots;
-  __int128 floats = (__int128)slots * (w->low_rank + w->candidates) +
-                    (__int128)prefixes * (8 * w->state + w->low_rank + w->candidates);
+  __int128 floats = (__int128)slots * (low_rank + w->candidates) +
+                    (__int128)prefixes * (8 * state + low_rank + w->candidates);
   char *memory = room_for(4 * floats + most * sizeof(float *) + 16 * 64, 1), *from = memory;
   if (!memory) return NO_MEMORY;
   struct scratch s = {
-      .from_slots = part_of(&from, 4 * slots * w->low_rank),
+      .from_slots = part_of(&from, 4 * slots * low_rank),
       .base = part_of(&from, 4 * slots * w->candidates),
-      .states = part_of(&from, 4 * prefixes * w->state),
-      .next = part_of(&from, 4 * prefixes * w->state),
-      .from_input = part_of(&from, 12 * prefixes * w->state),
-      .from_state = part_of(&from, 12 * prefixes * w->state),
-      .low_rank = part_of(&from, 4 * prefixes * w->low_rank),
+      .states = part_of(&from, 4 * prefixes * state),
+      .next = part_of(&from, 4 * prefixes * state),
+      .from_input = part_of(&from, 12 * prefixes * state),
+      .from_state = part_of(&from, 12 * prefixes * state),
+      .low_rank = part_of(&from, 4 * prefixes * low_rank),
       .final = part_of(&from, 4 * prefixes * w->candidates),
       .rows = part_of(&from, most * sizeof(float *)),
   };

@@ -1,13 +1,12 @@
 /* Vectors as wide as the processor's, and the few functions of them that the loops share. */
 #ifndef VECTORS_H
 #define VECTORS_H
-#ifdef __clang__ /* its OpenMP calls are not those of the GNU OpenMP that PyTorch brings */
-#error "these loops need GCC, and this compiler is clang"
-#endif
 #include <stdint.h>
 #include <string.h>
-#ifdef __x86_64__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__x86_64__) && !defined(__FMA__)
@@ -36,6 +35,12 @@ ALWAYS_INLINE vec fma_lanes(vec a, vec b, vec c) {
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  float32x4_t left[2], right[2], sum[2];
+  memcpy(left, &a, sizeof a), memcpy(right, &b, sizeof b), memcpy(sum, &c, sizeof c);
+  for (int i = 0; i < 2; i++) sum[i] = vfmaq_f32(sum[i], left[i], right[i]);
+  memcpy(&c, sum, sizeof c);
+  return c;
 #else
   for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
@@ -67,22 +72,26 @@ ALWAYS_INLINE float sum_lanes(vec v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* Lanes without `bit` hold sums of pairs of a, those with it sums of pairs of b. */
-ALWAYS_INLINE vec fold(vec a, vec b, const int bit) {
-  const ivec lane = lane_numbers();
-  ivec of_b = (lane & bit) != 0;
-  ivec own = lane + (of_b & LANES), other = lane + bit + (of_b & (LANES - 2 * bit));
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
-}
+/* Lanes without `bit` get sums of pairs of a, lanes with it sums of pairs of b. A macro, as a shuffle takes constants. */
+#define FOLD(a, b, bit) (SHUFFLE(a, b, OWN_LANE, bit) + SHUFFLE(a, b, OTHER_LANE, bit))
+#define OWN_LANE(lane, bit) ((lane) + ((lane) & (bit) ? LANES : 0))
+#define OTHER_LANE(lane, bit) ((lane) + (bit) + ((lane) & (bit) ? LANES - 2 * (bit) : 0))
+#define EIGHT(of, first, bit) of(first, bit), of(first + 1, bit), of(first + 2, bit), of(first + 3, bit), \
+    of(first + 4, bit), of(first + 5, bit), of(first + 6, bit), of(first + 7, bit)
+#if LANES == 16
+#define SHUFFLE(a, b, of, bit) __builtin_shufflevector(a, b, EIGHT(of, 0, bit), EIGHT(of, 8, bit))
+#else
+#define SHUFFLE(a, b, of, bit) __builtin_shufflevector(a, b, EIGHT(of, 0, bit))
+#endif
 
 /* The sum of each of LANES vectors, which are overwritten. */
 ALWAYS_INLINE vec sum_each(vec *sums) {
 #if LANES == 16
-  for (int k = 0; k < 8; k++) sums[k] = fold(sums[k], sums[k + 8], 8);
+  for (int k = 0; k < 8; k++) sums[k] = FOLD(sums[k], sums[k + 8], 8);
 #endif
-  for (int k = 0; k < 4; k++) sums[k] = fold(sums[k], sums[k + 4], 4);
-  for (int k = 0; k < 2; k++) sums[k] = fold(sums[k], sums[k + 2], 2);
-  return fold(sums[0], sums[1], 1);
+  for (int k = 0; k < 4; k++) sums[k] = FOLD(sums[k], sums[k + 4], 4);
+  for (int k = 0; k < 2; k++) sums[k] = FOLD(sums[k], sums[k + 2], 2);
+  return FOLD(sums[0], sums[1], 1);
 }
 
 /* a where the mask is all ones, b where it is 0. */

@@ -1,11 +1,11 @@
-"""The Triton twins of `acceptance`.
+"""The Triton kernels of `acceptance`.
 
 A greedy chain is one launch: programs find the largest logit of a part of a row, and the last of a request's programs
-to finish decides. A sampled chain has phases between which all programs meet (`grid_triton`), since the bonus token is
+to finish decides. A sampled chain has phases between which all programs meet (`grid`), since the bonus token is
 drawn from a row that is known only once the drafts are decided: decide; copy that row; take the draft's share away; sum
 by parts; draw.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from domino_spec.ops.acceptance import Accepted
 from domino_spec.ops.triton.grid import LOWEST, NOWHERE, grid_barrier, interpreted, new_counters, resident_programs
 
 _SPAN = 8192
 """Logits of one part of a row."""
 _BLOCK = 2048
-"""Numbers that a program looks at together."""
+"""Numbers that a program reads together."""
+
+
+def _accepted(requests: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the fields of `acceptance.Accepted`."""
+    tokens = torch.empty(requests, rows, dtype=torch.int64, device=device)
+    return tokens, torch.empty_like(tokens[:, 0]), torch.empty(requests, dtype=torch.bool, device=device)
 
 
 @functools.cache
@@ -34,16 +39,12 @@ def _arrivals(requests: int, device: torch.device) -> Tensor:
     return new_counters(requests, torch.int32, device)
 
 
-def greedy_chain_triton(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> Accepted:
+def greedy_chain_triton(logits: Tensor, drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`acceptance.greedy_chain` on a GPU; launches that share a stream follow one another, others need care."""
     requests, rows, width = logits.shape
     assert logits.stride(2) == 1 or width == 1
     device, parts = logits.device, triton.cdiv(width, _SPAN)
-    found = Accepted(
-        torch.empty(requests, rows, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.bool, device=device),
-    )
+    found = _accepted(requests, rows, device)
     if requests == 0:
         return found
     tops = torch.empty(requests, rows, parts, dtype=torch.float32, device=device)
@@ -74,10 +75,10 @@ def _greedy_kernel(
         values = tl.load(numbers + columns, mask=inside, other=LOWEST).to(tl.float32)
         broken = tl.max((values != values).to(tl.int32), 0)
         values = tl.where(values < LOWEST, LOWEST, values)
-        own = tl.max(values, 0)
-        own_place = tl.min(tl.where(inside & (values == own), columns, NOWHERE), 0)
-        place = tl.where(own > top, own_place, tl.minimum(place, tl.where(own == top, own_place, NOWHERE)))
-        top = tl.maximum(top, own)
+        part_top = tl.max(values, 0)
+        part_place = tl.min(tl.where(inside & (values == part_top), columns, NOWHERE), 0)
+        place = tl.where(part_top > top, part_place, tl.minimum(place, tl.where(part_top == top, part_place, NOWHERE)))
+        top = tl.maximum(top, part_top)
         place = tl.where(broken > 0, -1, place)  # stays the smallest
     tl.store(tops_ptr + item, top)
     tl.store(places_ptr + item, place)
@@ -137,8 +138,8 @@ def sampled_chain_triton(
     *,
     programs: int | None = None,
     fused: bool | None = None,
-) -> Accepted:
-    """`acceptance.sampled_chain` on a GPU; N and K at least 1.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`acceptance.sampled_chain` on a GPU, the fields of its result; N and K at least 1.
 
     Args:
         programs: of every launch; None for one on every multiprocessor.
@@ -149,11 +150,7 @@ def sampled_chain_triton(
     fused = not interpreted() if fused is None else fused
     programs = programs or resident_programs(device)
     assert (probs.stride(2) == 1 or width == 1) and rows > 1
-    found = Accepted(
-        torch.empty(requests, rows, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.int64, device=device),
-        torch.empty(requests, dtype=torch.bool, device=device),
-    )
+    found = _accepted(requests, rows, device)
     if requests == 0:
         return found
     span = triton.cdiv(width, max(1, programs // requests))
@@ -185,20 +182,20 @@ def _decide(
     request_stride, row_stride, ROWS: tl.constexpr, K: tl.constexpr, ROW_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROW_BLOCK)
-    meant = rows < ROWS - 1
+    valid = rows < ROWS - 1
     slots = (tl.full((), 0, tl.int64) + request) * (ROWS - 1) + rows
-    drafts = tl.load(drafts_ptr + slots, mask=meant, other=0)
+    drafts = tl.load(drafts_ptr + slots, mask=valid, other=0)
     numbers = probs_ptr + (tl.full((), 0, tl.int64) + request) * request_stride + rows * row_stride
-    target = tl.load(numbers + drafts, mask=meant, other=0.0).to(tl.float64)
+    target = tl.load(numbers + drafts, mask=valid, other=0.0).to(tl.float64)
     drawn = tl.zeros([ROW_BLOCK], tl.float32)
     for start in range(0, K, K_BLOCK):
         columns = start + tl.arange(0, K_BLOCK)
-        inside = meant[:, None] & (columns < K)[None, :]
+        inside = valid[:, None] & (columns < K)[None, :]
         at = slots[:, None] * K + columns[None, :]
-        own = inside & (tl.load(ids_ptr + at, mask=inside, other=-1) == drafts[:, None])
-        drawn += tl.sum(tl.load(draft_probs_ptr + at, mask=own, other=0.0), 1)
-    ratio = target / tl.where(meant, drawn, 1.0).to(tl.float64)
-    stays = meant & (tl.load(accept_ptr + slots, mask=meant, other=1.0) < ratio)
+        is_draft = inside & (tl.load(ids_ptr + at, mask=inside, other=-1) == drafts[:, None])
+        drawn += tl.sum(tl.load(draft_probs_ptr + at, mask=is_draft, other=0.0), 1)
+    ratio = target / tl.where(valid, drawn, 1.0).to(tl.float64)
+    stays = valid & (tl.load(accept_ptr + slots, mask=valid, other=1.0) < ratio)
     stays = stays & (rows < tl.load(num_drafts_ptr + request))
     tl.store(num_accepted_ptr + request, tl.min(tl.where(stays, ROWS, rows), 0).to(tl.int64))
 
@@ -275,10 +272,10 @@ def _sampled_kernel(
             rejected = slot < tl.load(num_drafts_ptr + request)
             inside = tl.where(rejected, columns, K) < K
             at = ((far + request) * (ROWS - 1) + slot) * K + columns
-            own = left_ptr + (far + request) * V + tl.load(ids_ptr + at, mask=inside, other=0)
+            at_left = left_ptr + (far + request) * V + tl.load(ids_ptr + at, mask=inside, other=0)
             removed = tl.load(draft_probs_ptr + at, mask=inside, other=0.0).to(tl.float64)
-            left = tl.load(own, mask=inside, other=0.0) - removed
-            tl.store(own, tl.where(left < 0, 0.0, left), mask=inside)
+            left = tl.load(at_left, mask=inside, other=0.0) - removed
+            tl.store(at_left, tl.where(left < 0, 0.0, left), mask=inside)
     if PHASE == _ALL:
         grid_barrier(counter_ptr)
     if (PHASE == _ALL) | (PHASE == _SUM):

@@ -3,23 +3,27 @@
 A program passes over its row in blocks: sums of the softmaxes; with a target, how far the two distributions lie apart;
 the gradients. From the second pass on, the row comes out of a cache. Arithmetic is float32.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from domino_spec.ops.blended import SMALLEST_ALPHA, RowLosses, Terms
+if TYPE_CHECKING:
+    from domino_spec.ops.blended import Terms
 
 _MAX_BLOCK = 2048
 """Logits of one tensor that a program holds at once: 8 a thread, of bfloat16 16 bytes, one load."""
 _LOWEST = tl.constexpr(-1e30)
 """Stands for logits past the end and for -inf: its exponential is 0, its products are finite."""
-_SMALLEST_ALPHA = tl.constexpr(SMALLEST_ALPHA)
+_SMALLEST_ALPHA = tl.constexpr(1e-30)
+"""`blended.SMALLEST_ALPHA`."""
 
 
 def blended_rows_triton_(
@@ -30,7 +34,7 @@ def blended_rows_triton_(
     weights: Tensor,
     lambda_base: float,
     terms: Terms,
-) -> RowLosses:
+) -> tuple[Tensor, Tensor]:
     """`blended_rows_` on a GPU; it needs no memory besides its results. Logits of one row must be neighbours."""
     rows, width = base.shape
     assert target is not None or not terms.needs_target
@@ -40,7 +44,7 @@ def blended_rows_triton_(
     base_losses = torch.empty(rows, dtype=torch.float32, device=base.device)
     final_losses = base_losses if correction is None else torch.empty_like(base_losses)
     if rows == 0:
-        return RowLosses(base_losses, final_losses)
+        return base_losses, final_losses
     block = min(_MAX_BLOCK, max(32, triton.next_power_of_2(width)))
     with torch.cuda.device_of(base):  # Triton launches on the current device
         _rows_kernel[(rows,)](
@@ -50,7 +54,7 @@ def blended_rows_triton_(
             HAS_CORRECTION=correction is not None, HAS_TARGET=terms.needs_target,
             ADAPTIVE=terms.adaptive_eta is not None, WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 256)),
         )  # fmt: skip
-    return RowLosses(base_losses, final_losses)
+    return base_losses, final_losses
 
 
 @triton.jit

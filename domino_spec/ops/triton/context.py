@@ -1,6 +1,6 @@
 """The Triton twin of `context`: one program per new row and layer, which reads its keys and values once.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _context_kernel(
     partners = (columns + D // 2) % D  # what a number is rotated with
     inside = (heads < HEADS)[:, None] & (columns < D)[None, :]
     far = tl.full((), 0, tl.int64)
-    own_keys = projected_ptr + ((far + slot) * LAYERS + layer) * 2 * HEADS * D + heads[:, None] * D
-    key = tl.load(own_keys + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    partner = tl.load(own_keys + partners[None, :], mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(own_keys + HEADS * D + columns[None, :], mask=inside, other=0.0)
+    at_keys = projected_ptr + ((far + slot) * LAYERS + layer) * 2 * HEADS * D + heads[:, None] * D
+    key = tl.load(at_keys + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    partner = tl.load(at_keys + partners[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(at_keys + HEADS * D + columns[None, :], mask=inside, other=0.0)
     weight = tl.load(weights_ptr + layer * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     partner_weight = tl.load(weights_ptr + layer * D + partners, mask=columns < D, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(key * key, 1) / D + eps)
@@ -62,10 +62,10 @@ def _context_kernel(
     partner = rounded(partner * scale[:, None] * rounded(partner_weight, BFLOAT16)[None, :], BFLOAT16)
     cos = tl.load(cos_ptr + (far + slot) * D + columns, mask=columns < D, other=0.0)[None, :]
     sin = tl.load(sin_ptr + (far + slot) * D + columns, mask=columns < D, other=0.0)[None, :]
-    turned = rounded(key * cos + tl.where((columns < D // 2)[None, :], -partner, partner) * sin, BFLOAT16)
+    rotated = rounded(key * cos + tl.where((columns < D // 2)[None, :], -partner, partner) * sin, BFLOAT16)
     row = tl.load(lengths_ptr + request) + slot % new
     at = layer * layer_stride + (far + request) * request_stride + row * row_stride
     at = at + heads[:, None] * head_stride + columns[None, :]
     stored = inside & (heads * 0 + row < capacity)[:, None]
-    tl.store(keys_ptr + at, turned.to(keys_ptr.dtype.element_ty), mask=stored)
+    tl.store(keys_ptr + at, rotated.to(keys_ptr.dtype.element_ty), mask=stored)
     tl.store(values_ptr + at, value, mask=stored)

@@ -5,7 +5,7 @@ multiprocessor, all of them resident at once (a cooperative launch, which refuse
 `grid_barrier` between phases. Elsewhere every phase is a launch of its own: programs of Triton's interpreter run one
 after another, so a barrier among several would wait forever (a single one passes it).
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def resident_programs(device: torch.device) -> int:
-    """Programs that a GPU surely holds at once: one per multiprocessor, for whom 8 warps of any size fit."""
+    """Programs that a GPU surely holds at once: one per multiprocessor, which fits 8 warps of any size."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -63,9 +63,9 @@ def grid_barrier(counter_ptr):
 
 @triton.jit
 def rounded(x, BFLOAT16: tl.constexpr):
-    """Float32 `x`, rounded to the nearest bfloat16 where asked for; still float32.
+    """Float32 `x`, rounded to the nearest bfloat16 if asked for; still float32.
 
-    By hand, because the interpreter cuts off where a GPU rounds.
+    By hand, because the interpreter truncates and a GPU rounds.
     """
     if BFLOAT16:
         bits = x.to(tl.int32, bitcast=True)

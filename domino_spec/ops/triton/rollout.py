@@ -1,6 +1,6 @@
-"""The Triton twin of `reference.head_rollout`: all steps of the head in one persistent launch.
+"""The Triton twin of `heads.head_rollout`: all steps of the head in one persistent launch.
 
-Before it, everything that does not wait for a drafted token: the K best base logits of every slot (`select_triton`),
+Before it, everything that does not wait for a drafted token: the K best base logits of every slot (`select`),
 the slots' share of W1, and the GRU's input products W_ih E(token) of the few best tokens of every slot, in one product
 each. A product of up to 64 rows costs what one row costs, since it reads W_ih once; so the more rows, the rarer a token
 whose product must be made inside the loop.
@@ -15,7 +15,7 @@ beforehand and loaded while the low rank is still being made. What is shared bet
 parts' largest) is a few KB and stays in L2, as does W_ih (25 MB), read by the product just before, for tokens whose
 product is missing.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from domino_spec.ops.embedding import EmbeddingTable
-from domino_spec.ops.reference import Rollout
 from domino_spec.ops.triton.grid import interpreted, new_counters, resident_programs
 from domino_spec.ops.triton.rollout_kernel import ALL, CHOOSE, GRU, LOW_RANK, REPORT, SCORE, rollout_kernel
 from domino_spec.ops.triton.select import SelectPlan, SelectWorkspace, select_best
 
 if TYPE_CHECKING:
-    from domino_spec.draft.domino import DominoHead
+    from domino_spec.ops.heads import Draw, HeadInputs, HeadWeights
 
 HELD_BYTES = 96 * 1024
 """Of W_hh, that a program of 8 warps keeps in registers: of 256 KB, 96 registers a thread."""
@@ -126,11 +124,11 @@ class Plan:
         )
 
 
-def suits(shape: Shape) -> bool:
+def suits(gru: int, low_rank: int, dtype: torch.dtype) -> bool:
     """Whether a row of W_hh's three gates, of W1 and of W2 fit where they must."""
-    state = triton.next_power_of_2(shape.gru)
-    narrow = 3 * state * shape.dtype.itemsize <= HELD_BYTES and state <= _TILE
-    return narrow and triton.next_power_of_2(shape.low_rank) <= _TILE and shape.dtype in (torch.float32, torch.bfloat16)
+    state = triton.next_power_of_2(gru)
+    narrow = 3 * state * dtype.itemsize <= HELD_BYTES and state <= _TILE
+    return narrow and triton.next_power_of_2(low_rank) <= _TILE and dtype in (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -182,71 +180,68 @@ _workspace = functools.cache(Workspace.allocate)
 
 @torch.no_grad()
 def head_rollout_triton(
-    head: DominoHead,
-    hidden: Tensor,
-    base_logits: Tensor,
-    anchor_embedding: Tensor,
-    embedding: EmbeddingTable,
-    candidates: int | None = None,
-    temperature: float | Tensor = 0.0,
-    uniform: Tensor | None = None,
-    min_confidence: float = 0.0,
+    head: HeadWeights,
+    block: HeadInputs,
+    how: Draw,
     *,
     plan: Plan | None = None,
     workspace: Workspace | None = None,
     fused: bool | None = None,
-) -> Rollout:
-    """`reference.head_rollout` on a GPU, without a look at the device: a CUDA graph can capture it, after one run.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`heads.head_rollout` on a GPU, without waiting for the device: a CUDA graph can capture it, after one run.
 
     Differences: equal final logits go to the candidate with the larger base logit, of equal ones to the lower index
     (the reference takes them in the order of `topk`, which is any); N never shrinks. Values in bfloat16 are rounded
-    where the reference rounds them, after float32 sums in another order: where the two largest final logits, or a
-    number that draws and the edge of a token's share, lie within such a rounding of each other, the choice may differ.
+    where the reference rounds them, after float32 sums in another order. If the two largest final logits, or a number
+    that draws and the edge of a token's share, lie within such a rounding of each other, the choice may differ.
 
     Args:
-        embedding: the target's, as a table.
+        head: its `embed_choice` is an `EmbeddingTable`.
+        block: of the head's type.
+        how: drafts are chosen.
         plan: None for one program on every multiprocessor.
         workspace: None for one that is kept for the shape; rollouts at the same time need one each.
         fused: all steps in one launch (None: on a GPU), or one launch per phase.
 
-    The other arguments are the reference's.
+    Returns:
+        The fields of a `Rollout`.
     """
+    hidden, base_logits, candidates, uniform = block.hidden, block.base_logits, how.candidates, how.uniform
     requests, drafts, width = base_logits.shape
-    config, hidden_width = head.config, hidden.shape[-1]
-    prefix = config.pure_draft_prefix_len
+    embedding: Any = head.embed_choice
+    hidden_width, prefix = hidden.shape[-1], head.pure_draft_prefix_len
     restricted = candidates is not None and candidates < width
     shape = Shape(
-        requests, drafts, width, candidates if restricted else None, hidden_width, config.gru_hidden_dim,
-        config.low_rank, base_logits.dtype,
+        requests, drafts, width, candidates if restricted else None, hidden_width, head.state_gates.shape[1],
+        len(head.to_low_rank), base_logits.dtype,
     )  # fmt: skip
-    assert suits(shape) and hidden.dtype == base_logits.dtype == head.input_weight.dtype == embedding.dtype
+    assert suits(shape.gru, shape.low_rank, shape.dtype)
+    assert hidden.dtype == base_logits.dtype == head.to_low_rank.dtype == embedding.dtype
     device = hidden.device
-    sampled, confident = uniform is not None, min_confidence > 0
+    sampled, confident = uniform is not None, how.min_confidence > 0
     choices = torch.empty(requests, drafts, dtype=torch.int64, device=device)
     probs = torch.empty(requests, drafts, shape.scored, device=device) if sampled else None
     confidence = torch.empty(requests, drafts, device=device) if confident else None
     if drafts == 0 or requests == 0:
         ids = torch.empty(requests, drafts, shape.scored, dtype=torch.int64, device=device)
-        return Rollout(choices, ids if sampled else None, probs, confidence)
+        return choices, ids if sampled else None, probs, confidence
 
     fused = not interpreted() if fused is None else fused
     plan = plan or Plan.of(shape, resident_programs(device))
     workspace = workspace or _workspace(shape, plan, device)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         values, ids = select_best(base_logits, plan.listed, plan.select, workspace.select, plan.programs, fused)
-        from_hidden = F.linear(hidden, head.input_weight[:, :hidden_width]).contiguous()  # [R, N, L]
+        from_hidden = F.linear(hidden, head.to_low_rank[:, :hidden_width]).contiguous()  # [R, N, L]
         tokens = embedding(ids[:, :-1, : plan.ahead].flatten(1))  # [R, (N - 1) * ahead, H]
-        products = head.prefix_gru.input_gates(torch.cat((anchor_embedding[:, None], tokens), dim=1))
+        products = F.linear(torch.cat((block.anchor_embedding[:, None], tokens), dim=1), head.input_gates)
         base = values if restricted else base_logits
-        if sampled and not isinstance(temperature, Tensor):
-            temperature = torch.full((requests,), float(temperature), device=device)
         nothing = workspace.tops  # stands for what is missing, and is never looked at
         tensors = dict(
-            hidden_weight_ptr=head.prefix_gru.weight_hh_l0, low_rank_weight_ptr=head.input_weight,
-            input_weight_ptr=head.prefix_gru.weight_ih_l0, correction_ptr=head.correction_weight,
+            hidden_weight_ptr=head.state_gates, low_rank_weight_ptr=head.to_low_rank,
+            input_weight_ptr=head.input_gates, correction_ptr=head.correction,
             table_ptr=embedding.weight, token_ids_ptr=ids if embedding.token_ids is None else embedding.token_ids,
             base_ptr=base, ids_ptr=ids, from_hidden_ptr=from_hidden, products_ptr=products,
-            temperatures_ptr=temperature.float() if isinstance(temperature, Tensor) else nothing,
+            temperatures_ptr=how.temperatures(requests, device).contiguous() if sampled else nothing,
             uniform_ptr=workspace.totals if uniform is None else uniform.contiguous(),
             choices_ptr=choices, probs_ptr=nothing if probs is None else probs,
             confidence_ptr=nothing if confidence is None else confidence,
@@ -255,7 +250,7 @@ def head_rollout_triton(
             masses_ptr=workspace.masses, positions_ptr=workspace.positions, counter_ptr=workspace.counter,
         )  # fmt: skip
         assert all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors.values())
-        weights = (*head.parameters(), embedding.weight)
+        weights = (head.input_gates, head.state_gates, head.to_low_rank, head.correction, embedding.weight)
         assert all(weight.is_contiguous() for weight in weights)
         sizes = dict(
             request_stride=base.stride(0), draft_stride=base.stride(1), scale=float(embedding.scale),
@@ -278,10 +273,10 @@ def head_rollout_triton(
         else:
             _launch_phases(plan.programs, drafts, dict(tensors, **sizes))
     if not sampled:
-        return Rollout(choices, None, None, confidence)
+        return choices, None, None, confidence
     if not restricted:
         ids = torch.arange(width, device=device).expand(requests, drafts, -1)
-    return Rollout(choices, ids, probs, confidence)
+    return choices, ids, probs, confidence
 
 
 def _launch_phases(programs: int, drafts: int, given: dict) -> None:

@@ -1,6 +1,6 @@
 """The kernel of the head rollout: the order of its phases, and where all programs meet.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations

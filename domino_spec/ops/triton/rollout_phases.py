@@ -1,4 +1,4 @@
-"""Phases of the head rollout's step in Triton; `rollout_triton` launches them, one by one or as one kernel.
+"""Phases of the head rollout's step in Triton; `rollout` launches them, one by one or as one kernel.
 
 A step makes draft i of every request from the slots' low-rank share, the state before it, and the token before it:
 
@@ -10,7 +10,7 @@ A step makes draft i of every request from the slots' low-rank share, the state 
 
 Where the weights are bfloat16, numbers are rounded wherever PyTorch's reference rounds them; sums are float32.
 
-Scalars named `step`, `requests` and `drafts` are i, R and N. It imports Triton: import it only where there is Triton.
+Scalars named `step`, `requests` and `drafts` are i, R and N. It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from domino_spec.ops.triton.grid import LOWEST, NOWHERE, rounded, sigmoid
 def rows_of(
     weight_ptr, first, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """Rows `first ..` of a matrix of ROWS rows, [BLOCK, BLOCK_W]; zeros where it has none."""
+    """Rows `first ..` of a matrix of ROWS rows, [BLOCK, BLOCK_W]; zeros past its end."""
     rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_W)
     inside = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
     return tl.load(weight_ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -99,8 +99,8 @@ def gru_slice(
         update = rounded(sigmoid(rounded(input_update + _product(update_rows, state, BFLOAT16), BFLOAT16)), BFLOAT16)
         candidate = rounded(reset * _product(new_rows, state, BFLOAT16), BFLOAT16)
         new = rounded(2.0 * sigmoid(2.0 * rounded(input_new + candidate, BFLOAT16)) - 1.0, BFLOAT16)  # tanh
-        own = tl.load(before + units, mask=inside & later, other=0.0)
-        kept = rounded(update * rounded(own - new, BFLOAT16), BFLOAT16)
+        old = tl.load(before + units, mask=inside & later, other=0.0)
+        kept = rounded(update * rounded(old - new, BFLOAT16), BFLOAT16)
         after = states_ptr + (step % 2 * requests + request) * G
         tl.store(after + units, rounded(new + kept, BFLOAT16), mask=inside)
 
@@ -111,12 +111,14 @@ def low_rank_slice(
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     """Numbers `first ..` of u, given their rows of W1's share for the state."""
-    own, columns = first + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_S)
+    numbers, columns = first + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_S)
     for request in range(requests):
         state = tl.load(states_ptr + (step % 2 * requests + request) * G + columns, mask=columns < G, other=0.0)
-        share = tl.load(from_hidden_ptr + (request * drafts + step) * L + own, mask=own < L, other=0.0).to(tl.float32)
+        share = tl.load(from_hidden_ptr + (request * drafts + step) * L + numbers, mask=numbers < L, other=0.0).to(
+            tl.float32
+        )
         x = rounded(share + _product(rows, state, BFLOAT16), BFLOAT16)
-        tl.store(low_rank_ptr + request * L + own, rounded(x * sigmoid(x), BFLOAT16), mask=own < L)
+        tl.store(low_rank_ptr + request * L + numbers, rounded(x * sigmoid(x), BFLOAT16), mask=numbers < L)
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def candidate_rows(
     corrected, RESTRICTED: tl.constexpr, LISTED: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr,
     LOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Base logits [BLOCK_K] of candidates `first ..` and, where they are corrected, their rows of W2.
+    """Base logits [BLOCK_K] of candidates `first ..` and, if they are corrected, their rows of W2.
 
     `base_ptr` leads to the logits of all candidates, in their order.
     """
@@ -155,9 +157,9 @@ def _score_rows(
     final = rounded(base + _product(rows, low_rank, BFLOAT16), BFLOAT16)
     logits = tl.where(inside & corrected, final, base)
     logits = tl.where(logits < LOWEST, LOWEST, logits)
-    own_top = tl.max(tl.where(inside, logits, LOWEST), 0)
-    own_at = tl.min(tl.where(inside & (logits == own_top), positions, NOWHERE), 0)
-    new_top = tl.maximum(top, own_top)
+    block_top = tl.max(tl.where(inside, logits, LOWEST), 0)
+    block_at = tl.min(tl.where(inside & (logits == block_top), positions, NOWHERE), 0)
+    new_top = tl.maximum(top, block_top)
     if SAMPLED:
         tl.store(logits_ptr + request * K + positions, logits, mask=inside)
         exponents = tl.exp(logits / temperature - new_top / temperature)
@@ -165,7 +167,7 @@ def _score_rows(
         total += tl.sum(tl.where(inside, exponents, 0.0).to(tl.float64), 0)
     if CONFIDENT:
         mass = mass * tl.exp(top - new_top) + tl.sum(tl.where(inside, tl.exp(logits - new_top), 0.0), 0)
-    return new_top, tl.where(own_top > top, own_at, tl.minimum(at, NOWHERE)), total, mass
+    return new_top, tl.where(block_top > top, block_at, tl.minimum(at, NOWHERE)), total, mass
 
 
 @triton.jit

@@ -14,7 +14,7 @@ indices are taken, and come, first. (`torch.topk` promises nothing about equal n
 
 Shapes: M rows, V numbers of a row, K chosen.
 
-It imports Triton: import it only where there is Triton.
+It imports Triton: import it only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from domino_spec.ops.triton.grid import grid_barrier, interpreted, new_counters
 
 _MAX_BLOCK = 4096
-"""Numbers that a program looks at together: 16 a thread."""
+"""Numbers that a program reads together: 16 a thread."""
 _RANKED = 64
 """Numbers that a program ranks."""
 
@@ -215,19 +215,19 @@ def _rank(
 ):  # fmt: skip
     parts = tl.cdiv(K, RANKED)
     row, part = item // parts, item % parts
-    own = part * RANKED + tl.arange(0, RANKED)
-    key = tl.load(keys_ptr + row * K + own, mask=own < K, other=0)
+    ranked = part * RANKED + tl.arange(0, RANKED)
+    key = tl.load(keys_ptr + row * K + ranked, mask=ranked < K, other=0)
     rank = tl.zeros([RANKED], tl.int32)
     for start in range(0, K, RANK_BLOCK):
         other = start + tl.arange(0, RANK_BLOCK)
         other_key = tl.load(keys_ptr + row * K + other, mask=other < K, other=0)[None, :]
-        first = (other_key > key[:, None]) | ((other_key == key[:, None]) & (other[None, :] < own[:, None]))
+        first = (other_key > key[:, None]) | ((other_key == key[:, None]) & (other[None, :] < ranked[:, None]))
         rank += tl.sum((first & (other < K)[None, :]).to(tl.int32), 1)
-    column = tl.load(places_ptr + row * K + own, mask=own < K, other=0)
+    column = tl.load(places_ptr + row * K + ranked, mask=ranked < K, other=0)
     numbers = _row(logits_ptr, row, request_stride, draft_stride, DRAFTS)
-    value = tl.load(numbers + column, mask=own < K, other=0.0).to(tl.float32)
-    tl.store(values_ptr + row * K + rank, value, mask=own < K)
-    tl.store(ids_ptr + row * K + rank, column.to(tl.int64), mask=own < K)
+    value = tl.load(numbers + column, mask=ranked < K, other=0.0).to(tl.float32)
+    tl.store(values_ptr + row * K + rank, value, mask=ranked < K)
+    tl.store(ids_ptr + row * K + rank, column.to(tl.int64), mask=ranked < K)
 
 
 @triton.jit

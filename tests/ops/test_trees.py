@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from domino_spec.ops.reference import head_rollout
-from domino_spec.ops.trees import Tree, head_tree
+from domino_spec.ops.heads import Draw, HeadInputs, Tree, head_rollout, head_tree
 from tests.ops.prefixes import (
     CONDITIONAL,
     DEPTHS,
@@ -42,8 +41,8 @@ def draft(request, small_target):
     return tiny_draft(small_target, prefix=request.param, std=0.8)  # whose prefixes change much of what follows
 
 
-def grow(draft, given, candidates: int | None, budget: int, width: int | None, **options) -> Tree:
-    return head_tree(draft.head, *given, draft.embed, candidates, budget, width, **options)
+def grow(draft, given, candidates: int | None, budget: int, width: int | None, penalty=0.0, **options) -> Tree:
+    return head_tree(draft.head_weights, HeadInputs(*given), Draw(candidates, **options), budget, width, penalty)
 
 
 def by_depth(tree: Tree, r: int) -> set[Prefix]:
@@ -98,7 +97,7 @@ def test_a_narrow_tree_extends_the_best_prefixes_of_each_depth(draft, seed, pena
     for scores in tables:
         no_near_ties({p: score - penalty * len(p) for p, score in scores.items()})
     for width, budget in ((2, EVERYTHING), (2, 4), (3, 5), (4, 11)):
-        tree = grow(draft, given, 4, budget, width, depth_penalty=penalty)
+        tree = grow(draft, given, 4, budget, width, penalty=penalty)
         for r, scores in enumerate(tables):
             assert by_depth(tree, r) == plain_beam(following(scores), DEPTHS, width, budget, penalty)
 
@@ -120,7 +119,7 @@ def test_a_tree_without_a_width_keeps_a_share_of_the_budget_at_every_depth(draft
 @pytest.mark.parametrize("candidates", [None, 3])
 def test_width_one_is_the_greedy_chain(draft, candidates):
     given = inputs(draft, depths=5)
-    chain = head_rollout(draft.head, *given, draft.embed, candidates).choices
+    chain = head_rollout(draft.head_weights, HeadInputs(*given), Draw(candidates)).choices
     for budget, width in ((5, 1), (5, None)):
         tree = grow(draft, given, candidates, budget, width)
         assert torch.equal(tree.choices, chain)
@@ -134,7 +133,7 @@ def test_width_one_is_the_greedy_chain(draft, candidates):
 def test_what_is_less_probable_than_asked_for_is_left_out_request_by_request(draft, candidates, min_confidence):
     given, budget = inputs(draft), 11
     tree = grow(draft, given, candidates, budget, budget, min_confidence=min_confidence)
-    penalised = grow(draft, given, candidates, EVERYTHING, EVERYTHING, min_confidence=min_confidence, depth_penalty=1)
+    penalised = grow(draft, given, candidates, EVERYTHING, EVERYTHING, min_confidence=min_confidence, penalty=1)
     for r in range(REQUESTS):
         scores = every_prefix(draft, given, candidates, r)
         assert min(abs(s - math.log(min_confidence)) for s in scores.values()) > 1e-5, "choose another confidence"
@@ -185,7 +184,7 @@ def test_requests_do_not_influence_each_other(draft, min_confidence, candidates,
 def test_a_tree_tells_how_probable_its_prefixes_are(draft, candidates, width, penalty):
     """By the head run over each path alone: every prefix has its own GRU state. A penalty changes none of it."""
     given = inputs(draft)
-    tree = grow(draft, given, candidates, EVERYTHING, width, depth_penalty=penalty)
+    tree = grow(draft, given, candidates, EVERYTHING, width, penalty=penalty)
     for r in range(REQUESTS):
         scores = every_prefix(draft, given, candidates, r)
         found = prefixes(tree, r)
@@ -196,7 +195,7 @@ def test_a_tree_tells_how_probable_its_prefixes_are(draft, candidates, width, pe
 @torch.inference_mode()
 def test_a_negative_penalty_is_refused(draft):
     with pytest.raises(ValueError, match="depth_penalty must not be negative"):
-        grow(draft, inputs(draft), None, 4, 2, depth_penalty=-0.1)
+        grow(draft, inputs(draft), None, 4, 2, penalty=-0.1)
 
 
 # Worked examples.
@@ -206,16 +205,16 @@ def test_marginals_are_multiplied_without_a_head():
     """Slots a .6 b .4, then c .7 d .3, then e .6 f .4: a .6, ac .42, b .4, bc .28, ace .252, and nothing above .2."""
     order = ["a", "ac", "b", "bc", "ace"]
     for budget in range(1, 6):
-        tree = head_tree(None, *marginal_inputs(), None, budget, 6)
+        tree = head_tree(None, marginal_inputs(), Draw(), budget, 6)
         assert set(texts(tree)) == set(order[:budget])
     assert tree.choices.tolist() == [[0, 1, 2, 2, 4]] and tree.parents.tolist() == [[-1, -1, 0, 1, 2]]
-    sure = head_tree(None, *marginal_inputs(), None, 9, 6, 0.41)
+    sure = head_tree(None, marginal_inputs(), Draw(min_confidence=0.41), 9, 6)
     assert set(texts(sure)) == {"a", "ac"}
 
 
-def table_tree(budget: int, width: int | None, table: dict[str, dict[str, float]] = CONDITIONAL, **options) -> Tree:
+def table_tree(budget: int, width: int | None, table: dict[str, dict[str, float]] = CONDITIONAL, penalty=0.0) -> Tree:
     head = TableHead(table)
-    return head_tree(head, *head.inputs(), None, budget, width, **options)
+    return head_tree(head, head.inputs(), Draw(), budget, width, penalty)
 
 
 def test_with_a_head_every_prefix_has_its_own_continuations():
@@ -232,7 +231,7 @@ def test_with_a_head_every_prefix_has_its_own_continuations():
 
 def test_a_penalty_for_depth_prefers_short_prefixes():
     """DARTree, pruned: less 0.2 a token a is -0.711, b -1.116, ac -1.268 and ace -1.488; without it ace beats b."""
-    assert texts(table_tree(3, width=2, depth_penalty=0.2)) == ["a", "b", "ac"]
+    assert texts(table_tree(3, width=2, penalty=0.2)) == ["a", "b", "ac"]
     assert texts(table_tree(3, width=2)) == ["a", "ac", "ace"]
 
 

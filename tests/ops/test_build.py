@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from domino_spec.ops.native import bindings
 from domino_spec.ops.native import build as native
 from tests import sanitized
 
 needs_library = pytest.mark.skipif(bindings.library() is None, reason="no C compiler here")
-only_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loops are built on Linux only")
+only_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compilers are looked for as on Linux")
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +46,22 @@ def test_no_compiler_is_said_with_the_remedy(monkeypatch, caplog):
 
 
 def test_another_system_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(native.platform, "system", lambda: "Darwin")
-    assert "they are built on Linux only, and this is Darwin; run on Linux." in said(caplog)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(native.platform, "system", lambda: "Windows")
+    assert "they are built on Linux and macOS only, and this is Windows; run on one of them." in said(caplog)
 
 
 @only_linux
 @needs_library
-def test_clang_is_said_with_the_remedy(monkeypatch, caplog):
-    """GCC that says it is clang: the sources look at nothing else."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loops_of_clang_use_one_thread_and_say_so(monkeypatch, caplog, threads):
+    """GCC that says it is clang: it is asked for nothing else."""
     monkeypatch.setenv("CC", "gcc -D__clang__")
-    text = said(caplog)
-    assert "these loops need GCC, and this compiler is clang" in text and "install gcc, and set CC to it." in text
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-U__clang__"))  # after that question
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    loaded = bindings.library.__wrapped__()
+    assert loaded is not None and loaded.uses_threads() == 0
+    assert ("use one thread only" in caplog.text) == (threads > 1)
 
 
 @only_linux
@@ -73,7 +78,7 @@ def test_gcc_is_chosen_where_cc_may_be_clang(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("/nowhere/cc", "CC names /nowhere/cc, which is no program here; set it to a GCC, or unset it."),
+        ("/nowhere/cc", "CC names /nowhere/cc, which is no program here; set it to a gcc or clang, or unset it."),
         ("false", "false does not build them (exit status 1); install gcc, and set CC to it."),
         ('gcc "', "No closing quotation"),
     ],
@@ -81,7 +86,7 @@ def test_gcc_is_chosen_where_cc_may_be_clang(monkeypatch):
 def test_a_compiler_that_fails_is_said(monkeypatch, caplog, tmp_path, compiler, reason):
     monkeypatch.setenv("CC", compiler)
     assert reason in said(caplog)
-    assert not list(tmp_path.iterdir()), "nothing half built is kept"
+    assert not list((tmp_path / "cache").rglob("*.*")), "nothing half built is kept"
 
 
 @only_linux
@@ -95,12 +100,38 @@ def test_what_cannot_be_kept_or_loaded_is_said(monkeypatch, caplog, tmp_path):
     assert "cannot be kept" in said(caplog)
 
 
+@only_linux
+@needs_library
+@pytest.mark.parametrize("whose", ["group", "everyone", "another user's", "a file of another user's"])
+def test_a_library_that_others_may_have_written_is_not_loaded(monkeypatch, caplog, tmp_path, whose):
+    library = bindings.library.__wrapped__
+    assert library() is not None and not caplog.records
+    folder = tmp_path / "cache" / "native"
+    (cached,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    cached.write_bytes(b"planted")
+    if whose == "group":
+        folder.chmod(0o770)
+    elif whose == "everyone":
+        folder.chmod(0o707)
+    elif os.getuid() == 0:
+        os.chown(folder if whose == "another user's" else cached, 12345, -1)
+    else:
+        pytest.skip("only root can give files away")
+    assert library() is not None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the native loops are compiled anew at every start, as ")
+    assert ("others may write" in caplog.text) == (whose in ("group", "everyone"))
+    assert ("belongs to another user" in caplog.text) == (whose not in ("group", "everyone"))
+    assert cached.read_bytes() == b"planted" and list(folder.iterdir()) == [cached]
+
+
 def test_turned_off_they_are_missed_silently(monkeypatch, caplog):
     monkeypatch.setenv("DOMINO_SPEC_NATIVE", "0")
     assert bindings.library.__wrapped__() is None and not caplog.records
 
 
-_SAY = "from domino_spec.ops import cpu; print('library', cpu.library() is not None)"
+_SAY = "from domino_spec.ops.native import bindings; print('library', bindings.library() is not None)"
 
 
 def _in_a_new_process(**environment: str) -> str:
@@ -114,10 +145,10 @@ def _in_a_new_process(**environment: str) -> str:
 @needs_library
 def test_loops_are_built_once(tmp_path):
     assert "library True" in _in_a_new_process()
-    (built,) = (tmp_path / "cache").iterdir()
+    (built,) = (tmp_path / "cache" / "native").iterdir()
     when = built.stat().st_mtime_ns
     assert "library True" in _in_a_new_process()
-    assert [built] == list((tmp_path / "cache").iterdir()) and built.stat().st_mtime_ns == when
+    assert [built] == list((tmp_path / "cache" / "native").iterdir()) and built.stat().st_mtime_ns == when
 
 
 @pytest.mark.slow
@@ -131,10 +162,11 @@ def test_a_user_who_has_set_up_no_logging_sees_the_warning(tmp_path):
 def test_sanitized_loops_do_not_take_the_place_of_the_others(monkeypatch):
     """They run only where the sanitizers' libraries have been loaded first."""
     monkeypatch.setattr(native, "_compile", lambda compiler, flags, linked: linked.write_text(" ".join(flags)))
+    monkeypatch.setattr(native, "_open", lambda built: built)
     monkeypatch.delenv("DOMINO_SPEC_NATIVE_SANITIZE", raising=False)
-    plain = native._build(["gcc"])
+    plain = native._load(["gcc"])
     monkeypatch.setenv("DOMINO_SPEC_NATIVE_SANITIZE", "1")
-    checked = native._build(["gcc"])
+    checked = native._load(["gcc"])
     assert plain != checked
     assert "-fsanitize" not in plain.read_text() and "-fsanitize=address,undefined" in checked.read_text()
 

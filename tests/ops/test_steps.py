@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from domino_spec.ops.native import steps as cpu
+from domino_spec.ops.native import bindings as cpu
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 ROWS = [0, 1, 2, 5, 9, 12, 13, 40]

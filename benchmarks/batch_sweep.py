@@ -30,10 +30,10 @@ import torch
 from domino_spec.api import default_min_confidence, load_draft, prompt_ids
 from domino_spec.bench.intervals import Draws, Samples
 from domino_spec.config import UserError
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import measure_costs
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.generation import Generation, Limits, Request
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import measure_costs
 from domino_spec.files import read_jsonl, write_json
 from domino_spec.methods import TREE_BUDGET, default_method, make_drafter
 from domino_spec.target.load import load_target

@@ -1,7 +1,8 @@
-"""The protocol that every drafting method follows: what the loop asks of a drafter (DESIGN section 5)."""
+"""The protocols of drafters and of draft policies: what the loop asks of them (DESIGN section 5)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -69,6 +70,53 @@ class Drafter(Protocol):
 
     def advance(self, own: Any, verdict: Verdict) -> None:
         """Take in a commit; `verdict` carries the features of what was committed."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What one cycle does, as a policy wants it."""
+
+    requests: int
+    """R."""
+    drafts: int
+    """Drafts per request to ask the drafter for; 0 for a plain cycle."""
+    verified: int
+    """The best of them that a static cycle verifies, which does not `cut` (`decoding.static`)."""
+    trial: bool = False
+    """Whether a plain cycle also drafts for a few requests, without verifying, to see whether drafting would pay."""
+
+    def cut(self, proposal: Proposal) -> Proposal:
+        """The proposal with only the drafts that pay; here all of them."""
+        return proposal
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What a cycle did, for the policy."""
+
+    plan: DraftPlan
+    offered: Proposal
+    """What the drafter proposed: for every request, or for a few of them in a trial; empty if it was not asked."""
+    proposal: Proposal
+    """What was verified."""
+    verdict: Verdict
+    """Its tokens and features are not read."""
+    seconds: float | None
+    """Of the cycle, without the trial; None if nobody measured them apart."""
+    trial_seconds: float | None = None
+    """Of the trial; None if there was none or nobody measured it apart."""
+
+
+class DraftPolicy(Protocol):
+    """Decides how many drafts a cycle has."""
+
+    def plan(self, requests: int, most: int) -> DraftPlan:
+        """What to ask the drafter for in the next cycle of so many requests: at most `most` drafts of each."""
+        ...
+
+    def observe(self, cycle: Cycle) -> None:
+        """Learn from a cycle. A static cycle is observed after the next one was planned."""
         ...
 
 

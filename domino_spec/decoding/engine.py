@@ -20,15 +20,13 @@ from typing import Any
 import torch
 
 from domino_spec.config import UserError
-from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.drafter import Drafter, cycle_room, is_static
+from domino_spec.decoding.drafter import Cycle, Drafter, DraftPlan, DraftPolicy, cycle_room, is_static
 from domino_spec.decoding.generation import Ending, Generation, Request, check_prompt
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.sampling import Sampling
 from domino_spec.decoding.slots import Slot, Stats, take_unread
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.static import Flight, StaticCycles
-from domino_spec.decoding.static_policy import LateChoice
 from domino_spec.decoding.verify import commit, verify
 from domino_spec.decoding.watch import DraftWatch
 from domino_spec.target.model import PREFILL_CHUNK, Target
@@ -39,8 +37,8 @@ READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
 MOST_UNREAD = 1024
 """Tokens of a request after which the drafter takes in what was committed without drafts: features take memory."""
-LOOKED_AT = 4
-"""Requests that are drafted for while it does not pay, to see whether it would."""
+IN_TRIAL = 4
+"""Requests that a trial drafts for at most."""
 
 
 @dataclass
@@ -111,7 +109,6 @@ class Engine:
         self._batch: _Batch | None = None
         self._static = self._static_cycles() if static else None
         self._late: Flight | None = None
-        self._choice = LateChoice(policy, self.num_drafts)
 
     def _static_cycles(self) -> StaticCycles | None:
         if not is_static(self.drafter):
@@ -178,14 +175,21 @@ class Engine:
         if late is not None:
             return self._hear(late)
         batch = self._batch = self._batch or self._view()
-        wanted = self._wanted(batch)
+        plan = self._plan()
+        trial = self._trial(batch) if plan is not None and plan.trial else None
+        wanted = self.num_drafts if plan is None else plan.drafts
+        if wanted > 0:
+            self._read_committed(0, len(self._running))
         started = time.perf_counter()
-        proposal = self._propose(batch, wanted)
+        offered = self._propose(batch, wanted)
+        proposal = plan.cut(offered) if plan is not None and wanted > 0 else offered
         verdict = verify(self.target, batch.state, proposal, self.drafter.feature_layers, self.matching_rule)
         commit(batch.state, verdict)
         self._advance(batch, proposal, verdict)
-        if self.policy is not None:
-            self.policy.observe(proposal, verdict, time.perf_counter() - started)
+        if self.policy is not None and plan is not None:
+            seconds = time.perf_counter() - started
+            offered, trial_seconds = trial or (offered, None)
+            self.policy.observe(Cycle(plan, offered, proposal, verdict, seconds, trial_seconds))
         return self._deliver(proposal, verdict)
 
     # Reading prompts
@@ -270,29 +274,26 @@ class Engine:
     def _sampling(self, requests: int) -> Sampling:
         return Sampling([slot.request.settings for slot in self._running[:requests]], self.target.device)
 
-    def _asked(self, batch: _Batch) -> DraftPolicy | None:
-        """The policy, where it has a say."""
-        return self.policy if batch.state.sampling.greedy or not self.drafter.samples else None
+    def _plan(self) -> DraftPlan | None:
+        """What the policy wants; None for all drafts, if there is no policy or it must not decide."""
+        if self.policy is None or self.num_drafts == 0:
+            return None
+        if self.drafter.samples and not all(slot.request.settings.greedy for slot in self._running):
+            return None
+        return self.policy.plan(len(self._running), self.num_drafts)
 
-    def _wanted(self, batch: _Batch) -> int:
-        """Drafts of this cycle, before they are cut; the drafter has then taken in what it needs for them."""
-        requests, policy = len(self._running), self._asked(batch)
-        wanted = self.num_drafts if policy is None else policy.wanted(requests, self.num_drafts)
-        if wanted > 0:
-            self._read_committed(0, requests)
-        elif policy is not None and policy.curious:
-            few, started = min(requests, LOOKED_AT), time.perf_counter()
-            self._read_committed(0, few)
-            state = batch.state.view(0, few, self._sampling(few))
-            proposal = self.drafter.propose(state, batch.own.view(0, few), self.num_drafts)
-            policy.look(proposal, time.perf_counter() - started)
-        return wanted
+    def _trial(self, batch: _Batch) -> tuple[Proposal, float]:
+        """Draft for a few requests, without verifying; the seconds that it took."""
+        few, started = min(len(self._running), IN_TRIAL), time.perf_counter()
+        self._read_committed(0, few)
+        state = batch.state.view(0, few, self._sampling(few))
+        proposal = self.drafter.propose(state, batch.own.view(0, few), self.num_drafts)
+        return proposal, time.perf_counter() - started
 
     def _propose(self, batch: _Batch, wanted: int) -> Proposal:
         if wanted == 0:
             return Proposal.empty(len(self._running), self.target.device)
-        policy, proposal = self._asked(batch), self.drafter.propose(batch.state, batch.own, wanted)
-        return proposal if policy is None else policy.cut(proposal)
+        return self.drafter.propose(batch.state, batch.own, wanted)
 
     def _advance(self, batch: _Batch, proposal: Proposal, verdict: Verdict) -> None:
         self.stats.count(len(self._running), int(proposal.num_drafts.sum()), int(verdict.num_accepted.sum()))
@@ -331,9 +332,7 @@ class Engine:
     def _launch(self, static: StaticCycles, late: Flight | None) -> Flight:
         """Start a cycle; nobody may have heard of the one before."""
         self._read_committed(0, len(self._running))
-        samples = self.drafter.samples and any(not slot.request.settings.greedy for slot in self._running)
-        choice = self._choice.choose(len(self._running), asked=not samples)
-        return static.launch(self._running, late, choice.offered, choice.verified, choice.drafted)
+        return static.launch(self._running, late, self._plan())
 
     def _hear(self, flight: Flight) -> list[Generation]:
         """Deliver what a cycle decided to those who are still there."""
@@ -345,7 +344,8 @@ class Engine:
             self.stats.count(len(decoded), drafts, accepted)
             if self.watch is not None:
                 self.watch.count(heard.num_drafts, heard.accepted)
-        self._choice.learn(flight, heard)
+        if self.policy is not None and flight.plan is not None and decoded:
+            self.policy.observe(flight.cycle(heard, decoded))
         for r in decoded:
             slot = flight.slots[r]
             grown.append(slot.generation)

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.adapt import best_first, keep_drafts
-from domino_spec.decoding.drafter import Drafter
+from domino_spec.decoding.drafter import Cycle, Drafter, DraftPlan
 from domino_spec.decoding.slots import Slot
 from domino_spec.decoding.state import Proposal, State, Verdict
 from domino_spec.decoding.static_graphs import Graphs
 from domino_spec.decoding.static_sampling import Kind, SettingsTable
+from domino_spec.decoding.tree import best_drafts
 from domino_spec.decoding.verify import commit, verify
 from domino_spec.target.model import Target
 
@@ -82,7 +82,7 @@ class Flight:
     Args:
         shape: of the cycle.
         slots: whom it decodes, in the order of its rows.
-        drafted: whether the drafts that it offered were meant to be verified.
+        plan: of the policy; None if it had no say.
         buffers: where it tells what it decided: [slots, columns] int64 and [slots, O] float32.
         layout: drafts that it offered and verified, whether with confidences, whether trees.
         timer: of the cycle.
@@ -92,12 +92,12 @@ class Flight:
         self,
         shape: Shape,
         slots: list[Slot],
-        drafted: bool,
+        plan: DraftPlan | None,
         buffers: tuple[Tensor, Tensor],
         layout: tuple[int, int, bool, bool],
         timer: _Timer,
     ) -> None:
-        self.shape, self.slots, self.drafted = shape, slots, drafted
+        self.shape, self.slots, self.plan = shape, slots, plan
         self._buffers, self._layout, self._timer = buffers, layout, timer
 
     @property
@@ -124,6 +124,20 @@ class Flight:
             seconds=seconds,
         )
 
+    def cycle(self, heard: Heard, rows: list[int]) -> Cycle:
+        """What the policy is told: what was offered to the requests in these rows, and accepted."""
+        assert self.plan is not None
+        tokens = torch.zeros(len(rows), self.offered, dtype=torch.long)
+        counts = torch.tensor([heard.num_offered[r] for r in rows])
+        confidence = None if heard.confidence is None else heard.confidence[rows]
+        offered = Proposal(tokens, counts, confidence=confidence)
+        proposal = best_drafts(offered, self.shape.verified)
+        accepted = torch.tensor([heard.accepted[r] for r in rows])
+        tokens = torch.zeros(len(rows), proposal.tokens.shape[1] + 1, dtype=torch.long)
+        path = None if heard.path is None else heard.path[rows]
+        verdict = Verdict(tokens, accepted, None, torch.zeros_like(accepted), accepted >= 0, path)
+        return Cycle(self.plan, offered, proposal, verdict, None if self.plan.trial else heard.seconds)
+
 
 class StaticCycles:
     """Runs static cycles over an engine's slots.
@@ -141,6 +155,7 @@ class StaticCycles:
         self, target: Target, drafter: Drafter, state: State, own: Any, num_drafts: int, matching_rule: bool = False
     ) -> None:
         self.target, self.drafter, self.matching_rule = target, drafter, matching_rule
+        self.num_drafts = num_drafts
         slots, device = len(state.tokens), target.device
         self._state, self._own = state, own
         self._table = SettingsTable(slots, target.vocab_size, device)
@@ -184,17 +199,19 @@ class StaticCycles:
             self._stops[: len(slots)].copy_(stops)
         return self._kind
 
-    def launch(self, slots: list[Slot], late: Flight | None, offered: int, verified: int, drafted: bool) -> Flight:
+    def launch(self, slots: list[Slot], late: Flight | None, plan: DraftPlan | None) -> Flight:
         """Start a cycle of the first slots.
 
         Args:
             slots: whom it decodes.
             late: the cycle before, if nobody has heard of it yet.
-            offered: drafts to ask the drafter for.
-            verified: how many of them to verify.
-            drafted: see `Flight`.
+            plan: of the policy; None for all drafts. Numbers are rounded up to powers of two, since each has a graph.
         """
         kind = self.load(slots)
+        offered = verified = self.num_drafts
+        if plan is not None:
+            offered = self.num_drafts if plan.trial else min(_power_of_two(plan.drafts), self.num_drafts)
+            verified = min(_power_of_two(plan.verified), offered)
         unheard = 0 if late is None else late.shape.verified + 1
         rows = max(slot.length for slot in slots) + unheard + verified
         shape = Shape(
@@ -213,7 +230,7 @@ class StaticCycles:
         for told, own in zip(buffers, (self._decided, self._confidence), strict=True):
             told.copy_(own, non_blocking=True)
         timer.told()
-        return Flight(shape, list(slots), drafted, buffers, self._layouts[shape], timer)
+        return Flight(shape, list(slots), plan, buffers, self._layouts[shape], timer)
 
     def cycle(self, shape: Shape) -> None:
         """Decode the first slots that are active by one cycle; this is what is captured."""
@@ -261,13 +278,6 @@ class StaticCycles:
         self._layouts[shape] = (offered, width - 1, offer.confidence is not None, is_tree)
 
 
-def best_drafts(proposal: Proposal, count: int) -> Proposal:
-    """The `count` best drafts of every request."""
-    if proposal.tokens.shape[1] <= count:
-        return proposal
-    return keep_drafts(proposal, best_first(proposal)[:, :count])
-
-
 def extent_of(rows: int) -> int:
     """The bucket that holds so many rows: a multiple of 256, and of a quarter of the largest power of two below.
 
@@ -278,7 +288,7 @@ def extent_of(rows: int) -> int:
 
 
 def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _on_host(like: Tensor, pinned: bool) -> Tensor:

@@ -60,3 +60,42 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
     last = path.gather(1, num_accepted[:, None])
     tokens = torch.cat((proposal.tokens.gather(1, path[:, 1:] - 1), choices[:, :1]), dim=1)
     return tokens.scatter(1, num_accepted[:, None], choices.gather(1, last)), num_accepted, path
+
+
+def best_first(proposal: Proposal) -> Tensor:
+    """Drafts of each request from the best on, [R, N]; if they have no confidence, in their order."""
+    requests, num_drafts = proposal.tokens.shape
+    places = torch.arange(num_drafts, device=proposal.tokens.device)
+    if proposal.confidence is None:
+        return places.expand(requests, -1)
+    # Stable: a parent is never less probable than its child, and comes first if both are equal.
+    believed = proposal.confidence * (places < proposal.num_drafts[:, None])
+    return believed.sort(dim=1, descending=True, stable=True).indices
+
+
+def best_drafts(proposal: Proposal, count: int) -> Proposal:
+    """The proposal with only the `count` best drafts of every request."""
+    if proposal.tokens.shape[1] <= count:
+        return proposal
+    return keep_drafts(proposal, best_first(proposal)[:, :count])
+
+
+def keep_drafts(proposal: Proposal, kept: Tensor) -> Proposal:
+    """A proposal with only the drafts `kept` [R, n] of each request, distinct, no draft without its parent.
+
+    Entries past a request's own number of drafts may be among them and stay invalid.
+    """
+    if kept.shape[1] == 0:
+        return Proposal.empty(len(proposal.tokens), proposal.tokens.device)
+    assert proposal.draft_probs is None, "which of sampled drafts are proposed must not depend on anything"
+    kept = kept.sort(dim=1).values  # parents first, and valid entries before invalid ones
+    parents = proposal.parents
+    if parents is not None:
+        above = parents.gather(1, kept)
+        parents = torch.where(above < 0, -1, torch.searchsorted(kept, above.clamp(min=0)))
+    return Proposal(
+        proposal.tokens.gather(1, kept),
+        (kept < proposal.num_drafts[:, None]).sum(1),
+        parents,
+        confidence=None if proposal.confidence is None else proposal.confidence.gather(1, kept),
+    )

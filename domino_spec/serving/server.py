@@ -12,11 +12,11 @@ import uvicorn
 
 from domino_spec.api import default_min_confidence
 from domino_spec.config import DEFAULT_CANDIDATES, UserError
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import CostModel, measure_costs
 from domino_spec.decoding.drafter import Drafter
 from domino_spec.decoding.engine import Engine, Stats
 from domino_spec.decoding.generation import Limits, Request
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import CostModel, measure_costs
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.draft.load import AnyDraft
 from domino_spec.methods import default_method, make_drafter, watch_for

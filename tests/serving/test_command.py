@@ -16,8 +16,8 @@ import openai
 import pytest
 
 from domino_spec.config import UserError
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import CostModel
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import CostModel
 from domino_spec.serving.address import bind, is_loopback
 from domino_spec.serving.server import make_engine
 from tests.cli_fixtures import fail, make_draft_dir, make_target_dir  # noqa: F401

@@ -49,7 +49,7 @@ MEMORY = 0.99
 """Weight that earlier counts of accepted drafts keep, per cycle that verifies drafts."""
 FIRST_STEP = 0.5
 """How far the first cycle of a run of drafted (or plain) cycles moves the excess; the k-th moves it k times less."""
-LARGEST_STEP = 0.7
+LARGEST_STEP = 0.4
 """Largest difference that one cycle can show, in logarithms of seconds: the machine may have stood still meanwhile."""
 RUN = 8
 """Cycles over which the seconds of a run are averaged."""
@@ -76,6 +76,8 @@ class AdaptivePolicy:
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
         self._acceptance, self._gains, self._excess = _Acceptance(), _Gains(), _Excess()
+        self._most = 0
+        """Drafts of each request that a trial asks for."""
         self._drafting = False
         """Whether drafting pays; a plain cycle in between does not change that."""
         self._budget = SAVED
@@ -86,6 +88,7 @@ class AdaptivePolicy:
 
     def plan(self, requests: int, most: int) -> DraftPlan:
         """Choose the number of drafts per request, at most `most`."""
+        self._most = most
         self._gains.fade()
         self._budget = min(self._budget + BUDGET, SAVED)
         gains = self._gains.expected(most)
@@ -111,7 +114,7 @@ class AdaptivePolicy:
         plan, num_drafts = cycle.plan, cycle.proposal.tokens.shape[1]
         requests, offered = cycle.offered.tokens.shape
         if plan.drafts or plan.trial:
-            self._gains.add(self._promised(cycle.offered), requests, max(plan.drafts, offered))
+            self._gains.add(self._promised(cycle.offered), requests, max(plan.drafts or self._most, offered))
         if plan.trial:
             spent = cycle.trial_seconds or self._draft_seconds(requests, max(offered, 1))
             self._pay(spent / (cycle.seconds or self._verify_seconds(plan.requests, 1)))

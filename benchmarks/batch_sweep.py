@@ -30,9 +30,9 @@ import torch
 from domino_spec.api import default_min_confidence, load_draft, prompt_ids
 from domino_spec.bench.figures import Draws, Sums, with_intervals
 from domino_spec.bench.page import Column, figure_column, number_column, records_table, text_column
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import measure_costs
 from domino_spec.decoding.engine import Engine
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import measure_costs
 from domino_spec.decoding.request import Generation, Limits, Request
 from domino_spec.drafters.methods import TREE_BUDGET, default_method, make_drafter
 from domino_spec.files import read_jsonl, write_json

@@ -289,6 +289,45 @@ def walk_tree(choices: Tensor, proposal: Proposal, ancestors: Tensor) -> tuple[T
     return tokens.scatter(1, num_accepted[:, None], choices.gather(1, last)), num_accepted, path
 
 
+def best_first(proposal: Proposal) -> Tensor:
+    """Drafts of each request from the best on, [R, N]; if they have no confidence, in their order."""
+    requests, num_drafts = proposal.tokens.shape
+    places = torch.arange(num_drafts, device=proposal.tokens.device)
+    if proposal.confidence is None:
+        return places.expand(requests, -1)
+    # Stable: a parent is never less probable than its child, and comes first if both are equal.
+    believed = proposal.confidence * (places < proposal.num_drafts[:, None])
+    return believed.sort(dim=1, descending=True, stable=True).indices
+
+
+def best_drafts(proposal: Proposal, count: int) -> Proposal:
+    """The proposal with only the `count` best drafts of every request."""
+    if proposal.tokens.shape[1] <= count:
+        return proposal
+    return keep_drafts(proposal, best_first(proposal)[:, :count])
+
+
+def keep_drafts(proposal: Proposal, kept: Tensor) -> Proposal:
+    """A proposal with only the drafts `kept` [R, n] of each request, distinct, no draft without its parent.
+
+    Entries past a request's own number of drafts may be among them and stay invalid.
+    """
+    if kept.shape[1] == 0:
+        return Proposal.empty(len(proposal.tokens), proposal.tokens.device)
+    assert proposal.draft_probs is None, "which of sampled drafts are proposed must not depend on anything"
+    kept = kept.sort(dim=1).values  # parents first, and valid entries before invalid ones
+    parents = proposal.parents
+    if parents is not None:
+        above = parents.gather(1, kept)
+        parents = torch.where(above < 0, -1, torch.searchsorted(kept, above.clamp(min=0)))
+    return Proposal(
+        proposal.tokens.gather(1, kept),
+        (kept < proposal.num_drafts[:, None]).sum(1),
+        parents,
+        confidence=None if proposal.confidence is None else proposal.confidence.gather(1, kept),
+    )
+
+
 # Commit.
 
 
@@ -349,6 +388,56 @@ class Drafter(Protocol):
 
     def advance(self, cache: Any, verdict: Verdict) -> None:
         """Take in a commit; `verdict` carries the features of what was committed."""
+        ...
+
+
+# How many drafts pay, if a policy decides it.
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What one cycle does, as a policy wants it."""
+
+    requests: int
+    """R."""
+    drafts: int
+    """Drafts per request to ask the drafter for; 0 for a plain cycle."""
+    verified: int
+    """The best of them that a static cycle verifies, which does not `cut` (`graphs/`)."""
+    trial: bool = False
+    """Whether a plain cycle also drafts for a few requests, without verifying, to see whether drafting would pay."""
+
+    def cut(self, proposal: Proposal) -> Proposal:
+        """The proposal with only the drafts that pay; here all of them."""
+        return proposal
+
+
+@dataclass(frozen=True)
+class ObservedCycle:
+    """What a cycle did, for the policy."""
+
+    plan: DraftPlan
+    offered: Proposal
+    """What the drafter proposed: for every request, or for a few of them in a trial; empty if it was not asked."""
+    proposal: Proposal
+    """What was verified."""
+    verdict: Verdict
+    """Its tokens and features are not read."""
+    seconds: float | None
+    """Of the cycle, without the trial; None if nobody measured them apart."""
+    trial_seconds: float | None = None
+    """Of the trial; None if there was none or nobody measured it apart."""
+
+
+class DraftPolicy(Protocol):
+    """Decides how many drafts a cycle has."""
+
+    def plan(self, requests: int, most: int) -> DraftPlan:
+        """What to ask the drafter for in the next cycle of so many requests: at most `most` drafts of each."""
+        ...
+
+    def observe(self, cycle: ObservedCycle) -> None:
+        """Learn from a cycle. A static cycle is observed after the next one was planned."""
         ...
 
 

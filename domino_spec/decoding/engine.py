@@ -14,11 +14,23 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, cycle_room, scope, verify
+from domino_spec.decoding.cycle import (
+    Drafter,
+    DraftPlan,
+    DraftPolicy,
+    ObservedCycle,
+    Proposal,
+    State,
+    Verdict,
+    commit,
+    cycle_room,
+    scope,
+    verify,
+)
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.request import (
     CycleResult,
@@ -36,15 +48,12 @@ from domino_spec.decoding.sampling import Sampling, SamplingSettings, seed_of
 from domino_spec.settings import UserError
 from domino_spec.target.model import PREFILL_CHUNK, Target
 
-if TYPE_CHECKING:
-    from domino_spec.decoding.adapt import DraftPolicy
-
 READ_ROWS = 2048
 """Rows of one prefill pass over several prompts."""
 MOST_UNREAD = 1024
 """Cycles without drafts after which the drafter reads what they committed: their features take memory."""
 TRIAL_REQUESTS = 4
-"""Requests that are drafted for while drafting does not pay, to see whether it would."""
+"""Requests that a trial drafts for at most."""
 
 
 class Engine:
@@ -181,10 +190,15 @@ class Engine:
     def _cycle(self) -> CycleResult:
         """Propose, verify, commit."""
         state, cache = self._batch = self._batch or self._view(len(self._running))
-        num_drafts = self.num_drafts if self.policy is None else self._planned()
+        plan = None if self.policy is None else self._plan()
+        num_drafts = self.num_drafts if plan is None else plan.drafts
+        trial = self._trial() if plan is not None and plan.trial else None
+        if num_drafts and any(slot.unread for slot in self._running):
+            self._read_committed(self._running)
         started = time.perf_counter()
         with scope("propose"):
-            proposal = self._propose(state, cache, num_drafts)
+            offered = self._propose(state, cache, num_drafts)
+            proposal = plan.cut(offered) if plan is not None and num_drafts else offered
         with scope("accept"):
             verdict = verify(self.target, state, proposal, self.drafter.feature_layers, self.matching_rule)
             commit(state, verdict)
@@ -193,8 +207,9 @@ class Engine:
                 self.drafter.advance(cache, verdict)
             else:
                 self._postpone(verdict)
-        if self.policy is not None:
-            self.policy.observe(proposal, verdict, time.perf_counter() - started)
+        if self.policy is not None and plan is not None:
+            seconds, (offered, trial_seconds) = time.perf_counter() - started, trial or (offered, None)
+            self.policy.observe(ObservedCycle(plan, offered, proposal, verdict, seconds, trial_seconds))
         return CycleResult(
             slots=list(self._running),
             tokens=verdict.tokens.tolist(),
@@ -212,10 +227,7 @@ class Engine:
     def _propose(self, state: State, cache: Any, num_drafts: int) -> Proposal:
         if num_drafts == 0:
             return Proposal.empty(len(self._running), self.target.device)
-        if any(slot.unread for slot in self._running):
-            self._read_committed(self._running)
-        proposal = self.drafter.propose(state, cache, num_drafts)
-        return proposal if self.policy is None or not self._may_choose() else self.policy.cut(proposal)
+        return self.drafter.propose(state, cache, num_drafts)
 
     def _postpone(self, verdict: Verdict) -> None:
         """Keep what a cycle without drafts committed; the drafter reads it before it drafts again."""
@@ -255,24 +267,21 @@ class Engine:
 
     # How many drafts pay, if a policy decides it
 
-    def _may_choose(self) -> bool:
-        """Whether the policy decides; not if a request samples its drafts, whose number would decide its text."""
-        return not self.drafter.samples or all(slot.request.settings.greedy for slot in self._running)
-
-    def _planned(self) -> int:
-        """Drafts of this cycle, before they are cut; the policy may see a trial of what a few requests would get."""
+    def _plan(self) -> DraftPlan | None:
+        """What the policy wants; None if it must not decide: the number of sampled drafts would decide a text."""
         assert self.policy is not None
-        if not self._may_choose():
-            return self.num_drafts
-        wanted = self.policy.wanted(len(self._running), self.num_drafts)
-        if wanted > 0:
-            self._read_committed(self._running)
-        elif self.policy.curious:
-            few, started = min(len(self._running), TRIAL_REQUESTS), time.perf_counter()
-            self._read_committed(self._running[:few])
-            trial = self.drafter.propose(*self._view(few), self.num_drafts)
-            self.policy.look(trial, time.perf_counter() - started)
-        return wanted
+        if self.num_drafts == 0:
+            return None
+        if self.drafter.samples and not all(slot.request.settings.greedy for slot in self._running):
+            return None
+        return self.policy.plan(len(self._running), self.num_drafts)
+
+    def _trial(self) -> tuple[Proposal, float]:
+        """Draft for a few requests, without verifying; the proposal, and the seconds that it took."""
+        few, started = min(len(self._running), TRIAL_REQUESTS), time.perf_counter()
+        self._read_committed(self._running[:few])
+        proposal = self.drafter.propose(*self._view(few), self.num_drafts)
+        return proposal, time.perf_counter() - started
 
     # Prompts
 

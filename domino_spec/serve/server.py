@@ -11,10 +11,10 @@ from types import FrameType
 import uvicorn
 
 from domino_spec.api import default_min_confidence
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import CostModel, measure_costs
 from domino_spec.decoding.cycle import Drafter
 from domino_spec.decoding.engine import Engine, Stats
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import CostModel, measure_costs
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.decoding.request import Limits, Request
 from domino_spec.draft.config import DEFAULT_CANDIDATES

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from domino_spec.decoding.cycle import DraftPlan, keep_drafts
 from domino_spec.decoding.engine import Engine, decode
 from domino_spec.decoding.prefixes import Prefix, PrefixCache
 from domino_spec.decoding.request import Limits, Request
@@ -257,25 +258,25 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
         """Drafts at random, and keeps a random number of the first drafts."""
 
         def __init__(self) -> None:
-            self.random, self.seen, self.curious = random.Random(1), set(), False
+            self.random, self.seen = random.Random(1), set()
 
-        def wanted(self, requests: int, most: int) -> int:
-            self.curious = self.random.random() < 0.3
-            return self.random.choice([0, 0, 0, most, 2])
+        def plan(self, requests: int, most: int) -> DraftPlan:
+            policy = self
 
-        def look(self, proposal, seconds) -> None:
-            self.seen.add(proposal.tokens.shape)
+            class Plan(DraftPlan):
+                def cut(self, proposal):
+                    width = proposal.tokens.shape[1]
+                    kept = policy.random.randint(0, width)
+                    policy.seen.add(kept)
+                    return keep_drafts(proposal, torch.arange(kept).expand(len(proposal.tokens), -1))
 
-        def cut(self, proposal):
-            from domino_spec.decoding.adapt import keep_drafts
+            drafts = self.random.choice([0, 0, 0, most, 2])
+            return Plan(requests, drafts, drafts, trial=drafts == 0 and self.random.random() < 0.3)
 
-            width = proposal.tokens.shape[1]
-            kept = self.random.randint(0, width)
-            self.seen.add(kept)
-            return keep_drafts(proposal, torch.arange(kept).expand(len(proposal.tokens), -1))
-
-        def observe(self, proposal, verdict, seconds) -> None:
-            assert seconds > 0
+        def observe(self, cycle) -> None:
+            assert cycle.seconds > 0 and (cycle.trial_seconds is not None) == cycle.plan.trial
+            if cycle.plan.trial:
+                self.seen.add(cycle.offered.tokens.shape)
 
     policy = Whimsical()
     engine = engine_of(target, drafter_of(target, method), policy=policy)
@@ -289,25 +290,19 @@ def test_any_schedule_of_drafting_writes_the_same_text(model, target, method):
 
 
 @pytest.mark.parametrize("method", ["domino-tree", "domino", "eagle3", "dart"])
-def test_requests_that_were_looked_at_and_those_that_were_not_catch_up_together(model, target, method):
+def test_requests_in_a_trial_and_those_beside_them_catch_up_together(model, target, method):
     """Nearly at the end of their slots, a few have nothing left to read, and the others all that was written."""
 
     class Late:
-        cycles, curious = 0, False
+        cycles = 0
 
-        def wanted(self, requests: int, most: int) -> int:
+        def plan(self, requests: int, most: int) -> DraftPlan:
             self.cycles += 1
-            self.curious = self.cycles == 35
-            return most if self.cycles > 35 else 0
+            drafts = most if self.cycles > 35 else 0
+            return DraftPlan(requests, drafts, drafts, trial=self.cycles == 35)
 
-        def look(self, proposal, seconds) -> None:
-            assert len(proposal.tokens) < 6
-
-        def cut(self, proposal):
-            return proposal
-
-        def observe(self, proposal, verdict, seconds) -> None:
-            pass
+        def observe(self, cycle) -> None:
+            assert not cycle.plan.trial or len(cycle.offered.tokens) < 6
 
     prompts = random_prompts([6] * 6)
     engine = engine_of(target, drafter_of(target, method), slots=6, capacity=46, policy=Late())
@@ -321,15 +316,10 @@ def test_the_number_of_sampled_drafts_is_not_left_to_a_policy(target):
     """It would decide which text a seed gives; greedy requests beside them are cut again once they are gone."""
 
     class Never:
-        curious = False
+        def plan(self, requests, most):
+            return DraftPlan(requests, 0, 0)
 
-        def wanted(self, requests, most):
-            return 0
-
-        def cut(self, proposal):
-            raise AssertionError("nothing is proposed")
-
-        def observe(self, proposal, verdict, seconds):
+        def observe(self, cycle):
             pass
 
     engine = engine_of(target, drafter_of(target, "domino"), policy=Never())

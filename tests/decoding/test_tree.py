@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domino_spec.decoding.cycle import Proposal, State, Verdict, commit, start, tree_ancestors, verify, walk_tree
+from domino_spec.decoding.cycle import (
+    Proposal,
+    State,
+    Verdict,
+    best_drafts,
+    commit,
+    keep_drafts,
+    start,
+    tree_ancestors,
+    verify,
+    walk_tree,
+)
 from domino_spec.decoding.request import Limits
 from domino_spec.decoding.sampling import SamplingSettings
 from domino_spec.drafters.lookup import PlainDecoding
@@ -271,3 +282,19 @@ def test_cache_and_features_after_trees_are_those_of_plain_decoding(kind):
         positions = range(len(prompt) - 1, length - 1)
         assert set(tapping.features[r]) == set(positions), "each committed row once, the anchor's own among them"
         assert_close(torch.stack([tapping.features[r][p] for p in positions]), features[0, len(prompt) - 1 :])
+
+
+def test_the_best_of_every_request_are_kept_with_their_parents():
+    proposal = Proposal(
+        torch.arange(10).view(2, 5),
+        torch.tensor([5, 4]),
+        torch.tensor([[-1, -1, 0, 1, 2], [-1, 0, 0, 1, 0]]),
+        confidence=torch.tensor([[0.9, 0.3, 0.8, 0.2, 0.75], [0.5, 0.5, 0.1, 0.45, 0.0]]),
+    )
+    kept = best_drafts(proposal, 3)
+    assert kept.tokens.tolist() == [[0, 2, 4], [5, 6, 8]]
+    assert kept.parents.tolist() == [[-1, 0, 1], [-1, 0, 1]]
+    assert kept.num_drafts.tolist() == [3, 3]
+    torch.testing.assert_close(kept.confidence, torch.tensor([[0.9, 0.8, 0.75], [0.5, 0.5, 0.45]]))
+    fewer = keep_drafts(proposal, torch.tensor([[0, 1, 2, 3, 4]] * 2))
+    assert fewer.num_drafts.tolist() == [5, 4], "what was not valid stays invalid"

@@ -15,8 +15,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from domino_spec.decoding.adapt import AdaptivePolicy
-from domino_spec.decoding.costs import CostModel
+from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+from domino_spec.decoding.policy.costs import CostModel
 from domino_spec.serve.preflight import bind, is_loopback
 from domino_spec.serve.server import make_engine
 from domino_spec.settings import UserError

@@ -26,12 +26,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from domino_spec.decoding.adapt import DraftPolicy
-from domino_spec.decoding.cycle import Drafter, Proposal, State, Verdict, commit, verify
+from domino_spec.decoding.cycle import (
+    Drafter,
+    DraftPlan,
+    DraftPolicy,
+    ObservedCycle,
+    Proposal,
+    State,
+    Verdict,
+    best_drafts,
+    commit,
+    verify,
+)
 from domino_spec.decoding.graphs.capture import Graphs
 from domino_spec.decoding.request import CycleResult, Slot
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
-from domino_spec.decoding.static_policy import LateChoice, best_drafts
 from domino_spec.target.cache import RowCache
 from domino_spec.target.model import Target
 
@@ -82,7 +91,7 @@ class PendingCycle:
     Args:
         shape: of the cycle.
         slots: its requests, in the order of its rows.
-        drafted: whether the drafts that it offered were to be verified.
+        plan: of the policy; None if it did not decide.
         buffers: on the host, for what it decided: [slots, columns] int64 and [slots, O] float32.
         layout: drafts that it offered and verified, whether with confidences, whether trees.
         timer: of the cycle.
@@ -92,12 +101,12 @@ class PendingCycle:
         self,
         shape: Shape,
         slots: list[Slot],
-        drafted: bool,
+        plan: DraftPlan | None,
         buffers: tuple[Tensor, Tensor],
         layout: tuple[int, int, bool, bool],
         timer: _Timer,
     ) -> None:
-        self.shape, self.slots, self.drafted = shape, slots, drafted
+        self.shape, self.slots, self.plan = shape, slots, plan
         self._buffers, self._layout, self._timer = buffers, layout, timer
 
     @property
@@ -124,6 +133,22 @@ class PendingCycle:
             path=decided[:, _TOKENS + most :][:, : verified + 1].clone() if is_tree else None,
             seconds=seconds,
         )
+
+    def observed(self, result: StaticResult) -> ObservedCycle | None:
+        """What the policy learns from; None if it did not decide, or no request was active."""
+        rows = [row for row, accepted in enumerate(result.num_accepted) if accepted >= 0]
+        if self.plan is None or not rows:
+            return None
+        tokens = torch.zeros(len(rows), self.offered, dtype=torch.long)
+        counts = torch.tensor([result.num_offered[row] for row in rows])
+        confidence = None if result.confidence is None else result.confidence[rows]
+        offered = Proposal(tokens, counts, confidence=confidence)
+        proposal = best_drafts(offered, self.shape.verified)
+        accepted = torch.tensor([result.num_accepted[row] for row in rows])
+        tokens = torch.zeros(len(rows), proposal.tokens.shape[1] + 1, dtype=torch.long)
+        path = None if result.path is None else result.path[rows]
+        verdict = Verdict(tokens, accepted, None, torch.zeros_like(accepted), accepted >= 0, path)
+        return ObservedCycle(self.plan, offered, proposal, verdict, None if self.plan.trial else result.seconds)
 
 
 def is_static(drafter: Drafter) -> bool:
@@ -176,6 +201,7 @@ class StaticCycles:
         policy: DraftPolicy | None = None,
     ) -> None:
         self.target, self.drafter, self.matching_rule = target, drafter, matching_rule
+        self.policy, self.num_drafts = policy, num_drafts
         slots, device = len(state.tokens), target.device
         self.state, self.cache = state, cache
         self.sampling = Sampling([SamplingSettings()] * slots, device)
@@ -192,7 +218,6 @@ class StaticCycles:
         self._layouts: dict[Shape, tuple[int, int, bool, bool]] = {}
         self._loaded: list[Slot] = []
         self._warpers = Warpers()
-        self._choice = LateChoice(policy, num_drafts)
         self.launched = 0
         """Cycles so far."""
         self.pending: PendingCycle | None = None
@@ -215,14 +240,17 @@ class StaticCycles:
             for slot, accepted, ended in zip(self._last.slots, self._last.num_accepted, self._last.ended, strict=True):
                 assert slot.generation.finish_reason or (accepted >= 0 and not ended), "it would stand still for ever"
         if all(slot.request.top_logprobs is None for slot in slots):
-            # The policy has no say if a request samples its drafts: their number would decide its text.
+            # The policy does not decide if a request samples its drafts: their number would decide its text.
             samples = self.drafter.samples and any(not slot.request.settings.greedy for slot in slots)
-            choice = self._choice.choose(len(slots), asked=not samples)
-            self.pending = self.launch(list(slots), before, choice.offered, choice.verified, choice.drafted)
+            asked = self.policy is not None and self.num_drafts > 0 and not samples
+            plan = self.policy.plan(len(slots), self.num_drafts) if self.policy is not None and asked else None
+            self.pending = self.launch(list(slots), before, plan)
         if before is None:
             return None
         self._last = before.wait()
-        self._choice.learn(before, self._last)
+        observed = before.observed(self._last)
+        if self.policy is not None and observed is not None:
+            self.policy.observe(observed)
         return self._last
 
     def park(self, place: int) -> None:
@@ -234,18 +262,18 @@ class StaticCycles:
         state.cache.lengths[place] = 0
         self.cache.clear(place)
 
-    def launch(
-        self, slots: list[Slot], before: PendingCycle | None, offered: int, verified: int, drafted: bool
-    ) -> PendingCycle:
+    def launch(self, slots: list[Slot], before: PendingCycle | None, plan: DraftPlan | None) -> PendingCycle:
         """Start a cycle of the first slots.
 
         Args:
             slots: its requests.
             before: the cycle before, if its result was not read yet.
-            offered: drafts to ask the drafter for.
-            verified: how many of them to verify.
-            drafted: see `PendingCycle`.
+            plan: of the policy; None for all drafts. Numbers are rounded up to powers of two, since each has a graph.
         """
+        offered = verified = self.num_drafts
+        if plan is not None:
+            offered = self.num_drafts if plan.trial else min(_power_of_two(plan.drafts), self.num_drafts)
+            verified = min(_power_of_two(plan.verified), offered)
         warpers = self._load(slots)
         not_read = 0 if before is None else before.shape.verified + 1
         rows = max(slot.length for slot in slots) + not_read + verified
@@ -265,7 +293,7 @@ class StaticCycles:
         for on_host, on_device in zip(buffers, (self.decided, self._confidence), strict=True):
             on_host.copy_(on_device, non_blocking=True)
         timer.copied()
-        return PendingCycle(shape, slots, drafted, buffers, self._layouts[shape], timer)
+        return PendingCycle(shape, slots, plan, buffers, self._layouts[shape], timer)
 
     def _load(self, slots: list[Slot]) -> Warpers:
         """Make the settings and limits of the first slots those of these requests; returns the warpers they need."""
@@ -336,7 +364,7 @@ def extent_of(rows: int) -> int:
 
 
 def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _on_host(like: Tensor, pinned: bool) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from domino_spec.decoding.cycle import Proposal
+from domino_spec.decoding.cycle import DraftPlan, ObservedCycle
 from domino_spec.decoding.graphs import cycles as static_module
 from domino_spec.decoding.graphs.cycles import extent_of, is_static
 from domino_spec.decoding.prefixes import PrefixCache
@@ -211,24 +212,19 @@ class Moody:
     """Any number of drafts at any time."""
 
     def __init__(self) -> None:
-        self.random, self.curious = random.Random(1), False
-        self.observed, self.looked = [], []
+        self.random, self.observed = random.Random(1), []
 
-    def wanted(self, requests: int, most: int) -> int:
-        self.curious = self.random.random() < 0.5
-        return self.random.choice([0, 0, most, most, 2])
+    def plan(self, requests: int, most: int) -> DraftPlan:
+        drafts = self.random.choice([0, 0, most, most, 2])
+        trial = drafts == 0 and self.random.random() < 0.5
+        return DraftPlan(requests, drafts, self.random.randint(0, drafts), trial)
 
-    def cut(self, proposal):
-        kept = self.random.randint(0, proposal.tokens.shape[1])
-        return Proposal(proposal.tokens[:, :kept], proposal.num_drafts.clamp(max=kept))
-
-    def look(self, proposal) -> None:
-        self.looked.append(proposal)
-
-    def observe(self, proposal, verdict, seconds, drafted=None) -> None:
-        assert seconds > 0 and proposal.num_drafts.shape == verdict.num_accepted.shape
-        assert (verdict.num_accepted <= proposal.num_drafts).all() and (verdict.num_accepted >= 0).all()
-        self.observed.append((proposal.tokens.shape[1], drafted, verdict.path is None or not proposal.tokens.shape[1]))
+    def observe(self, cycle: ObservedCycle) -> None:
+        accepted, drafts = cycle.verdict.num_accepted, cycle.proposal.num_drafts
+        assert drafts.shape == accepted.shape and (accepted <= drafts).all() and (accepted >= 0).all()
+        assert cycle.seconds is None if cycle.plan.trial else cycle.seconds > 0
+        assert (cycle.offered.tokens.shape[1] > 0) == (cycle.plan.trial or cycle.plan.drafts > 0)
+        self.observed.append(cycle)
 
 
 @pytest.mark.parametrize("method", ["domino", "domino-tree"])
@@ -237,21 +233,32 @@ def test_a_policy_decides_a_cycle_late_and_texts_stay_the_same(model, target, me
     engine = engine_of(target, drafter_of(target, method), policy=policy)
     for generation, count in zip(decoded(engine, requests_of(PROMPTS, COUNTS)), COUNTS, strict=True):
         assert generation.token_ids == plain_greedy(model, generation.prompt_ids, count)
-    sizes = {n for n, *_ in policy.observed}
+    widths = {cycle.proposal.tokens.shape[1] for cycle in policy.observed}
     most = engine.num_drafts
-    assert len(sizes) > 2 and sizes <= {0, 1, 2, 4, 8, most}, "few numbers, since each has a graph"
-    assert {drafted for _, drafted, _ in policy.observed} == {False, True} and policy.looked
-    assert all(is_chain or method == "domino-tree" for *_, is_chain in policy.observed)
+    assert len(widths) > 2 and widths <= {0, 1, 2, 4, 8, most}, "few numbers, since each has a graph"
+    assert {(c.plan.drafts > 0, c.plan.trial) for c in policy.observed} == {
+        (False, False),
+        (False, True),
+        (True, False),
+    }
+    trees = [c.verdict.path is not None for c in policy.observed if c.proposal.tokens.shape[1]]
+    assert all(is_tree == (method == "domino-tree") for is_tree in trees)
     assert 0 < engine.stats.drafted_cycles < engine.stats.cycles
 
 
 def test_the_adaptive_policy_drops_drafts_that_are_never_accepted(target):
-    from domino_spec.decoding.adapt import AdaptivePolicy
-    from domino_spec.decoding.costs import CostModel
+    from domino_spec.decoding.policy.adaptive import AdaptivePolicy
+    from domino_spec.decoding.policy.costs import CostModel
 
     costs = CostModel((1, 4), (1, 8), ((1.0, 1.2), (1.0, 1.2)), (8,), ((0.05,), (0.05,)))
-    policy = AdaptivePolicy(costs)
-    policy._clock.observe = lambda *cycle: None  # what cycles take is not this machine's
+
+    class Steady(AdaptivePolicy):
+        """Every cycle takes what the cost model says, whatever this machine does."""
+
+        def observe(self, cycle: ObservedCycle) -> None:
+            super().observe(replace(cycle, seconds=None))
+
+    policy = Steady(costs)
     engine = engine_of(target, drafter_of(target, "domino"), policy=policy)
     generations = decoded(engine, requests_of(PROMPTS[:3], [60] * 3))
     assert max(generations[1].num_drafts) > 0 and generations[1].num_drafts[-10:] == [0] * 10

@@ -1,4 +1,4 @@
-"""What passes cost on this machine: the measure by which the number of drafts is chosen.
+"""What passes cost on this machine, by which the policy chooses the number of drafts.
 
 A verify pass over R requests of n rows each, and drafting for R requests, are timed at a few sizes and interpolated
 between them.
@@ -33,7 +33,7 @@ _COMMITTED = 2
 
 @dataclass(frozen=True)
 class CostModel(Settings):
-    """Seconds of the parts of a cycle; the fields are the keys of its JSON file."""
+    """Seconds of the parts of a cycle. The fields are the keys of its JSON file."""
 
     requests: tuple[int, ...]
     """R, ascending."""
@@ -42,7 +42,7 @@ class CostModel(Settings):
     verify_seconds: tuple[tuple[float, ...], ...]
     """For every R and n."""
     drafts: tuple[int, ...]
-    """n, drafts asked for, ascending; none where the drafter makes none."""
+    """n, drafts asked for, ascending; none if the drafter makes none."""
     draft_seconds: tuple[tuple[float, ...], ...]
     """Of drafting, for every R and n: the proposal, and taking in what was committed."""
 
@@ -132,7 +132,7 @@ def measure_costs(
     growth = _COMMITTED * len(numbers) * (repeats + 1)
     context = max(2, min(context, target.max_length - cycle_room(drafter) - growth))
     whole = _synthetic_state(target, slots, context, context + growth + cycle_room(drafter))
-    own = drafter.allocate(slots, whole.tokens.shape[1])
+    cache = drafter.allocate(slots, whole.tokens.shape[1])
     rows = context - 1
     width = len(drafter.feature_layers) * target.hidden_size
     features = torch.randn(slots, rows, width, device=target.device, dtype=target.dtype) if width else None
@@ -140,16 +140,16 @@ def measure_costs(
     verify_seconds, draft_seconds = [], []
     for requests in sizes_up_to(slots):
         state = whole.view(0, requests, Sampling.alike(SamplingSettings(), requests, target.device))
-        view = own.view(0, requests)
-        own_features = None if features is None else features[:requests]
+        view = cache.view(0, requests)
+        request_features = None if features is None else features[:requests]
         verify_seconds.append(tuple(_seconds(partial(_verify, target, drafter, state, n), repeats) for n in widths))
         for request in range(requests):
-            own.clear(request)
-        drafter.read(view, state.tokens[:, 1:context], own_features, state.lengths - 1)
+            cache.clear(request)
+        drafter.read(view, state.tokens[:, 1:context], request_features, state.lengths - 1)
         spent: list[list[float]] = [[] for _ in numbers]
         for _ in range(repeats + 1):  # all numbers in turn: a bad moment of the machine is not one number's
             for number, seconds in zip(numbers, spent, strict=True):
-                verdict = _one_accepted(state, own_features)
+                verdict = _one_accepted(state, request_features)
                 seconds.append(_seconds(partial(_draft, drafter, state, view, verdict, number), 0))
                 state.lengths += _COMMITTED
         state.lengths.fill_(context)
@@ -159,7 +159,7 @@ def measure_costs(
 
 
 def _verify(target: Target, drafter: Drafter, state: State, rows: int) -> None:
-    """A pass and what is decided and committed by it; the state stays as it was."""
+    """A pass, what it decides and its commit; the state is restored."""
     drafts = Proposal(state.tokens[:, 1:rows], torch.full_like(state.lengths, rows - 1))
     lengths, cached = state.lengths.clone(), state.cache.lengths.clone()
     commit(state, verify(target, state, drafts, drafter.feature_layers))
@@ -167,9 +167,9 @@ def _verify(target: Target, drafter: Drafter, state: State, rows: int) -> None:
     state.cache.lengths.copy_(cached)
 
 
-def _draft(drafter: Drafter, state: State, own: Any, verdict: Verdict, num_drafts: int) -> None:
-    drafter.propose(state, own, num_drafts)
-    drafter.advance(own, verdict)
+def _draft(drafter: Drafter, state: State, cache: Any, verdict: Verdict, num_drafts: int) -> None:
+    drafter.propose(state, cache, num_drafts)
+    drafter.advance(cache, verdict)
 
 
 def _synthetic_state(target: Target, slots: int, context: int, capacity: int) -> State:
@@ -194,9 +194,9 @@ def _one_accepted(state: State, features: torch.Tensor | None) -> Verdict:
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """Least seconds of a call, after one that is not counted; of one call alone where `repeats` is 0.
+    """Least seconds of a call, after one that is not counted; of one call alone if `repeats` is 0.
 
-    On a machine that others use too, what is added is noise, and nothing is ever taken away.
+    Other users of the machine only ever add to the seconds.
     """
     spent = []
     for _ in range(repeats + 1):
@@ -214,7 +214,7 @@ def _synchronise() -> None:
 
 
 def _rising(seconds: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """More requests or rows never cost less: where they seem to, what fewer cost was measured at a bad moment."""
+    """More requests or rows never cost less: if they seem to, fewer were measured at a bad moment."""
     rising: list[tuple[float, ...]] = []
     for row in reversed(seconds):
         most, kept = math.inf, []

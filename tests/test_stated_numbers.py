@@ -9,7 +9,8 @@ import torch
 
 from domino_spec.api import default_min_confidence
 from domino_spec.cli import group as threads
-from domino_spec.decoding import adapt, engine, request
+from domino_spec.decoding import engine, request
+from domino_spec.decoding.policy import adaptive
 from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.drafters import dart, eagle3, methods
 from domino_spec.drafters import lookup as lookup_first
@@ -31,11 +32,8 @@ STATED = {
         f"{dart.BEAM} best prefixes of each depth",
         f"trees of {dart.TOTAL} drafts ({dart.TOTAL + 1} rows",
         f"({CPU} by default on a CPU, 0 elsewhere)",
-        f"spends {adapt.LOOKING_SOON:.0%} of the seconds of plain cycles",
-        f"{adapt.LOOKING:.1%} at least",
-        f"must promise {adapt.TAKEN_UP - 1:.0%} more tokens",
-        f"After {adapt.RECHECKED} cycles that draft one is plain",
-        f"after {adapt.RECHECKED_SOON} where drafting promises less than {adapt.HARDLY} times",
+        f"promises {adaptive.START_DRAFTING - 1:.0%} more tokens per second than plain decoding",
+        f"At most {adaptive.BUDGET:.1%} of the time is lost on learning",
         f"After {request.FIRST_LOOK} such passes",
         f"below {request.USELESS:.0%} a warning",
     ),
@@ -54,8 +52,8 @@ def test_what_a_page_states_is_what_the_code_does(page, sentence):
 
 
 def test_words_for_numbers_that_the_page_spells_out():
-    assert (engine.TRIAL_REQUESTS, adapt.SEEN_ENOUGH, methods.SMALLEST_TREE) == (4, 4, 2)
-    assert lookup_first.LookupFirst.__init__.__defaults__ == (3, 6, None) and adapt.GIVEN_UP == 1
+    assert (engine.TRIAL_REQUESTS, methods.SMALLEST_TREE, adaptive.SAVED) == (4, 2, 0.5)
+    assert lookup_first.LookupFirst.__init__.__defaults__ == (3, 6, None)
     assert ngram.PromptLookup().max_drafts == 8 and request.DEVIATIONS == 3
 
 

@@ -33,6 +33,9 @@ LOCAL = "local"
 """The engine of this package; the others are plug-ins."""
 
 
+DEFAULT_CAPACITY = 4096
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was found out about one part."""
@@ -223,11 +226,21 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
         own_rows = draft.ends.lm_head.nbytes if draft.borrows_lm_head and draft.draft_vocab_ids is not None else 0
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if draft.borrows_lm_head else 0
         needs["draft"] = _module_bytes(draft) + own_rows + copied * packed
-    from domino_spec.serve.server import slot_capacity
-
     tokens = slot_capacity(target.max_length, plan.capacity)
     needs |= cache_needs(target, drafter, plan.slots, tokens, plan.prefix_bytes)
     return memory_finding(needs, device)
+
+
+def slot_capacity(longest: int, capacity: int | None) -> int:
+    """Tokens per slot: as asked for, else the target's longest text but at most `DEFAULT_CAPACITY`.
+
+    Raises:
+        UserError: the target has no room for so many.
+    """
+    capacity = min(longest, DEFAULT_CAPACITY) if capacity is None else capacity
+    if not 2 <= capacity <= longest:
+        raise UserError(f"capacity must be between 2 and the {longest} tokens of the target, got {capacity}")
+    return capacity
 
 
 def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: int, draft: AnyDraft | None) -> Finding:

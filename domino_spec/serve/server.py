@@ -21,13 +21,12 @@ from domino_spec.draft.config import DEFAULT_CANDIDATES
 from domino_spec.draft.load import AnyDraft
 from domino_spec.drafters.methods import default_method, make_drafter, watch_for
 from domino_spec.serve.app import Service
-from domino_spec.serve.preflight import check_room, check_slots
+from domino_spec.serve.preflight import check_room, check_slots, slot_capacity
 from domino_spec.serve.runner import STOPPED
 from domino_spec.settings import UserError
 from domino_spec.target.model import Target
 from domino_spec.target.text import encode_prompt
 
-DEFAULT_CAPACITY = 4096
 WARM_UP_TOKENS = 8
 WRITING_SECONDS = 5
 """Seconds for the last bytes of answers, once the engine is done."""
@@ -89,18 +88,6 @@ def make_engine(
     engine.policy = None if costs is None else AdaptivePolicy(costs)
     engine.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
     return engine
-
-
-def slot_capacity(longest: int, capacity: int | None) -> int:
-    """Tokens per slot: as asked for, else the target's longest text but at most `DEFAULT_CAPACITY`.
-
-    Raises:
-        UserError: the target has no room for so many.
-    """
-    capacity = min(longest, DEFAULT_CAPACITY) if capacity is None else capacity
-    if not 2 <= capacity <= longest:
-        raise UserError(f"capacity must be between 2 and the {longest} tokens of the target, got {capacity}")
-    return capacity
 
 
 def read_costs(file: Path | None) -> CostModel | None:

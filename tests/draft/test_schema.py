@@ -485,7 +485,7 @@ def test_an_eagle_draft_that_names_the_last_layer_must_say_which_side(tmp_path):
 
 def test_engines_refuse_a_last_layer_that_they_cannot_hand_over():
     from domino_spec.engines.sglang.install import check_settings
-    from domino_spec.engines.vllm.install import read_settings
+    from domino_spec.engines.vllm.served import read_settings
 
     published = nested()
     asked = SimpleNamespace()

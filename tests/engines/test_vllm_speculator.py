@@ -15,7 +15,8 @@ from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.engines.drafting import draft_tokens, over_vocabulary
 from domino_spec.engines.hooks import check_hooks
 from domino_spec.engines.vllm import model
-from domino_spec.engines.vllm.install import HOOKS_V2, ServedDraft
+from domino_spec.engines.vllm.install import HOOKS_V2
+from domino_spec.engines.vllm.served import ServedDraft
 from domino_spec.engines.vllm.speculator import DominoSpeculator
 from domino_spec.settings import UserError
 from tests import tiny

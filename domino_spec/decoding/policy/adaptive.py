@@ -27,9 +27,9 @@ from domino_spec.decoding.policy.costs import CostModel, sizes_up_to
 
 BUDGET = 0.005
 """Share of the time that may be lost to plain cycles and trials which only serve to learn."""
-SAVED = 1.0
+SAVED = 0.5
 """Most unused budget that is kept, most debt, and the budget at the start, in plain cycles."""
-START_DRAFTING = 1.05
+START_DRAFTING = 1.10
 """Drafting starts when it promises this many times the tokens per second of plain decoding. It stops below 1."""
 FREE = 0.01
 """If drafting takes less than this share of a plain cycle, it is always tried: a look-up costs nothing."""
@@ -37,7 +37,7 @@ NEARLY_BEST = 0.99
 """More drafts are asked for if they promise this share of the best rate, since some cycles are better than others."""
 FADE = 0.96
 """Weight that an earlier cycle keeps, per cycle, in the expected number of accepted drafts."""
-DOUBT = 0.3
+DOUBT = 0.5
 """Requests without accepted drafts that are added to that average, so that one lucky request decides nothing."""
 CLASSES = 16
 """Classes of confidence (equal steps of its square root), and of places if a draft has no confidence."""

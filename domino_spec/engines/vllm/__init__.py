@@ -5,7 +5,8 @@
 
 vLLM has the DFlash backbone (its attention over context and block, its cache) but no head. The plug-in adds it:
 
-- `install`: what is checked before anything is loaded, and how the plug-in gets into vLLM;
+- `served`: the draft as vLLM's configuration names it, and what is refused before anything is loaded;
+- `install`: how the plug-in gets into vLLM;
 - `model`: vLLM's DFlash model with the head's weights, which refuses to draft without them;
 - `proposer`, `speculator`: the DFlash drafters of vLLM's two model runners, as subclasses that draft with the head.
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 ARCHITECTURES = ("DominoDraftModel", "DFlashDominoDraftModel")
 """A draft's own name, and what vLLM makes of it for the method `dflash`."""
-SERVED_AS = "DFlashDominoDraftModel"
 
 
 def register() -> None:

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from domino_spec.draft.checkpoint import check_tensors, check_vocabulary
 from domino_spec.draft.domino import DominoHead
 from domino_spec.engines.drafting import DraftParts, Drafts, draft_tokens, expected_shapes
-from domino_spec.engines.vllm.install import is_domino, read_settings
+from domino_spec.engines.vllm.served import is_domino, read_settings
 from domino_spec.ops.heads import EmbeddingTable, HeadOps
 from domino_spec.settings import UserError
 

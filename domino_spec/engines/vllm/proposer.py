@@ -13,8 +13,8 @@ from torch import Tensor
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from domino_spec.engines.drafting import over_vocabulary
-from domino_spec.engines.vllm.install import draft_to_load
 from domino_spec.engines.vllm.model import DominoForCausalLM
+from domino_spec.engines.vllm.served import draft_to_load
 from domino_spec.settings import UserError
 
 

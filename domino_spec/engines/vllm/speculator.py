@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from domino_spec.decoding.sampling import RandomStreams
 from domino_spec.engines.drafting import cache_as_logits
-from domino_spec.engines.vllm.install import draft_to_load
+from domino_spec.engines.vllm.served import draft_to_load
 
 
 class DominoSpeculator(DFlashSpeculator):

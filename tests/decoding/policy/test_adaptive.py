@@ -177,7 +177,7 @@ def test_drafting_stops_while_the_texts_are_hard_and_starts_again_after_them():
     world, policy = World(2), AdaptivePolicy(USUAL)
     for easiest, drafts in ((1.0, True), (-0.5, False), (1.0, True)):
         world.easiest = easiest
-        world.drafted(policy, 300)
+        world.drafted(policy, 1500)
         assert world.drafted(policy, 100) > 0.9 if drafts else world.drafted(policy, 100) < 0.1
 
 
@@ -187,7 +187,7 @@ def test_a_cost_model_that_is_wrong_by_a_factor_of_two_is_put_right():
     world.drafted(policy, 100)
     assert world.drafted(policy, 200) < 0.1
     world.slower = 1.0
-    world.drafted(policy, 500)
+    world.drafted(policy, 2000)
     assert world.drafted(policy, 200) > 0.9
 
 

@@ -54,7 +54,8 @@ def save_target(directory: Path, **overrides) -> Path:
 
 def new_draft(target_directory: Path, **overrides) -> Draft:
     """A random Domino draft for a target on disk."""
-    return tiny.tiny_draft(load_target(target_directory, pack=False), **overrides)
+    sizes = {"head_sizes": (16, 16)} | overrides  # widths that the loops in C take
+    return tiny.tiny_draft(load_target(target_directory, pack=False), **sizes)
 
 
 def write_recipe(path: Path, target: Path, **data: object) -> Path:
@@ -65,7 +66,7 @@ def write_recipe(path: Path, target: Path, **data: object) -> Path:
             "block_size": 4,
             "num_layers": 1,
             "target_layer_ids": [0, 2],
-            "head": {"gru_hidden_dim": 8, "low_rank": 4},
+            "head": {"gru_hidden_dim": 16, "low_rank": 16},  # widths that the loops in C take
         },
         "data": {"held_out": 2, "max_length": 64, "max_new_tokens": 24, "batch_size": 4, **data},
         "training": {

@@ -74,7 +74,7 @@ SHAPES = {
             num_layers=2,
             block_size=4,
             target_layer_ids=(1, 2),
-            head=HeadRecipe(gru_hidden_dim=16, low_rank=8),
+            head=HeadRecipe(gru_hidden_dim=16, low_rank=16),
         ),
     ),
 }

@@ -315,7 +315,7 @@ def test_inspect_counts_parameters_and_names_conventions(draft_dir, target_dir):
     tensors, _ = load_tensors(draft_dir / "model.safetensors")
     assert parts["total"] == sum(t.numel() for t in tensors.values())
     assert parts["total"] == parts["backbone"] + parts["gru"] + parts["w1"] + parts["w2"]
-    assert (parts["gru"], parts["w1"], parts["w2"]) == (3 * 12 * (32 + 12), (32 + 12) * 6, 6 * 60)
+    assert (parts["gru"], parts["w1"], parts["w2"]) == (3 * 16 * (32 + 16), (32 + 16) * 16, 16 * 60)
     assert (record["method"], record["block_size"], record["max_drafts"]) == ("domino", 5, 5)
     assert record["fits"] is None and record["dtypes"] == ["bfloat16"]
     text = succeed("inspect", draft_dir, "--target", target_dir)

@@ -139,7 +139,7 @@ class RandomStreams:
 
 @dataclass(frozen=True)
 class Warpers:
-    """What the settings of some requests need computed; the rest is left out."""
+    """Which computations the settings of some requests need; the others are skipped."""
 
     samples: bool = False
     """Some request draws its tokens."""
@@ -171,7 +171,7 @@ class Warpers:
 
 
 class Sampling:
-    """How the tokens of R requests are drawn: for each a row of settings, and a random stream of its own.
+    """How the tokens of R requests are drawn: a row of settings and a random stream for each.
 
     All rows are computed alike, and a setting that does nothing changes no bit. So a request's distribution does not
     depend on the settings of the others.
@@ -192,7 +192,7 @@ class Sampling:
         self.numbers = torch.tensor(numbers, dtype=torch.float32, device=device).reshape(-1, 6).T.contiguous()
         """[6, R]: temperature, top_p, min_p, repetition, presence and frequency penalty."""
         self.bias: Tensor | None = None
-        """[R, V] float32, made when it is first needed: only logits tell V."""
+        """[R, V] float32, made when it is first needed, because V is known from logits only."""
         self._biases = [s.logit_bias for s in settings]
 
     @staticmethod
@@ -207,7 +207,7 @@ class Sampling:
 
     @property
     def plain_greedy(self) -> bool:
-        """True if every token is the argmax of the target's own logits."""
+        """True if every token is the argmax of the target's unchanged logits."""
         warpers = self.warpers
         return not (warpers.samples or warpers.bias or warpers.penalties)
 

@@ -42,7 +42,7 @@ DOUBT = 0.5
 CLASSES = 16
 """Classes of confidence (equal steps of its square root), and of places if a draft has no confidence."""
 PRIOR = 3.0
-"""Drafts of a class, accepted as often as the draft's own confidence says, that are added to those counted."""
+"""Drafts of a class, accepted as often as the draft's confidence says, that are added to those counted."""
 MEMORY = 0.99
 """Weight that earlier counts of accepted drafts keep, per cycle that verifies drafts."""
 FIRST_STEP = 0.5
@@ -184,11 +184,11 @@ class _Gains:
         self._sums = self._weights = torch.zeros(0, dtype=torch.double)  # [N] each
 
     def fade(self) -> None:
-        """A cycle goes by."""
+        """Reduce the weight of earlier cycles; called once in every cycle."""
         self._sums, self._weights = self._sums * FADE, self._weights * FADE
 
     def add(self, promised: list[float], requests: int, asked: int) -> None:
-        """Add what so many requests were promised, if each was to have as many drafts as `asked`."""
+        """Add what so many requests were promised, when each was asked for `asked` drafts."""
         added = torch.tensor(promised, dtype=torch.double).diff()
         missing = max(asked - len(self._sums), 0)
         self._sums, self._weights = F.pad(self._sums, (0, missing)), F.pad(self._weights, (0, missing))
@@ -213,7 +213,7 @@ class _Excess:
         self._excess: dict[int, float] = {}
         """By number of requests."""
         self._averages, self._lengths, self._drafted = [0.0, 0.0], [0, 0], False
-        """Seconds over the cost model's in the newest run of plain cycles and of drafted ones; cycles of each run."""
+        """Of the newest run of plain cycles and of drafted ones: mean of `over_model`, and number of cycles."""
 
     def of(self, requests: int) -> float:
         """Of so many requests, or of the nearest number that was seen."""
@@ -221,7 +221,7 @@ class _Excess:
         return 0.0 if nearest is None else self._excess[nearest]
 
     def observe(self, requests: int, drafted: bool, over_model: float) -> None:
-        """A cycle took so long, over what the cost model says."""
+        """Learn from one cycle; `over_model` is the logarithm of its seconds over those of the cost model."""
         if drafted != self._drafted:
             self._drafted, self._lengths[drafted] = drafted, 0
         self._lengths[drafted] += 1

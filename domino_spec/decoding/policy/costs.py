@@ -147,7 +147,7 @@ def measure_costs(
             cache.clear(request)
         drafter.read(view, state.tokens[:, 1:context], request_features, state.lengths - 1)
         spent: list[list[float]] = [[] for _ in numbers]
-        for _ in range(repeats + 1):  # all numbers in turn: a bad moment of the machine is not one number's
+        for _ in range(repeats + 1):  # in turn, so that a slow moment of the machine hits all numbers
             for number, seconds in zip(numbers, spent, strict=True):
                 verdict = _one_accepted(state, request_features)
                 seconds.append(_seconds(partial(_draft, drafter, state, view, verdict, number), 0))
@@ -214,7 +214,7 @@ def _synchronise() -> None:
 
 
 def _rising(seconds: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """More requests or rows never cost less: if they seem to, fewer were measured at a bad moment."""
+    """More requests or rows never cost less: if they seem to, the machine was slow when fewer were measured."""
     rising: list[tuple[float, ...]] = []
     for row in reversed(seconds):
         most, kept = math.inf, []

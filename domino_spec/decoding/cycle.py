@@ -137,8 +137,8 @@ def verify(
     """Run the target once over [anchor, drafts] of every request and decide; lossless for any proposal.
 
     The target makes one choice at every row of the pass: its argmax, or one draw from its distribution, with a number
-    that belongs to the position. *Chosen* drafts, chains and trees alike, stay while they equal it, so the text consists
-    of the target's choices, for any drafts. A *sampled* draft is accepted with probability
+    that belongs to the position. *Chosen* drafts, chains and trees alike, stay while they equal it. So the text
+    consists of the target's choices, for any drafts. A *sampled* draft is accepted with probability
     min(1, target_prob / draft_prob); after a rejection the token comes from norm(max(0, target_probs - draft_probs))
     (Leviathan et al. 2023; docs/design.md, section 5).
 
@@ -237,9 +237,9 @@ def _finite(hidden: Tensor, logits: Tensor, num_accepted: Tensor, path: Tensor |
     return (finite | unused).all(1)
 
 
-# Walk: a tree's accepted drafts are those that the target's choices lead to. The choice that equals no child of the last
-# accepted node is the bonus token. So a node's children are accepted with the probability that the target gives them,
-# in any tree.
+# Walk: a tree's accepted drafts are those that the target's choices lead to. The choice that equals no child of the
+# last accepted node is the bonus token. So a node's children are accepted with the probability that the target gives
+# them, in any tree.
 
 
 def tree_ancestors(parents: Tensor) -> Tensor:

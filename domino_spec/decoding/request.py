@@ -300,8 +300,8 @@ class DraftWatch:
     """Counts passes with drafts and those that accepted one; warns once if hardly any does.
 
     A draft that does not fit (made for another target, another chat template, read by another convention, overflowing)
-    changes no word of the output; the only sign is that almost no pass accepts a draft. The warning is given if Wilson's
-    upper bound for the share of passes that accept one is low. Passes of one text resemble each other, and the bound is
+    changes no word of the output; the only sign is that almost no pass accepts a draft. It warns if Wilson's upper
+    bound for the share of passes that accept one is low. Passes of one text resemble each other, and the bound is
     computed repeatedly, so it is wide (three standard deviations) and computed only when the passes have doubled.
     """
 

@@ -182,7 +182,7 @@ class DataRecipe(Settings):
     """Evaluation suites whose prompts are left out: benchmarks by name or JSONL files. null stands for gsm8k, math500,
     aime25, humaneval, mbpp and mt-bench where conversations come by name, and for none where they come from a file."""
     thinking: bool | None = False
-    """`enable_thinking` of the chat template, for those that know it; null leaves the template's own default."""
+    """`enable_thinking` of the chat template, for those that know it; null leaves the template's default."""
     max_length: Annotated[int, _from(16, 1_048_576)] = 3072
     """Tokens of prompt and answer together; longer sequences are cut at the end."""
     held_out: Count = 64

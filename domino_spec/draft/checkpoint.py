@@ -79,7 +79,9 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
     beside = {name: published[name] for name in names_of(DFlashKeys) if published.get(name) is not None}
     given = {name: value for name, value in nested.items() if value is not None}
     refuse_misplaced(beside, given, set(given) & set(beside), where, "in dflash_config")
-    if beside.get("draft_vocab_size") == published.get("vocab_size"):  # some files say so of the whole vocabulary
+    if beside.get("draft_vocab_size") == published.get(
+        "vocab_size"
+    ):  # some files state the size of the whole vocabulary
         beside.pop("draft_vocab_size", None)
     keys = read_keys(BlockKeys, {**published, "dflash_config": {**beside, **given}}, where)
     rope = read_rope(published, where, default_theta=None)

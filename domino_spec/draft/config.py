@@ -305,7 +305,7 @@ class SingleLayerConfig(BaseConfig):
         return None
 
     def check_readers(self, name: str) -> None:
-        """As of a `DraftConfig`: other readers take these drafts as they are meant."""
+        """As of a `DraftConfig`: other readers use these drafts as they were trained."""
 
 
 AnyConfig = DraftConfig | SingleLayerConfig

@@ -51,7 +51,7 @@ class PairKV(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a checkpoint file names and types tensors that this class holds otherwise, so that saving keeps it."""
+    """Names and types of tensors in a checkpoint file, if they differ from the draft's; saving keeps them."""
 
     layer: str = "midlayer"
     """What the layer's tensors are called: `midlayer`, or `layers.0`."""
@@ -165,7 +165,7 @@ class SingleLayerDraft(BaseDraft):
     head: None = None
     """No Domino head: the logits are final."""
     embed_tokens: Tensor | None
-    """[V, H], an embedding of the checkpoint's own; None uses the target's."""
+    """[V, H], the checkpoint's embedding; None uses the target's."""
 
     def __init__(self, config: SingleLayerConfig, draft_vocab_ids: Tensor | None = None) -> None:
         super().__init__(config, draft_vocab_ids)
@@ -185,7 +185,7 @@ class SingleLayerDraft(BaseDraft):
         """As of any draft; learns the target's depth if the checkpoint does not say it. The LM head only teaches.
 
         Raises:
-            UserError: as of any draft; or it is not as wide as the target, and has no embedding of its own.
+            UserError: as of any draft; or it is not as wide as the target, and its checkpoint has no embedding.
         """
         config = self.config
         if self.embed_tokens is None and config.hidden_size != target.hidden_size:
@@ -220,7 +220,7 @@ class SingleLayerDraft(BaseDraft):
         return super().embed(token_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's hidden states [..., 3 * target H] to one feature [..., H]; never applied to own outputs."""
+        """The target's hidden states [..., 3 * target H] to one feature [..., H]; not for the draft's outputs."""
         return self.fc(self.read_features(features))
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -289,7 +289,7 @@ class SingleLayerDraft(BaseDraft):
     def final_hidden(self, out: Tensor) -> Tensor:
         """What the LM head reads, from the layer's output [..., H].
 
-        DART's released code norms twice, and released weights must meet the same.
+        DART's released code applies the norm twice, so released weights need it twice.
         """
         hidden = self.norm(out)
         return self.norm(hidden) if self.config.kind == "dart" else hidden
@@ -326,7 +326,7 @@ class SingleLayerDraft(BaseDraft):
         return self.logits(self(pairs, fused, positions, cached, causal[None, None])[0])
 
     def keep_outputs(self, choices: Tensor) -> None:
-        """Keep some outputs of the LM head [n], in one of its own; `bind` comes next."""
+        """Keep only these outputs [n], in a new LM head; call `bind` next."""
         self.lm_head = output_rows(self.lm_head, choices)
 
     def count_parameters(self) -> dict[str, int]:

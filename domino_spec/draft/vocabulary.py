@@ -58,7 +58,7 @@ def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int
 def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -> list[int]:
     """The `size` first of `ranked`, with the tokens of `always` forced in.
 
-    A required token occurs once: in its own place, or, if that is too far behind, at the end, which costs the last of
+    A required token occurs once: at its rank, or, if that is too far behind, at the end, which costs the last of
     the others. (The published script appends its stop token even if it is there already.)
 
     Raises:
@@ -254,8 +254,8 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     """A draft that can propose only `token_ids`, by the same weights: their logits are what they were.
 
     Args:
-        draft: with or without a draft vocabulary of its own; what it could not propose before, it cannot now. It is
-            left as it is, and its layers are shared.
+        draft: with or without a draft vocabulary; tokens that it could not propose before stay excluded. It is not
+            changed, and its layers are shared.
         token_ids: absolute, in any order.
         target: what the new draft is bound to.
 

@@ -3,7 +3,8 @@ prune (DART, arXiv 2601.19278).
 
 The last committed pair and the masks behind it say independently of each other what comes at each of the next
 positions. The search goes slot by slot, keeps the best few prefixes, and scores a prefix by the slots' probabilities
-and by those of an N-gram model, which alone knows what follows what; of everything scored, the best become the tree.
+and by those of an N-gram model, which alone knows which tokens follow each other. The best of all scored prefixes
+become the tree.
 
 The tokens are chosen, at any temperature, and the target walks the tree along its own choices. That accepts a node's
 children with the same probability as the published rule, which tries siblings one after the other.

@@ -22,7 +22,7 @@ from domino_spec.target.cache import RowCache
 
 
 class PairCache(RowCache):
-    """The pairs of every request; rows behind them are for drafting, and mean nothing.
+    """The pairs of every request; rows behind them are scratch for drafting.
 
     Args:
         draft: whose pairs they are.

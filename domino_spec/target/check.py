@@ -81,7 +81,7 @@ class Reference:
 def checked_target(load: Callable[[], Target], pack: bool) -> Target:
     """A target that has passed the check.
 
-    If it passes with its own modules only, it is loaded again and packed without replacements, which is said once.
+    If it passes with its own modules only, it is loaded again and packed without replacements, and a warning is logged.
 
     Args:
         load: gives the target as its files have it, every module its own.
@@ -162,7 +162,7 @@ def eager_attention(target: Target) -> Iterator[None]:
         UserError: the model does not take its attention from transformers' table, so it cannot be exchanged.
     """
     model = target.model
-    if model.config._attn_implementation != ATTENTION_NAME:  # an ordinary model of the user's, which keeps what it has
+    if model.config._attn_implementation != ATTENTION_NAME:  # a user's ordinary model keeps its attention
         yield
         return
     try:
@@ -234,7 +234,7 @@ def check_target(target: Target, reference: Reference) -> None:
             return
         try:
             normed = target.final_norm(got.layers[:, -1])
-        except UserError:  # what a draft will say
+        except UserError:  # a draft is refused for the same reason when it is bound
             return
         if difference := _difference(target, normed, expected.hidden):
             target.no_features = f"what follows the last layer is not its norm: results differ by {difference}"
@@ -289,7 +289,7 @@ def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
     equal = ours == theirs  # infinite logits too, of tokens that a model never gives
     lengths = theirs.masked_fill(theirs.isinf(), 0).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     relative, rounding = (ours - theirs).masked_fill(equal, 0).norm(dim=-1) / lengths, _rounding(target)
-    if (relative <= rounding).all():  # of no rows, too; not of what is not a number
+    if (relative <= rounding).all():  # true without rows; false with NaN
         return ""
     return f"{relative.max():.2g} of their size (rounding: {rounding:.2g})"
 
@@ -311,7 +311,7 @@ def _rounding(target: Target) -> float:
 
 @contextmanager
 def _naming_the_target(target: Target, what: str) -> Iterator[None]:
-    """Turn whatever a family's own code raises into one line, since any family may be loaded."""
+    """Turn any error of a family's code into one line, since any family may be loaded."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

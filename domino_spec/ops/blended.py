@@ -2,7 +2,7 @@
 
 The draft is trained on two distributions at once, that of the base logits and that of the final ones (base plus
 correction). For every row, this module turns logits into losses and, in place, into gradients; the products with the
-LM head around it belong to `training.fused_loss`. `blended_rows_` uses C loops on a CPU and a Triton kernel on CUDA;
+LM head around it belong to `training.loss`. `blended_rows_` uses C loops on a CPU and a Triton kernel on CUDA;
 the PyTorch version, which explains them, is here too.
 
 For one row, with draft distribution q = softmax(z), target distribution p and label y, the loss is a sum of terms:
@@ -29,7 +29,7 @@ from domino_spec.ops.native import bindings
 from domino_spec.ops.triton import has_triton
 
 SMALLEST_ALPHA = 1e-30
-"""A smaller alpha counts as this: it would rest on probabilities that float32 cannot hold, or be 0."""
+"""A smaller alpha counts as this: it would come from probabilities that float32 cannot hold, or be 0."""
 
 
 class Terms(NamedTuple):

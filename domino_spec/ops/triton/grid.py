@@ -2,7 +2,7 @@
 
 A kernel of phases is written once and launched in two ways. On a GPU it is one launch of one program per
 multiprocessor, all of them resident at once (a cooperative launch, which refuses to start otherwise), with
-`grid_barrier` between phases. Elsewhere every phase is a launch of its own: programs of Triton's interpreter run one
+`grid_barrier` between phases. Elsewhere every phase is a separate launch: programs of Triton's interpreter run one
 after another, so a barrier among several would wait forever (a single one passes it).
 
 It imports Triton: import it only if Triton is installed.

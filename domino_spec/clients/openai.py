@@ -1,6 +1,6 @@
 """The client of OpenAI-compatible servers, for `regenerate` (whole answers) and for load tests (timed streams).
 
-Every failure is a `Fault` whose text is one line. A request is sent once: whoever asks decides whether to try again.
+Every failure is a `Fault` whose text is one line. A request is sent once: the caller decides whether to try again.
 """
 
 from __future__ import annotations

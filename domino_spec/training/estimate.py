@@ -329,7 +329,7 @@ def work_memory(
     labels = blocks * replace(config, block_size=size).max_drafts
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
-    activations = 0  # one layer's are few beside the rest
+    activations = 0  # a single layer's are few beside features and loss
     if config.kind not in SINGLE_LAYER_KINDS:
         activations = activation_bytes(cast(DraftConfig, config), recipe, rows, blocks, size)
     return {
@@ -340,7 +340,7 @@ def work_memory(
 
 
 def anchor_count(config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, block_size: int) -> int:
-    """Blocks per sequence: shorter ones are more (`curriculum.block_size`)."""
+    """Blocks per sequence: shorter ones are more (`step.block_size`)."""
     return recipe.anchors * config.block_size // block_size
 
 

@@ -284,7 +284,7 @@ def capture_features(
 ) -> FeatureSource:
     """Fill a feature cache with what it still lacks.
 
-    A cache of more layers than are wanted is filled with all of its own and read in part.
+    A cache of more layers than are wanted is filled with all of its layers, and the wanted ones are read.
 
     Args:
         target: loaded in the precision that the features should have.

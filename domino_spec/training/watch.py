@@ -270,7 +270,7 @@ def _identity(directory: Path) -> str:
 
 
 class _Tracker:
-    """One tracker, which may fail at any time: then it says so once and is off.
+    """One tracker. If it fails, one warning is logged, and it is off.
 
     Args:
         name: wandb or trackio, whose functions have the same names.

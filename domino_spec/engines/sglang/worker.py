@@ -91,7 +91,7 @@ class DominoWorker(DFlashWorkerV2):
         sampling_info: Any,
         draft_input: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Number of accepted drafts [R] and bonus tokens [R]; on CPU, where SGLang has no kernel, by our own rule."""
+        """Number of accepted drafts [R] and bonus tokens [R]; on CPU, where SGLang has no kernel, by ours."""
         if self._on_cpu:
             return cpu.accept_sampled(candidates, next_token_logits, candidate_ids, q_rows, sampling_info)
         return super()._selector_sampling_accept(
@@ -105,7 +105,7 @@ class DominoWorker(DFlashWorkerV2):
 
 
 def draft_temperatures(requests: int, sampling_info: Any) -> Tensor | None:
-    """Temperatures that drafts are sampled at [R], 0 for requests that choose; None where all of them choose."""
+    """Temperatures that drafts are sampled at [R], 0 for requests that choose; None if all of them choose."""
     if _is_all_greedy(sampling_info):
         return None
     temperatures = sampling_info.temperatures.view(-1)[:requests].float()

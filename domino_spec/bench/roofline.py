@@ -189,7 +189,6 @@ def cache_bytes(config: Any, drafts: list[DraftConfig | SingleLayerConfig], dtyp
     return 2 * values * tokens * dtype.itemsize
 
 
-# ----------------------------------------------------------------------
 # A point of R texts, from which a cycle starts and to which it is put back. A text is read by the target, or its keys
 # and values are random: a pass costs the same, and thousands of tokens are there at once.
 

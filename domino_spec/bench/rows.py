@@ -412,7 +412,7 @@ class RequestRow(Settings):
 
 @dataclass(frozen=True)
 class Reading:
-    """One of the engine's own figures, before and after a window."""
+    """One of the engine's figures, before and after a window."""
 
     name: str
     before: float

@@ -86,7 +86,7 @@ def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> PairSh
 
     Args:
         name_or_path: a key of `SHAPES`, or a file.
-        draft_vocab_size: tokens that the draft can propose, in place of the shape's own.
+        draft_vocab_size: tokens that the draft can propose, in place of the shape's.
 
     Raises:
         UserError: there is no such shape, or the file does not describe a target.

@@ -114,7 +114,6 @@ def _load_benchmark(name: str, limit: int | None) -> list[Prompt]:
     return prompts
 
 
-# ----------------------------------------------------------------------
 # Turns.
 
 

@@ -1,7 +1,7 @@
 """The load: so many requests in flight at one server, the next one sent as soon as one has ended (a closed loop).
 
 A thread per request in flight, each with its own connection. A request that the server has no room for (429) waits as
-long as it is told and is sent again; its place in the loop stays taken meanwhile.
+long as the server asks and is sent again; its place in the loop stays taken meanwhile.
 """
 
 from __future__ import annotations

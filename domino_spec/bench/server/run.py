@@ -176,8 +176,7 @@ def _session(windows_before: int, endpoints: Sequence[Endpoint]) -> dict[str, An
     return session
 
 
-# ----------------------------------------------------------------------
-# The prompts.
+# The prompts, with the baseline's answers to earlier turns.
 
 
 def make_turns(
@@ -245,8 +244,7 @@ def _turn(prompt: Prompt, number: int, known: dict[tuple[str, str, int], str]) -
     return Turn(prompt.suite, prompt.id + turn_suffix(number), number, tuple(messages))
 
 
-# ----------------------------------------------------------------------
-# The measuring.
+# The measuring: every window of the plan in its order.
 
 
 LEAST_ROUNDS = 2

@@ -290,7 +290,7 @@ class OptimizationRecipe(Settings):
         """The same with `epochs` over that many sequences turned into steps.
 
         Raises:
-            UserError: a step would take some of the sequences twice.
+            UserError: there are fewer sequences than a step takes.
         """
         require(
             self.batch_size <= sequences,

@@ -368,7 +368,7 @@ class Drafter(Protocol):
     gives. *Chosen* drafts never change a text."""
 
     def allocate(self, requests: int, capacity: int) -> Any:
-        """Its `RowCache` for so many requests of up to `capacity` tokens, all empty."""
+        """Its `RowCache` for `requests` requests of up to `capacity` tokens, all empty."""
         ...
 
     def read(self, cache: Any, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
@@ -377,7 +377,7 @@ class Drafter(Protocol):
         Args:
             cache: from `allocate`.
             tokens: [R, n], the token that follows each position.
-            features: [R, n, F], of positions behind those already read; None if it taps nothing.
+            features: [R, n, F], of the positions after those already read; None if it taps nothing.
             counts: [R], how many of them are valid.
         """
         ...
@@ -433,7 +433,7 @@ class DraftPolicy(Protocol):
     """Decides how many drafts a cycle has."""
 
     def plan(self, requests: int, most: int) -> DraftPlan:
-        """What to ask the drafter for in the next cycle of so many requests: at most `most` drafts of each."""
+        """What to ask the drafter for in the next cycle of `requests` requests: at most `most` drafts each."""
         ...
 
     def observe(self, cycle: ObservedCycle) -> None:

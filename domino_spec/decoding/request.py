@@ -50,7 +50,7 @@ class Request:
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     limits: Limits = field(default_factory=Limits)
     top_logprobs: int | None = None
-    """Report the log-probability of every token, and of so many of the most probable ones; None reports nothing."""
+    """Report the log-probability of every token, and of this many of the most probable ones; None reports nothing."""
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ class StaticCycles:
         self.graphs = Graphs(target, state.active)
 
     def takes(self, slots: Sequence[Slot]) -> bool:
-        """Whether these requests go on by static cycles: none of them wants log-probabilities, or one is pending."""
+        """Whether these requests take static cycles: none of them wants log-probabilities, or a cycle is pending."""
         return self.pending is not None or all(slot.request.top_logprobs is None for slot in slots)
 
     def step(self, slots: Sequence[Slot]) -> StaticResult | None:
@@ -355,7 +355,7 @@ class StaticCycles:
 
 
 def extent_of(rows: int) -> int:
-    """The bucket that holds so many rows: a multiple of 256, and of a quarter of the largest power of two below.
+    """The bucket that holds `rows` rows: a multiple of 256, and of a quarter of the largest power of two below.
 
     Beyond 1024 rows a cycle reads at most a quarter more than it needs to, and there are few buckets.
     """

@@ -128,7 +128,7 @@ class AdaptivePolicy:
         return rates.index(max(rates))
 
     def _pay(self, plain_cycles: float) -> None:
-        self._budget = max(self._budget - plain_cycles, -SAVED)  # one bad moment does not end all learning
+        self._budget = max(self._budget - plain_cycles, -SAVED)  # one slow cycle does not end all learning
 
     def _promised(self, proposal: Proposal) -> list[float]:
         """Expected accepted ones of a request's n best drafts, for n = 0, 1, .., N."""
@@ -188,7 +188,7 @@ class _Gains:
         self._sums, self._weights = self._sums * FADE, self._weights * FADE
 
     def add(self, promised: list[float], requests: int, asked: int) -> None:
-        """Add what so many requests were promised, when each was asked for `asked` drafts."""
+        """Add what `requests` requests were promised, when each was asked for `asked` drafts."""
         added = torch.tensor(promised, dtype=torch.double).diff()
         missing = max(asked - len(self._sums), 0)
         self._sums, self._weights = F.pad(self._sums, (0, missing)), F.pad(self._weights, (0, missing))
@@ -216,7 +216,7 @@ class _Excess:
         """Of the newest run of plain cycles and of drafted ones: mean of `over_model`, and number of cycles."""
 
     def of(self, requests: int) -> float:
-        """Of so many requests, or of the nearest number that was seen."""
+        """Of this number of requests, or of the nearest number that was seen."""
         nearest = min(self._excess, key=lambda seen: abs(math.log(seen / requests)), default=None)
         return 0.0 if nearest is None else self._excess[nearest]
 

@@ -57,11 +57,11 @@ class CostModel(Settings):
                 raise UserError("costs: seconds must be positive numbers (of drafting also 0); measure them again")
 
     def verify(self, requests: int, rows: int) -> float:
-        """Seconds of one verify pass over `rows` rows of each of so many requests."""
+        """Seconds of one verify pass over `rows` rows of each request."""
         return self._at(requests, self.rows, self.verify_seconds, rows)
 
     def draft(self, requests: int, num_drafts: int) -> float:
-        """Seconds of drafting so many drafts for each of so many requests."""
+        """Seconds of drafting `num_drafts` drafts for each request."""
         return self._at(requests, self.drafts, self.draft_seconds, num_drafts) if self.drafts else 0.0
 
     def _at(self, requests: int, sizes: Sequence[int], seconds: Sequence[Sequence[float]], size: int) -> float:

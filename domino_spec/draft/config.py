@@ -265,7 +265,7 @@ class SingleLayerConfig(BaseConfig):
 
     @property
     def num_masks(self) -> int:
-        """Masked positions behind the last real pair that one pass predicts from: DART's `draft_length`."""
+        """Masked positions after the last real pair that one pass predicts from: DART's `draft_length`."""
         return self.block_size - 1 if self.kind == "dart" else 0
 
     @property

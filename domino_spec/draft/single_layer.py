@@ -173,13 +173,13 @@ class SingleLayerDraft(BaseDraft):
         self.midlayer = PairLayer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.logits_size, bias=False)
-        # DART's masked position: what stands for its normed pair; the first half is its residual as well.
+        # DART's masked position: it replaces the normed pair; the first half is its residual as well.
         self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.kind == "dart" else None
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self.register_buffer("embed_tokens", None, persistent=False)
         self.layout = TensorLayout()
         self.stop_token_ids: frozenset[int] = frozenset()
-        """Of the target: DART's search puts what ends an answer last."""
+        """Of the target: DART's search extends prefixes that end in one of them last."""
 
     def bind(self, target: Target) -> Self:
         """As of any draft; learns the target's depth if the checkpoint does not say it. The LM head only teaches.
@@ -224,7 +224,7 @@ class SingleLayerDraft(BaseDraft):
         return self.fc(self.read_features(features))
 
     def rotary(self, positions: Tensor) -> Rotary:
-        """RoPE factors in float32 for `positions` [R, n]; a pair stands at its feature's position."""
+        """RoPE factors in float32 for `positions` [R, n]; a pair has its feature's position."""
         cos, sin = self.rotary_emb(torch.empty((), dtype=torch.float32, device=positions.device), positions)
         return Rotary(cos, sin)
 

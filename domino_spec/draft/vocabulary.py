@@ -1,4 +1,4 @@
-"""FR-Spec (arXiv 2502.14856): a draft vocabulary of frequent tokens, counted in data, put on a finished draft.
+"""FR-Spec (arXiv 2502.14856): a draft vocabulary of frequent tokens, counted in data, for a finished draft.
 
 A few tokens make up most of any text, and the LM head is much of what a draft costs; so the draft chooses among the
 most frequent tokens only, by the same rows of the same weights. Nothing is retrained, and verification, which sees the
@@ -279,7 +279,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     fewer.config = replace(
         draft.config, draft_vocab_size=len(choices), published=_published(draft.config.published, len(choices))
     )
-    fewer.custom_generate = None  # it would go on with the other draft
+    fewer.custom_generate = None  # it would use the other draft
     fewer.keep_outputs(choices)
     return fewer.bind(target)
 

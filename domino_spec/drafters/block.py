@@ -123,7 +123,7 @@ class BlockDrafter:
         return self.min_confidence == 0 or self.draft.device.type != "cpu"
 
     def allocate(self, requests: int, capacity: int) -> ContextCache:
-        """Memory for so many requests of `capacity` tokens."""
+        """Memory for `requests` requests of `capacity` tokens."""
         draft, config, scratch_rows = self.draft, self.draft.config, self.draft.backbone.rows_behind
         size = (config.num_key_value_heads, capacity + scratch_rows, config.head_dim)
         keys = torch.zeros(config.num_hidden_layers, requests, *size, dtype=draft.dtype, device=draft.device)

@@ -219,7 +219,7 @@ def pass_mask(
         in_pass = relative.clamp(0, num_tokens - 1)
         seen = (relative < 0) | ((relative < num_tokens) & ancestors.gather(2, in_pass.expand(-1, num_tokens, -1)))
         depth = ancestors.sum(-1) - 1  # [R, N]
-        # A window counts positions, and a tree's rows stand at their depth, not at their row number.
+        # A window counts positions, and a tree's rows have the position of their depth, not of their row number.
         relative = torch.where(relative < 0, relative, depth.gather(1, in_pass[:, 0])[:, None])
     if window is not None:
         seen = seen & (relative > depth[..., None] - window)

@@ -260,7 +260,7 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
 
 
 def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Check a configuration as it stands in the file, before transformers builds anything from it.
+    """Check a configuration as the file has it, before transformers builds anything from it.
 
     Raises:
         UserError: a value has the wrong type, or a size that could not be built in reasonable time.

@@ -20,7 +20,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-1e30)
 """Stands for logits past the end and for -inf: its exponential is 0, its differences are finite."""
 NOWHERE = tl.constexpr(2**30)
-"""An index behind every other."""
+"""An index after every other."""
 
 
 def interpreted() -> bool:
@@ -35,7 +35,7 @@ def resident_programs(device: torch.device) -> int:
 
 
 def new_counters(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[count] zeros for programs to count in, for good.
+    """[count] zeros for programs to count in; never freed.
 
     While a CUDA graph is captured nothing is filled, and the graph would start them anew whenever it is replayed; so
     what uses them must have run once before it is captured.

@@ -167,7 +167,7 @@ class Client:
         Args:
             path: such as /models.
             timeout: seconds for the whole response.
-            at_root: the path stands beside /v1, as /metrics does, instead of below it.
+            at_root: the path is beside /v1, as /metrics is, and not below it.
 
         Raises:
             Fault: the response is not 200, or there is none.

@@ -167,7 +167,7 @@ class ChatFormat:
             Up to and with the first stop token.
         """
         text, prompt = self._answer_text(messages), self.prompt_ids(messages[:-1])
-        # Some tokenizers write a text's first word otherwise than the same word inside a text. Where a token would
+        # Some tokenizers encode a text's first word differently from the same word inside a text. If a token would
         # span the border, the answer is encoded alone: while serving, the border is fixed.
         both = self._encode(self._render(messages[:-1], True) + text)
         ids = both[len(prompt) :] if both[: len(prompt)] == prompt else self._encode(text)

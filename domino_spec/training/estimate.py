@@ -297,7 +297,7 @@ def state_memory(total: int, trained: int, recipe: OptimizationRecipe, processes
         # The draft whole for a step, and whole gradients, which add up over its micro-batches.
         copies = (2 if low_precision else 4) * total + 4 * trained
     else:
-        copies = 2 * trained if low_precision else 0  # autocast's; gradients lie in DDP's buckets
+        copies = 2 * trained if low_precision else 0  # autocast's; gradients are in DDP's buckets
     return {
         "master_weights": 4 * total // share,
         "gradients": 4 * trained // share,
@@ -595,7 +595,7 @@ class _Unmasked:
 
 
 def _target_operations(text_config: Any, decoder_parameters: int, sample: SequenceType[Sequence]) -> float:
-    """Operations of the target's pass per token of text: its products, and attention to what lies before."""
+    """Operations of the target's pass per token of text: its products, and attention to the tokens before."""
     config = text_config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     mean_context = sum(len(s.tokens) ** 2 for s in sample) / sum(len(s.tokens) for s in sample) / 2

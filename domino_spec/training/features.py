@@ -46,7 +46,7 @@ class FeatureSource(Protocol):
     """Where training takes its features from: a cache on disk, or the target itself."""
 
     layers: tuple[int, ...]
-    """The tapped layers, in the order in which their hidden states lie side by side."""
+    """The tapped layers, in the order in which their hidden states are concatenated."""
 
     def read(self, sequence: Sequence) -> Tensor:
         """Features [T, layers * H] of one sequence."""

@@ -47,7 +47,7 @@ FAILURES_TO_GIVE_UP = 20
 
 
 class ServerError(Exception):
-    """A request failed for good; its text is the reason, the same for all of its kind."""
+    """A request failed after all retries; its text is the reason, the same for all of its kind."""
 
 
 @dataclass(frozen=True)

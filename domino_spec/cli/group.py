@@ -129,7 +129,7 @@ def status(message: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def print_json(value: Any) -> None:
-    """Print one object on one line; null stands for numbers that are not finite, which JSON cannot hold."""
+    """Print one object on one line; numbers that are not finite become null, since JSON has none."""
     click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
 
 

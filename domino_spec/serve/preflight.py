@@ -43,7 +43,7 @@ class Finding:
     part: str
     sentence: str
     works: bool = True
-    """False: it stands in the way."""
+    """False if it prevents serving."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def _packed_bytes(module: nn.Module, lm_head: Tensor, device: torch.device) -> int:
-    """What packed copies take beside the weights: the LM head's always, all linear layers' without native loops."""
+    """What packed copies add to the weights: the LM head's always, all linear layers' without native loops."""
     if cpu.is_available(device, lm_head.dtype):
         return lm_head.nbytes
     linears = sum(m.weight.nbytes for m in module.modules() if type(m) is nn.Linear and m.weight is not lm_head)

@@ -37,8 +37,8 @@ def register() -> None:
     """Called by SGLang in every process; a second call does nothing.
 
     Raises:
-        UserError: an unknown release, or an entrance that has moved. SGLang logs it and goes on without the plug-in, so
-            that it still serves everything else.
+        UserError: an unknown release, or an entrance that has moved. SGLang logs it and continues without the plug-in,
+            so that it still serves everything else.
         SystemExit: the same, if the command line asks for a Domino draft.
     """
     try:

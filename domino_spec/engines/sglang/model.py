@@ -137,7 +137,7 @@ def _embedding(
 def _base_logits(
     weight: Tensor, vocab_size: int, draft_vocab_ids: Tensor | None, tp_group: Any
 ) -> Callable[[Tensor], Tensor]:
-    """Hidden states to base logits; `weight` holds this rank's rows of the LM head, padding behind the vocabulary."""
+    """Hidden states to base logits; `weight` holds this rank's rows of the LM head, padding after the vocabulary."""
     if tp_group.world_size == 1:
         rows = weight.detach()[:vocab_size] if draft_vocab_ids is None else weight.detach()[draft_vocab_ids]
         return lambda hidden: F.linear(hidden.to(rows.dtype), rows)

@@ -75,7 +75,7 @@ class DominoWorker(DFlashWorkerV2):
         return drafts.tokens
 
     def _maybe_build_draft_sampler(self) -> Any:
-        """What SGLang captures behind the backbone, or None to draft outside the graph."""
+        """What SGLang captures after the backbone, or None to draft outside the graph."""
         if self._on_cpu or envs.SGLANG_DFLASH_EAGER_DRAFT_SAMPLER.get():
             return None
         largest = max(get_exec().graph.cuda_graph_config.decode.bs)
@@ -114,7 +114,7 @@ def draft_temperatures(requests: int, sampling_info: Any) -> Tensor | None:
 
 
 class GraphSampler:
-    """Greedy drafts inside the draft's CUDA graph; sampled ones right behind it, from the same hidden states.
+    """Greedy drafts inside the draft's CUDA graph; sampled ones right after it, from the same hidden states.
 
     A captured graph serves every batch of its size, and what is sampled must be drawn anew and kept, [R, N, K]: too
     much to do for batches that only choose. SGLang calls it at capture, stages each batch's sampling before the replay,

@@ -75,7 +75,7 @@ def watch_configurations() -> bool:
 
 @functools.cache
 def install(v2: bool) -> None:
-    """Check what is relied on inside vLLM, and put a Domino drafter where its runner makes a DFlash one.
+    """Check what is relied on inside vLLM, and let its runner make a Domino drafter in place of a DFlash one.
 
     Raises:
         UserError: this vLLM is another than those the plug-in was written against.

@@ -142,7 +142,7 @@ def norm_by_layer(model: Any, keys: Tensor) -> Tensor:
 def whole_rows(layer: VocabParallelEmbedding, token_ids: Tensor, what: str) -> Tensor:
     """Rows of a matrix that is sharded over the vocabulary, [n, H], the same on every rank.
 
-    Every row lies on one rank; the others add zeros, which is exact.
+    Every row is on one rank; the others add zeros, which is exact.
 
     Raises:
         UserError: the matrix is quantised.

@@ -76,7 +76,7 @@ class DominoProposer(DFlashProposer):
     ) -> tuple[int, Tensor, Any]:
         """A whole block for every request, and the rows of the N slots that predict drafts, request by request."""
         num_drafts, config = self.num_speculative_tokens, self.draft.config
-        self.num_speculative_tokens = config.block_size - 1  # the masks that vLLM puts behind the anchor
+        self.num_speculative_tokens = config.block_size - 1  # the masks that vLLM puts after the anchor
         try:
             num_tokens, _, block_metadata = super().set_inputs_first_pass(
                 target_token_ids,

@@ -102,7 +102,7 @@ def parse_method(text: str) -> Wanted:
 
 
 def method_of(name: str) -> Method:
-    """The method of a contender's name, which may have `@SIZE` behind it."""
+    """The method of a contender's name, which may end in `@SIZE`."""
     return METHODS[name.partition("@")[0]]
 
 

@@ -249,7 +249,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def verify_passes(target: Target, state: State, sizes: Sequence[int]) -> dict[tuple[str, int], Callable[[], float]]:
-    """Verify passes of so many rows a request, of chains and of trees.
+    """Verify passes of `sizes` rows a request, of chains and of trees.
 
     A chain and a tree of as many rows differ in the mask, and in that a tree's accepted path is copied to where a
     chain's rows would be; four prefixes of these trees are extended at each depth. A chain of one row is a plain step.
@@ -505,7 +505,7 @@ def check_context(length: int, rows: int, max_length: int, name: str) -> None:
 
     Args:
         length: committed tokens.
-        rows: of the largest verify pass behind them, the last of them included.
+        rows: of the largest verify pass after them, the anchor included.
         max_length: longest text of the target.
         name: of the target.
 

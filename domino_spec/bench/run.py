@@ -84,7 +84,7 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
-    Interrupted at any point, the same call goes on where it stopped. Of a conversation every turn is measured, after
+    Interrupted at any point, the same call continues where it stopped. Of a conversation every turn is measured, after
     the target's own greedy answers to the turns before it (`suites`).
 
     Args:

@@ -75,7 +75,7 @@ def run_server_bench(
 ) -> dict[str, Any]:
     """Measure servers on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
-    Interrupted at any point, the same call goes on with the window that it was in.
+    Interrupted at any point, the same call continues with the window that it was in.
 
     Args:
         servers: addresses, each as URL or NAME=URL; the one named `none`, else the first, is the baseline.
@@ -248,7 +248,7 @@ def _turn(prompt: Prompt, number: int, known: dict[tuple[str, str, int], str]) -
 
 
 LEAST_ROUNDS = 2
-"""A window asks at least so many requests per request in flight: small suites are gone through several times."""
+"""A window asks at least this many requests per request in flight: small suites are gone through several times."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class WindowPlan:
                             yield WindowKey(suite, temperature, concurrency, repeat, server.name), server
 
     def jobs(self, key: WindowKey) -> list[Job]:
-        """What a window asks: its suite, as often as it takes to keep so many requests in flight."""
+        """What a window asks: its suite, as often as it takes to keep this many requests in flight."""
         turns = [turn for turn in self.turns if turn.suite == key.suite]
         rounds = max(1, -(-LEAST_ROUNDS * key.concurrency // len(turns)))
         return [

@@ -396,7 +396,7 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """What one cycle does, as a policy wants it."""
+    """A policy's plan for one cycle."""
 
     requests: int
     """R."""
@@ -418,15 +418,15 @@ class ObservedCycle:
 
     plan: DraftPlan
     offered: Proposal
-    """What the drafter proposed: for every request, or for a few of them in a trial; empty if it was not asked."""
+    """The drafter's proposal for every request, or for a few of them in a trial; empty if it was not asked."""
     proposal: Proposal
-    """What was verified."""
+    """The drafts that were verified."""
     verdict: Verdict
     """Its tokens and features are not read."""
     seconds: float | None
-    """Of the cycle, without the trial; None if they were not measured apart."""
+    """Seconds of the cycle, without the trial; None if they were not measured apart."""
     trial_seconds: float | None = None
-    """Of the trial; None if there was none, or it was not measured apart."""
+    """Seconds of the trial; None if there was none, or it was not measured apart."""
 
 
 class DraftPolicy(Protocol):

@@ -77,7 +77,7 @@ class Generation:
     finish_reason: str | None = None
     """"stop", "length", "cancelled", "error" (the target's output was not finite), or None while running."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of every token, if they were asked for."""
+    """Log-probabilities of every token, if they were asked for."""
     acceptance_lengths: list[int] = field(default_factory=list)
     """`num_accepted + 1` of every verify pass, before stop or length cut it."""
     num_drafts: list[int] = field(default_factory=list)
@@ -306,7 +306,7 @@ class DraftWatch:
     """
 
     name: str
-    """Of the method, for the warning."""
+    """Name of the method, for the warning."""
     passes: int = 0
     """Verify passes of single requests that had drafts."""
     hits: int = 0

@@ -156,7 +156,7 @@ class Warpers:
 
     @staticmethod
     def of(settings: Sequence[SamplingSettings]) -> Warpers:
-        """What these need."""
+        """The computations that these settings need."""
         drawn = [s for s in settings if not s.greedy]
         top_k = max((s.top_k for s in drawn), default=0)
         return Warpers(
@@ -218,7 +218,7 @@ class Sampling:
 
     @property
     def streams(self) -> RandomStreams:
-        """Of every request."""
+        """The random stream of every request."""
         return RandomStreams(self.seeds)
 
     def choices(self, logits: Tensor, positions: Tensor, history: History | None = None) -> Tensor:

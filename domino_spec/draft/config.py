@@ -189,7 +189,7 @@ class DraftConfig(BaseConfig):
         )
 
     def for_short_blocks(self) -> DraftConfig:
-        """Of a draft trained on shorter blocks, too."""
+        """The configuration of the same draft, trained on shorter blocks too."""
         return replace(self, short_blocks=True)
 
     def tap_mismatch(self, num_layers: int) -> str | None:

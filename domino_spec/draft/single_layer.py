@@ -76,14 +76,14 @@ class PairAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> PairKV:
-        """Of pairs `x` [R, n, 2H]."""
+        """Keys and values of pairs `x` [R, n, 2H]."""
         shape = (*x.shape[:2], self.kv_heads, self.head_dim)
         keys = rotate(self.k_proj(x).view(shape).transpose(1, 2), rotary)
         values = self.v_proj(x).view(shape).transpose(1, 2)
         return PairKV(keys.to(values.dtype), values)
 
     def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Of pairs `x` [R, n, 2H], rotated: [R, heads, n, D]."""
+        """Queries of pairs `x` [R, n, 2H], rotated: [R, heads, n, D]."""
         query = self.q_proj(x)
         return rotate(query.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2), rotary).to(query.dtype)
 
@@ -179,7 +179,7 @@ class SingleLayerDraft(BaseDraft):
         self.register_buffer("embed_tokens", None, persistent=False)
         self.layout = TensorLayout()
         self.stop_token_ids: frozenset[int] = frozenset()
-        """Of the target: DART's search extends prefixes that end in one of them last."""
+        """The target's: DART's search extends prefixes that end in one of them last."""
 
     def bind(self, target: Target) -> Self:
         """As of any draft; learns the target's depth if the checkpoint does not say it. The LM head only teaches.

@@ -37,7 +37,7 @@ class TreeShape:
     budget: int
     """Drafts of a tree at most."""
     width: int | None = None
-    """Of the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed. None is a
+    """For the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed. None is a
     third of the budget, at least 4 (docs/log.md)."""
     builder: str = "depth"
     """Depth by depth with a fixed width; "best-first", as DominoTree and DDTree grow them; or a "quota" per depth."""

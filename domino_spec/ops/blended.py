@@ -36,12 +36,12 @@ class Terms(NamedTuple):
     """How much of each loss an objective takes."""
 
     cross_entropy: float = 0.0
-    """Of the target's text."""
+    """Share of the cross-entropy on the target's text."""
     kl: float = 0.0
     """Kullback-Leibler divergence from the target's distribution to the draft's."""
     total_variation: float = 0.0
     log_acceptance: float = 0.0
-    """Of -log alpha (LK losses, arXiv 2602.23881)."""
+    """Share of -log alpha (LK losses, arXiv 2602.23881)."""
     adaptive_eta: float | None = None
     """Adds weight * KL + (1 - weight) * TV, where weight = exp(-eta * alpha) gets no gradient (that paper's hybrid):
     KL while the distributions are far apart and TV's gradient vanishes, TV later."""

@@ -39,7 +39,7 @@ class EmbeddingTable:
     token_ids: Tensor | None
     """[V] int64, the token of each index into the logits; None if they are the same."""
     dtype: torch.dtype
-    """Of the draft, and so of the result."""
+    """Type of the draft, and so of the result."""
     scale: float = 1.0
     """Factor of the embeddings (Gemma), in the target's type."""
 
@@ -148,7 +148,7 @@ class Draw:
     """K: only the K best base logits of a slot are corrected and can be drafted; None for all. The greedy draft is that
     of the full vocabulary whenever its token is among them."""
     temperature: float | Tensor = 0.0
-    """Of sampled drafts, one for all requests or [R]; requests at 0 choose, and report one-hot probabilities."""
+    """Temperature of sampled drafts, one for all requests or [R]; at 0 drafts are chosen, with one-hot probability."""
     uniform: Tensor | None = None
     """[R, N] float64 in [0, 1), one number for each sampled draft; None chooses every draft."""
     min_confidence: float = 0.0

@@ -284,7 +284,7 @@ class _Request(_Object):
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | Sequence[Message]]:
-        """What is to be continued."""
+        """The prompts to continue."""
         raise NotImplementedError
 
     @property

@@ -32,7 +32,7 @@ _PROMPT_LENGTHS = (11, 4)
 """Tokens of each request before the passes over the cache. All texts are longer than `_WINDOW`."""
 _WINDOW = 5
 _PARENTS = (-1, 0, 0, 1)
-"""Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
+"""Parent of each row of the tree: rows two and three follow the first, row four follows the second."""
 _LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
 _REFERENCE_PASSES = ((11, 1, 2), (4, 3))
 """Tokens of each pass in which transformers reads a request's long path over its cache."""
@@ -73,9 +73,9 @@ class Reference:
     """What the model's own modules give for the tokens of the check."""
 
     tokens: tuple[Tensor, ...]
-    """Of each request: those of its prompt, then those of the tree, [n + 4]."""
+    """Tokens of each request, [n + 4]: those of its prompt, then those of the tree."""
     outputs: tuple[Outputs, ...]
-    """Of each request, for the same tokens."""
+    """Outputs of each request, for the same tokens."""
 
 
 def checked_target(load: Callable[[], Target], pack: bool) -> Target:

@@ -72,7 +72,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class StaticResult(CycleResult):
-    """What a static cycle decided, with what the policy learns from."""
+    """The decisions of a static cycle, and the figures that the policy learns from."""
 
     num_offered: list[int] = ()  # type: ignore[assignment]
     ended: list[bool] = ()  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class StaticResult(CycleResult):
     path: Tensor | None = None
     """[R, N + 1], see `Verdict`."""
     seconds: float = 0.0
-    """Of the cycle, on its device."""
+    """Seconds of the cycle on its device."""
 
 
 class PendingCycle:

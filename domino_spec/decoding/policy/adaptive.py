@@ -157,7 +157,7 @@ class _Acceptance:
         self._seen = self._accepted = torch.zeros_like(self._believed)
 
     def chances(self, proposal: Proposal) -> Tensor:
-        """Of each draft, [R, N]."""
+        """Expected share of acceptance of each draft, [R, N]; 0 for entries that are no drafts."""
         rates = (self._accepted + PRIOR * self._believed) / (self._seen + PRIOR)
         return rates.to(proposal.tokens.device)[_classes(proposal)] * _valid(proposal)
 
@@ -213,10 +213,10 @@ class _Excess:
         self._excess: dict[int, float] = {}
         """By number of requests."""
         self._averages, self._lengths, self._drafted = [0.0, 0.0], [0, 0], False
-        """Of the newest run of plain cycles and of drafted ones: mean of `over_model`, and number of cycles."""
+        """Mean of `over_model` and number of cycles, of the newest run of plain cycles and of drafted ones."""
 
     def of(self, requests: int) -> float:
-        """Of this number of requests, or of the nearest number that was seen."""
+        """The excess for this number of requests, or for the nearest number that was seen."""
         nearest = min(self._excess, key=lambda seen: abs(math.log(seen / requests)), default=None)
         return 0.0 if nearest is None else self._excess[nearest]
 

@@ -44,7 +44,7 @@ class CostModel(Settings):
     drafts: tuple[int, ...]
     """n, drafts asked for, ascending; none if the drafter makes none."""
     draft_seconds: tuple[tuple[float, ...], ...]
-    """Of drafting, for every R and n: the proposal, and taking in what was committed."""
+    """Seconds of drafting, for every R and n: of the proposal, and of `Drafter.advance`."""
 
     def __post_init__(self) -> None:
         for name, sizes in (("requests", self.requests), ("rows", self.rows), ("drafts", self.drafts)):

@@ -4,7 +4,7 @@
         --batch 1,2,4,8,16,32 --fixed 2,4,8 --groups 4 --max-new-tokens 64 --out sweep.json
 
 Prompts are dealt into groups, taken from the files in turn. A group is twice as many requests as fit into the engine
-(four at least), so that slots are used again. Every method has an engine of its own, and the one that has generated
+(four at least), so that slots are used again. Every method has a separate engine, and the one that has generated
 least goes on: all get through a group side by side, cycle by cycle, and what disturbs the machine disturbs all alike.
 Throughput is generated tokens per second of decoding while every slot is in use: at its end a group has fewer and fewer
 requests, sooner with drafts, which help some more than others, and would say little about many. The seconds of reading
@@ -75,7 +75,7 @@ class Lane:
     engine: Engine
     generations: Sequence[Generation]
     seconds: float = 0.0
-    """Of its own steps, without reading prompts."""
+    """Of its steps, without reading prompts."""
     full_tokens: int = 0
     full_seconds: float = 0.0
 
@@ -171,11 +171,11 @@ def summarize(runs: Sequence[Run]) -> list[dict]:
         draws = Draws.of(clusters.values())
         rates = {}
         for method in dict.fromkeys(run.method for run in mine):
-            own = [run for run in mine if run.method == method]
-            amounts = [(clusters[r.group], (r.full_tokens, r.full_seconds)) for r in own]
+            of_method = [run for run in mine if run.method == method]
+            amounts = [(clusters[r.group], (r.full_tokens, r.full_seconds)) for r in of_method]
             rates[method] = Sums(("tokens", "seconds"), amounts, draws).ratio("tokens", "seconds")
             plain = [run for run in mine if run.method == PLAIN]
-            whole = sum(r.tokens for r in own) / sum(r.seconds for r in own)
+            whole = sum(r.tokens for r in of_method) / sum(r.seconds for r in of_method)
             entries.append(
                 {
                     "batch": batch,
@@ -183,10 +183,10 @@ def summarize(runs: Sequence[Run]) -> list[dict]:
                     "tokens_per_second": rates[method].value,
                     **with_intervals({"over_plain": rates[method] / rates[PLAIN]}),
                     "whole_groups_over_plain": whole / (sum(r.tokens for r in plain) / sum(r.seconds for r in plain)),
-                    "tau": sum(r.committed for r in own) / sum(r.passes for r in own),
-                    "drafts_per_pass": sum(r.drafts for r in own) / sum(r.passes for r in own),
-                    "drafted_cycles": sum(r.drafted_cycles for r in own) / sum(r.cycles for r in own),
-                    "equal_texts": f"{sum(r.equal_texts for r in own)} of {sum(r.requests for r in own)}",
+                    "tau": sum(r.committed for r in of_method) / sum(r.passes for r in of_method),
+                    "drafts_per_pass": sum(r.drafts for r in of_method) / sum(r.passes for r in of_method),
+                    "drafted_cycles": sum(r.drafted_cycles for r in of_method) / sum(r.cycles for r in of_method),
+                    "equal_texts": f"{sum(r.equal_texts for r in of_method)} of {sum(r.requests for r in of_method)}",
                 }
             )
     return entries

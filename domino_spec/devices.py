@@ -25,7 +25,7 @@ def choose_device(device: torch.device | str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device, within the limit of this process's container; None if nobody says."""
+    """Bytes that are free on a device, within the limit of this process's container; None if no source states it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []

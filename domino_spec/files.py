@@ -39,7 +39,7 @@ _TYPES = {
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` only when the block ends well.
+    """A path beside `path` to write to; it replaces `path` only if the block raises nothing.
 
     Raises:
         UserError: the file could not be written (a full disk, no permission); `path` is as it was.

@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PublicData:
-    """Where a public data set lies."""
+    """Where a public data set is."""
 
     path: str
     """Name of the data set on the hub, or of a file format."""
@@ -111,7 +111,7 @@ def public_rows(what: str, data: PublicData, instead: str) -> Iterator[Row]:
 
     Args:
         what: how messages call it, such as "suite gsm8k".
-        data: where it lies.
+        data: where it is.
         instead: how messages say what else the user can do.
 
     Raises:

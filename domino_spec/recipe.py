@@ -125,7 +125,7 @@ class DraftRecipe(Settings):
     num_layers: Annotated[int, _from(1, 256)] | None = None
     """Layers of the backbone; 5."""
     mask_token_id: Annotated[int, _from(0, 2**31 - 1)] | None = None
-    """A token that the target's tokenizer reserves and never produces; needed where it has no mask token."""
+    """A token that the target's tokenizer reserves and never produces; needed if it has no mask token."""
     target_layer_ids: Layers | None = None
     intermediate_size: Annotated[int, _from(1, 262_144)] | None = None
     shift_label: bool | None = None
@@ -138,7 +138,7 @@ class DraftRecipe(Settings):
     """Decoder layers of the target whose weights start the draft's layers, one per draft layer (warm start)."""
     init_from: Name | None = None
     """A draft to start from: a directory or hub id in a published layout. Its shape must be this recipe's; a head is
-    taken over where it has one, and fresh where it has none."""
+    taken over if it has one, and new if it has none."""
     init_from_other_target: bool = False
     """Start from a draft that was made for other weights of the target's shape, such as the model it was tuned from."""
 
@@ -179,10 +179,10 @@ class DataRecipe(Settings):
     limit: Count | None = None
     """Conversations used of prompts or responses, the first ones; null uses all."""
     exclude: tuple[Name, ...] | None = None
-    """Evaluation suites whose prompts are left out: benchmarks by name or JSONL files. null stands for gsm8k, math500,
-    aime25, humaneval, mbpp and mt-bench where conversations come by name, and for none where they come from a file."""
+    """Evaluation suites whose prompts are left out: benchmarks by name or JSONL files. null means gsm8k, math500,
+    aime25, humaneval, mbpp and mt-bench if conversations come by name, and none if they come from a file."""
     thinking: bool | None = False
-    """`enable_thinking` of the chat template, for those that know it; null leaves the template's own default."""
+    """`enable_thinking` of the chat template, for those that know it; null leaves the template's default."""
     max_length: Annotated[int, _from(16, 1_048_576)] = 3072
     """Tokens of prompt and answer together; longer sequences are cut at the end."""
     held_out: Count = 64
@@ -290,7 +290,7 @@ class OptimizationRecipe(Settings):
         """The same with `epochs` over that many sequences turned into steps.
 
         Raises:
-            UserError: a step would take some of the sequences twice.
+            UserError: there are fewer sequences than a step takes.
         """
         require(
             self.batch_size <= sequences,

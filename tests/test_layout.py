@@ -117,7 +117,7 @@ def test_decoding_by_default_imports_no_optional_machinery():
     )
     imported = told.stdout.split()
     assert "domino_spec.decoding.engine" in imported and "domino_spec.drafters.block" in imported
-    optional = ("decoding.policy", "decoding.graphs", "decoding.adapt", "decoding.static_policy", "engines", "serve")
+    optional = ("decoding.policy", "decoding.graphs", "engines", "serve")
     assert not [name for name in imported if name.removeprefix("domino_spec.").startswith(optional)]
 
 

@@ -34,7 +34,7 @@ STATED = {
         f"({CPU} by default on a CPU, 0 elsewhere)",
         f"promises {adaptive.START_DRAFTING - 1:.0%} more tokens per second than plain decoding",
         f"At most {adaptive.BUDGET:.1%} of the time is lost on learning",
-        f"After {request.FIRST_LOOK} such passes",
+        f"After {request.FIRST_CHECK} such passes",
         f"below {request.USELESS:.0%} a warning",
     ),
     "reference/command-line.md": (f"GOMP_SPINCOUNT={threads.SPIN_COUNT}",),

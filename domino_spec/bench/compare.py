@@ -171,22 +171,24 @@ def _compared(
 ) -> Record:
     """One contender in both runs, on the prompts that both have; `suite` None for all suites together.
 
-    Speed-ups are each over the `none` of its own run, None if that has none. `texts` counts greedy texts that both
+    Each speed-up is over the `none` of the same run; None if that has none. `texts` counts greedy texts that both
     wrote for the same prompt, turn and repeat.
     """
-    own: list[list[Row]] = []
+    runs: list[list[Row]] = []
     samples = []
     for rows in sides:
-        own.append([r for r in rows if contender_of(r) == contender and _case(r) in cases and suite in (None, r.suite)])
+        runs.append(
+            [r for r in rows if contender_of(r) == contender and _case(r) in cases and suite in (None, r.suite)]
+        )
         baseline = [] if contender.method == "none" else [row for row in rows if row.method == "none"]
-        samples.append(measured([*own[-1], *baseline], contender, draws).samples)
+        samples.append(measured([*runs[-1], *baseline], contender, draws).samples)
     a, b = samples
-    written = {row.key: row.token_ids for row in own[0] if contender.temperature == 0}
-    equal = [written[row.key] == row.token_ids for row in own[1] if row.key in written]
+    written = {row.key: row.token_ids for row in runs[0] if contender.temperature == 0}
+    equal = [written[row.key] == row.token_ids for row in runs[1] if row.key in written]
     return {
         "suite": suite,
         **contender._asdict(),
-        "conversations": len({(row.suite, row.conversation) for row in own[0]}),
+        "conversations": len({(row.suite, row.conversation) for row in runs[0]}),
         **{
             f"{name}_{side}": of[name].value
             for name in ("tau", "tokens_per_second", "speedup_over_none")

@@ -1,7 +1,7 @@
 """The figures of a report, computed from raw rows alone, with confidence intervals over prompts.
 
 Figures are records: dicts with the keys of report.json. Each is a ratio of sums over runs, turns and repeats included
-(docs/design.md, sections 3 and 5). Of methods (`figures`, `means`):
+(docs/design.md, section 3). Of methods (`figures`, `means`):
 
     tau                      mean of `acceptance_lengths` over all passes, before stop and length cuts
     tokens_per_second        tokens that decoding produced / seconds of decoding, without prefill
@@ -67,7 +67,7 @@ class Samples:
     """A figure as measured, and on every resample of the prompts."""
 
     values: Tensor
-    """[1 + resamples] float64, the measured one first; not finite where a draw leaves nothing to divide by."""
+    """[1 + resamples] float64, the measured one first; not finite if a draw leaves nothing to divide by."""
     clusters: frozenset[Cluster]
     """Conversations that it was measured on."""
 
@@ -79,7 +79,7 @@ class Samples:
 
     @property
     def interval(self) -> Bounds | None:
-        """Where `LEVEL` of its resamples lie; None without a value, or where a suite has only one conversation."""
+        """Where `LEVEL` of its resamples lie; None without a value, or if a suite has only one conversation."""
         suites = Counter(suite for suite, _ in self.clusters)
         if self.value is None or min(suites.values(), default=0) < 2:
             return None
@@ -95,7 +95,7 @@ class Samples:
 
 
 def mean_of(samples: Sequence[Samples]) -> Samples:
-    """The unweighted mean, draw by draw; without a value where one of them has none."""
+    """The unweighted mean, draw by draw; without a value if one of them has none."""
     values = torch.stack([s.values for s in samples]).mean(0)
     return Samples(values, frozenset().union(*(s.clusters for s in samples)))
 
@@ -198,7 +198,6 @@ def cluster_of(row: Row | RequestRow) -> Cluster:
     return row.suite, row.conversation
 
 
-# ----------------------------------------------------------------------
 # Methods.
 
 
@@ -380,7 +379,6 @@ def _task(row: Row) -> tuple[str, str, float, int]:
     return row.suite, row.id, row.temperature, row.repeat
 
 
-# ----------------------------------------------------------------------
 # Servers. In the bootstrap a request's share of its window's seconds is in proportion to the time that it was in
 # flight, so all shares together are the window.
 

@@ -1,7 +1,7 @@
 """What a bench compares: methods by name, each with a budget and a temperature, and how one prompt is run with it.
 
 Our own methods run through `domino_spec.api`, exactly as a user runs them; outside baselines run through their own
-library (`peers`). A method may be written NAME:DRAFTS, with a budget of its own, and NAME@SIZE, with its
+library (`peers`). A method may be written NAME:DRAFTS, with a budget, and NAME@SIZE, with its
 draft vocabulary cut to the SIZE most frequent tokens (FR-Spec): eagle3:15, eagle3@2048:15.
 """
 
@@ -36,7 +36,7 @@ class Method:
     drafting: str | None
     """Key of `domino_spec.drafters.methods.METHODS`; None for a baseline that runs outside this package."""
     sample_drafts: bool | None = None
-    """At temperature > 0; None is the method's own default (see `make_drafter`)."""
+    """At temperature > 0; None is the method's default (see `make_drafter`)."""
     matching_rule: bool = False
     """Accept drafts by the released implementation's rule."""
     all_drafts: bool = True
@@ -81,7 +81,7 @@ class Wanted(NamedTuple):
     name: str
     """NAME or NAME@SIZE."""
     budget: int | None
-    """None if it has no budget of its own."""
+    """None if none was given with the method."""
 
 
 def parse_method(text: str) -> Wanted:
@@ -102,7 +102,7 @@ def parse_method(text: str) -> Wanted:
 
 
 def method_of(name: str) -> Method:
-    """The method of a contender's name, which may have `@SIZE` behind it."""
+    """The method of a contender's name, which may end in `@SIZE`."""
     return METHODS[name.partition("@")[0]]
 
 
@@ -198,8 +198,8 @@ def check_options(methods: Sequence[str], given: Sequence[str]) -> None:
     """
     names = [parse_method(text).name for text in methods]
     peers = {*names} & {*PEERS}  # which have numbers of drafts too
-    own = [drafting for name in names if (drafting := method_of(name).drafting) is not None]
-    check_settings(own, [name for name in given if not (peers and name == "num_drafts")])
+    ours = [drafting for name in names if (drafting := method_of(name).drafting) is not None]
+    check_settings(ours, [name for name in given if not (peers and name == "num_drafts")])
 
 
 def check_methods(methods: Sequence[str], temperatures: Sequence[float]) -> None:
@@ -224,7 +224,7 @@ def contenders(
     Args:
         drafting: what methods draft with.
         methods: as `parse_method` reads them.
-        budgets: drafts per pass, for methods without a budget of their own; a method that can draft fewer takes its
+        budgets: drafts per pass, for methods without a given budget; a method that can draft fewer takes its
             most. Empty: every method's own number.
         temperatures: 0 for greedy.
 
@@ -243,7 +243,7 @@ def contenders(
             wanted: list[int | None] = [*budgets] or [None]
             for budget in wanted if own_budget is None else [own_budget]:
                 if name in PEERS:
-                    most = peer_drafts(name, drafting.draft_for(name), budget)  # DFlash: its block, whatever is asked
+                    most = peer_drafts(name, drafting.draft_for(name), budget)  # DFlash: always its whole block
                 elif method.drafting is None:
                     most = 0
                 else:

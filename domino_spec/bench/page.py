@@ -209,12 +209,12 @@ def _inline_svg(text: str, name: str) -> str:
     """An SVG file of Matplotlib as an element of a page.
 
     Without the prolog and the metadata of a file; with ids that no other drawing has; black and white become the
-    page's own ink and paper.
+    page's ink and paper.
     """
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"fill: #ffffff\b", "fill: none", text).replace("#000000", "currentColor")
-    # Text that Matplotlib leaves black has no colour of its own.
+    # Text that Matplotlib leaves black has no colour in the file.
     attributes = f'role="img" aria-label="{html.escape(_title(name))}" fill="currentColor"'
     return text.replace("<svg ", f"<svg {attributes} ", 1)
 

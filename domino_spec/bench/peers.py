@@ -282,7 +282,7 @@ def load_assistant(name: str, target: Target) -> Any:
     """A small language model with the target's tokenizer, as a stock transformers model.
 
     Raises:
-        UserError: it cannot be loaded, is no language model of its own, or has other tokens than the target.
+        UserError: it cannot be loaded, cannot write without a target, or has other tokens than the target.
     """
     path = Path(name)
     if name != EMBEDDED_TARGET and not path.is_dir() and (path.exists() or path.is_absolute() or name.count("/") != 1):
@@ -380,9 +380,9 @@ def dflash_assistant(draft: Draft) -> Any:
     )
     renamed = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
     held = draft_tensors(draft)
-    own = {renamed.get(n, n) for n in draft.backbone.state_dict() if not n.startswith("rotary_emb.")}
+    wanted = {renamed.get(n, n) for n in draft.backbone.state_dict() if not n.startswith("rotary_emb.")}
     tensors = {renamed.get(name, name): tensor for name, tensor in held.items()}
-    assistant.load_state_dict({name: tensors[name] for name in own})
+    assistant.load_state_dict({name: tensors[name] for name in wanted})
     if config.shift_label:
         assistant.register_forward_hook(_one_slot_later)
     return assistant.to(draft.device, draft.dtype).eval()
@@ -433,7 +433,7 @@ def _dflash_classes() -> tuple[Any, Any]:
 
 @contextmanager
 def _counted_rows(model: Any) -> Iterator[list[int]]:
-    """Tokens that each whole pass of `model` reads. Passes that leave early draft: the peer's own matter."""
+    """Tokens that each whole pass of `model` reads. Passes that leave early are drafting, and not counted."""
     rows: list[int] = []
     config = model.base_model.config
     layers = config.num_hidden_layers

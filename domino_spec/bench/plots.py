@@ -1,7 +1,8 @@
 """Plots of a report: PNG files to look at, SVG files for papers and for report.html.
 
-A contender, or a server, has the same colour, marker and line in every plot. Bars and histograms have panels of their
-own with names, so that a dozen contenders can still be told apart. Matplotlib's constrained layout places everything.
+A contender, or a server, has the same colour, marker and line in every plot. Bars and histograms have a named row or
+panel for each contender, so that a dozen of them can still be distinguished. Matplotlib's constrained layout places
+everything.
 """
 
 from __future__ import annotations
@@ -140,7 +141,6 @@ def _legend(block: SubFigure, panel: Axes) -> None:
     block.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
-# ----------------------------------------------------------------------
 # Methods.
 
 
@@ -224,9 +224,9 @@ def _positions(report: Record) -> Figure:
     for temperature, block in blocks.items():
         left, right = _panels(block, titles, 2, ("slot k", "share of passes"))
         for entry in at(report["acceptance"], temperature):
-            look = style[name_of(entry)]
+            drawn = style[name_of(entry)]
             line: dict[str, Any] = dict(
-                color=look.color, marker=look.marker, linestyle=look.line, markersize=3.5, linewidth=1.2
+                color=drawn.color, marker=drawn.marker, linestyle=drawn.line, markersize=3.5, linewidth=1.2
             )
             slots = range(1, min(reach, entry["budget"]) + 1)
             left.plot(slots, entry["by_position"][: len(slots)], label=name_of(entry), **line)
@@ -265,9 +265,9 @@ def _tau_against_cost(report: Record) -> Figure:
         (panel,) = _panels(block, [""], 1, ("c: cost of a pass, in steps of none", "tau: tokens per pass"))
         entries = at(shown, temperature)
         for entry in entries:
-            look = style[name_of(entry)]
+            drawn = style[name_of(entry)]
             bounds: dict[str, Any] = dict(xerr=distances(entry, "cost_ratio"), yerr=distances(entry, "tau"))
-            bounds |= dict(fmt=look.marker, color=look.color, ecolor=(look.color, 0.4), markersize=6)
+            bounds |= dict(fmt=drawn.marker, color=drawn.color, ecolor=(drawn.color, 0.4), markersize=6)
             panel.errorbar(entry["cost_ratio"], entry["tau"], **bounds)
         costs, taus = [entry["cost_ratio"] for entry in entries], [entry["tau"] for entry in entries]
         left, right, top = 0.75 * min(costs), 1.15 * max(costs), 1.15 * max(1.5, *taus, 1.5)
@@ -329,7 +329,6 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str, str]]) ->
         taken.append(box)
 
 
-# ----------------------------------------------------------------------
 # Servers, over the requests in flight.
 
 
@@ -354,11 +353,11 @@ def _line(figure: str) -> Draw:
     def draw(panel: Axes, entries: Sequence[Record], style: Style, name: str) -> None:
         found = [entry for entry in entries if entry[figure] is not None]
         bounds = [distances(entry, figure) or [[0.0], [0.0]] for entry in found]
-        look: dict[str, Any] = dict(color=style.color, marker=style.marker, linestyle=style.line, markersize=4)
-        look["yerr"] = [[b[side][0] for b in bounds] for side in (0, 1)]
+        options: dict[str, Any] = dict(color=style.color, marker=style.marker, linestyle=style.line, markersize=4)
+        options["yerr"] = [[b[side][0] for b in bounds] for side in (0, 1)]
         if found:
             places, values = [e["concurrency"] for e in found], [e[figure] for e in found]
-            panel.errorbar(places, values, ecolor=(style.color, 0.4), capsize=2, label=name, **look)
+            panel.errorbar(places, values, ecolor=(style.color, 0.4), capsize=2, label=name, **options)
         if figure == "speedup":
             panel.axhline(1.0, color=GRAY, linewidth=0.8)
 
@@ -371,8 +370,8 @@ def _time_per_token(panel: Axes, entries: Sequence[Record], style: Style, name: 
     if found:
         places = [e["concurrency"] for e in found]
         middle, high = ([1000 * e["per_token"][p] for e in found] for p in ("p50", "p90"))
-        look: dict[str, Any] = dict(color=style.color, linestyle=style.line, marker=style.marker, markersize=4)
-        panel.plot(places, middle, label=name, **look)
+        options: dict[str, Any] = dict(color=style.color, linestyle=style.line, marker=style.marker, markersize=4)
+        panel.plot(places, middle, label=name, **options)
         panel.fill_between(places, middle, high, color=style.color, alpha=0.15, linewidth=0)
 
 
@@ -389,8 +388,8 @@ def _over_concurrency(report: Record, servers: Sequence[str], label: str, draw: 
         for title, panel in zip(titles, panels, strict=True):
             of = at(report["mean"] if title == "mean" else [e for e in entries if e["suite"] == title], temperature)
             for name in servers:
-                own = [entry for entry in of if entry["server"] == name]
-                draw(panel, sorted(own, key=lambda e: e["concurrency"]), style[name], name)
+                of_server = [entry for entry in of if entry["server"] == name]
+                draw(panel, sorted(of_server, key=lambda e: e["concurrency"]), style[name], name)
             panel.grid(alpha=0.25)
         panels[0].set_xscale("log", base=2)
         panels[0].xaxis.set_major_locator(FixedLocator(sorted({entry["concurrency"] for entry in entries})))

@@ -5,7 +5,7 @@ The loop marks its stages as `domino::NAME` (`decoding.cycle.scope`); torch's pr
 is that of its scopes without the scopes inside them: on a CPU the host's time in the same run, on CUDA the time of the
 kernels that were launched in them, in a second run. Every repeat measures all cycles in turn, so that a machine that
 drifts does so for all. Cost ratio c = cycle / plain step; a draft pays if tau > c, and the speed-up is tau / c
-(docs/design.md, section 7; paper section 4.3 and Figure 1).
+(docs/design.md, section 3; paper section 4.3 and Figure 1).
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ Show = Callable[[str, int, int, str], None]
 """Takes what is being done, how much of it is done, of how much, and a line about it."""
 
 
-# ----------------------------------------------------------------------
-# One cycle, run again and again from the same point of R texts. It calls the loop's own functions.
+# One cycle, run again and again from the same point of R texts. It calls the functions of the decoding loop.
 
 
 class Span(NamedTuple):
@@ -250,7 +249,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def verify_passes(target: Target, state: State, sizes: Sequence[int]) -> dict[tuple[str, int], Callable[[], float]]:
-    """Verify passes of so many rows a request, of chains and of trees.
+    """Verify passes of `sizes` rows a request, of chains and of trees.
 
     A chain and a tree of as many rows differ in the mask, and in that a tree's accepted path is copied to where a
     chain's rows would be; four prefixes of these trees are extended at each depth. A chain of one row is a plain step.
@@ -282,7 +281,6 @@ def verify_passes(target: Target, state: State, sizes: Sequence[int]) -> dict[tu
     return passes
 
 
-# ----------------------------------------------------------------------
 # The whole profile: cycles and verify passes, measured in turn.
 
 
@@ -450,7 +448,9 @@ def profile_cycles(
             of_cycle.append(cycle.sample())
         for key, one_pass in passes.items():
             spent[key].append(one_pass())
-        latest = (f"{name} {own[-1].cycle * 1e3:.3g} ms" for (name, _), own in zip(wanted, samples, strict=True))
+        latest = (
+            f"{name} {of_cycle[-1].cycle * 1e3:.3g} ms" for (name, _), of_cycle in zip(wanted, samples, strict=True)
+        )
         show("repeats", max(0, repeat + 1), repeats, ", ".join(latest))
     found = [
         _method(method, cycle, of_cycle[WARM_UP:], length, speed)
@@ -482,7 +482,7 @@ def _check_caches(
 
 
 def default_methods(draft: AnyDraft | None) -> list[str]:
-    """The methods that are profiled by default: the draft's own; for a Domino draft also the one without its head."""
+    """The methods that are profiled by default: the draft's kind; for a Domino draft also the one without its head."""
     if draft is None:
         return ["none"]
     kind = draft.kind
@@ -505,7 +505,7 @@ def check_context(length: int, rows: int, max_length: int, name: str) -> None:
 
     Args:
         length: committed tokens.
-        rows: of the largest verify pass behind them, the last of them included.
+        rows: of the largest verify pass after them, the anchor included.
         max_length: longest text of the target.
         name: of the target.
 
@@ -567,8 +567,8 @@ def _method(name: str, cycle: Cycle, samples: Sequence[Sample], context: int, sp
 
 def _row_costs(seconds: dict[tuple[str, int], list[float]]) -> tuple[RowCost, ...]:
     return tuple(
-        RowCost(kind, rows, Timing.of(own), float(np.median(np.divide(own, seconds["chain", 1]))))
-        for (kind, rows), own in seconds.items()
+        RowCost(kind, rows, Timing.of(spent), float(np.median(np.divide(spent, seconds["chain", 1]))))
+        for (kind, rows), spent in seconds.items()
     )
 
 
@@ -604,7 +604,6 @@ def profile_record(profile: Profile, target: Target, made_of: dict[str, Any]) ->
     }
 
 
-# ----------------------------------------------------------------------
 # What a bench keeps of a profile, in breakdown.json: the stages of one method's cycle at a context of its prompts.
 
 
@@ -627,8 +626,8 @@ class Breakdown:
     """One step of method `none` at the same context."""
     cycle: float
     stages: dict[str, float]
-    """By the names in `STAGES`, and `host_gap`: what they leave of the cycle. Each is a median of its
-    own, so they add up to the cycle but for noise."""
+    """By the names in `STAGES`, and `host_gap`: what they leave of the cycle. Each is a separate
+    median, so they add up to the cycle except for noise."""
 
     @property
     def cost_ratio(self) -> float:

@@ -90,8 +90,7 @@ def write_report(out: Path, plots: Sequence[str] = ()) -> Record:
     return report
 
 
-# ----------------------------------------------------------------------
-# report.json.
+# report.json: its content.
 
 
 def build_report(out: Path) -> Record:
@@ -120,8 +119,8 @@ def _of_methods(out: Path, settings: Record) -> Record:
     suites = {name: [row for row in rows if row.suite == name] for name in dict.fromkeys(row.suite for row in rows)}
     # The first contender of a suite changes from prompt to prompt; tables have one order for all.
     of_suites = {
-        name: {c: measured(own, c, draws) for c in contenders if c in set(contenders_of(own))}
-        for name, own in suites.items()
+        name: {c: measured(of_suite, c, draws) for c in contenders if c in set(contenders_of(of_suite))}
+        for name, of_suite in suites.items()
     }
     pooled = [figures(measured(rows, contender, draws)) for contender in contenders]
     return {
@@ -251,7 +250,6 @@ def _errors(measured: Measured) -> list[Record]:
     return [{**dict(zip(names, key, strict=True)), "times": times} for key, times in counted.items()]
 
 
-# ----------------------------------------------------------------------
 # report.md: the frame that both kinds of report have.
 
 
@@ -370,7 +368,6 @@ def _threads(threads: Record) -> str:
     )
 
 
-# ----------------------------------------------------------------------
 # Tables of methods.
 
 COST = (
@@ -564,7 +561,7 @@ def _speedup_and_tau(entry: Record, baseline: str) -> tuple[str, str]:
 def _head_pairs(report: Record, means: Mapping[str, Record]) -> list[tuple[str, str]]:
     """Names without and with the head, if one draft ran both.
 
-    `dflash` is the same draft only if there was one draft; with several it may be another, of its own training.
+    `dflash` is the same draft only if there was one draft; with several it may be another, trained separately.
     """
     one_draft = len(report["settings"].get("drafts", ["the only one"])) == 1
     pairs = []
@@ -605,7 +602,6 @@ def _breakdown(entry: Record) -> str:
     return text
 
 
-# ----------------------------------------------------------------------
 # Tables of servers.
 
 
@@ -736,7 +732,7 @@ def _tokens_and_speedup(entry: Record) -> str:
     return number(entry.get("tokens_per_second"), 1) + beside
 
 
-# ----------------------------------------------------------------------
+# What the figures mean, for the end of report.md.
 
 DEFINITIONS = f"""\
 - **tau**: mean of accepted drafts + 1 over all verify passes of all prompts, before stop and length cuts shorten the

@@ -189,8 +189,7 @@ def cache_bytes(config: Any, drafts: list[DraftConfig | SingleLayerConfig], dtyp
     return 2 * values * tokens * dtype.itemsize
 
 
-# ----------------------------------------------------------------------
-# A point of R texts, from which a cycle starts and to which it is put back. A text is read by the target, or its keys
+# A point of R texts, from which a cycle starts and to which it is reset. A text is read by the target, or its keys
 # and values are random: a pass costs the same, and thousands of tokens are there at once.
 
 
@@ -212,7 +211,7 @@ def synthetic_text(target: Target, length: int, requests: int = 1, seed: int = 0
 
 
 def new_state(target: Target, tokens: Tensor, room: int) -> State:
-    """Requests with committed tokens [R, T], nothing of them read yet, and room for so many more; decoded greedily."""
+    """Requests with committed tokens [R, T], nothing of them read yet, and room for `room` more; decoded greedily."""
     requests, length = tokens.shape
     lengths = torch.full((requests,), length, device=tokens.device)
     return State(
@@ -255,7 +254,7 @@ def filled_caches(target: Target, drafter: Drafter, state: State) -> Any:
 
 
 def hold_state(state: State) -> Callable[[], None]:
-    """A function that puts the texts back to their present lengths; rows behind them may hold anything."""
+    """A function that puts the texts back to their present lengths; rows after them may hold anything."""
     lengths = state.lengths.clone()
 
     def put_back() -> None:

@@ -337,7 +337,7 @@ class RequestRow(Settings):
     server: str
     suite: str
     id: str
-    """Of the prompt; later turns of a conversation have `#` and their number behind it."""
+    """Of the prompt; followed by `#` and the turn's number for later turns of a conversation."""
     temperature: float
     concurrency: int
     """Requests in flight."""
@@ -412,7 +412,7 @@ class RequestRow(Settings):
 
 @dataclass(frozen=True)
 class Reading:
-    """One of the engine's own figures, before and after a window."""
+    """One of the engine's figures, before and after a window."""
 
     name: str
     before: float

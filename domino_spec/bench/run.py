@@ -84,7 +84,7 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure methods on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
-    Interrupted at any point, the same call goes on where it stopped. Of a conversation every turn is measured, after
+    Interrupted at any point, the same call continues where it stopped. Of a conversation every turn is measured, after
     the target's own greedy answers to the turns before it (`suites`).
 
     Args:
@@ -98,7 +98,7 @@ def run_bench(
         temperatures: each method runs at each; 0 is greedy.
         num_drafts: budgets, drafts per pass; empty for every method's most.
         repeats: how often every run is measured; repeat r uses seed + r.
-        threads: of PyTorch on CPU; None leaves its own choice.
+        threads: of PyTorch on CPU; None leaves its choice.
         seed: of sampling.
         device: "auto", "cpu" or a CUDA device.
         dtype: one of `DTYPES`.
@@ -253,8 +253,7 @@ def print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# ----------------------------------------------------------------------
-# The measuring.
+# The measuring: every run of the plan in its order, one row each.
 
 
 @dataclass(frozen=True)

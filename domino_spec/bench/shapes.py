@@ -86,7 +86,7 @@ def find_shape(name_or_path: str, draft_vocab_size: int | None = None) -> PairSh
 
     Args:
         name_or_path: a key of `SHAPES`, or a file.
-        draft_vocab_size: tokens that the draft can propose, in place of the shape's own.
+        draft_vocab_size: tokens that the draft can propose, in place of the shape's.
 
     Raises:
         UserError: there is no such shape, or the file does not describe a target.
@@ -154,7 +154,7 @@ def plan_pair(shape: PairShape, dtype: torch.dtype | str = "auto", device: torch
     with _making(torch.device("meta"), dtype):
         draft = Draft(draft_config, _vocabulary(draft_config))
     weights = sum(weight.numel() for part in (model, draft) for weight in part.parameters())
-    if can_pack(device, dtype):  # an LM head of each is laid out again beside the one that was there
+    if can_pack(device, dtype):  # a packed copy of each LM head is kept in addition to the LM head itself
         weights += (text.vocab_size + draft_config.logits_size) * text.hidden_size
     return PairPlan(shape, config, draft, dtype, device, weights * dtype.itemsize)
 

@@ -114,7 +114,6 @@ def _load_benchmark(name: str, limit: int | None) -> list[Prompt]:
     return prompts
 
 
-# ----------------------------------------------------------------------
 # Turns.
 
 
@@ -127,7 +126,7 @@ class EncodedPrompt:
 
     suite: str
     id: str
-    """The conversation's, with `#` and the turn's number behind it from the second turn on."""
+    """The conversation's, followed by `#` and the turn's number from the second turn on."""
     token_ids: list[int]
     turn: int = 1
 

@@ -57,7 +57,7 @@ class Tie(Settings):
     rounding: float
     """Largest change of any logit there when the text is read in one pass instead of token by token."""
     near_tie: bool
-    """Whether rounding can turn the order of the two."""
+    """Whether rounding can reverse the order of the two."""
 
 
 def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
@@ -94,14 +94,14 @@ class TextCheck:
         task = self._tasks[row.suite, row.id, row.repeat]
         task.append(row)
         found = []
-        for own, reference in compared_texts(task):
-            if own is not row and reference is not row:
+        for compared, reference in compared_texts(task):
+            if compared is not row and reference is not row:
                 continue
             self._compared += 1
-            position = first_difference(own.token_ids, reference.token_ids)
+            position = first_difference(compared.token_ids, reference.token_ids)
             if position is not None:
                 self._different += 1
-                name = own.method + (f"({own.budget})" if own.budget else "")
+                name = compared.method + (f"({compared.budget})" if compared.budget else "")
                 found.append(
                     f"the text of {name} differs from that of {reference.method} after {position} equal tokens; "
                     f"so far {self._different} of {self._compared} greedy texts differ"
@@ -162,7 +162,6 @@ def load_ties(out: Path) -> list[Tie]:
     return [parse_settings(Tie, value, str(path)) for value in read_json(path)]
 
 
-# ----------------------------------------------------------------------
 # How close the target's two best tokens are after a text: the evidence for calling a difference a near tie.
 # Rounding is measured on the text itself: read in one pass, and token by token.
 
@@ -180,7 +179,7 @@ class TopTwo:
 
     @property
     def near_tie(self) -> bool:
-        """True if rounding can turn the order: each of the two logits may move by `rounding`."""
+        """True if rounding can reverse the order: each of the two logits may move by `rounding`."""
         return self.margin <= 2 * self.rounding
 
 
@@ -261,7 +260,7 @@ class ServerDifference:
 
 
 def compare_texts(measured: Measured, baseline: str) -> tuple[list[ServerEquality], list[ServerDifference]]:
-    """All greedy texts beside the baseline's: of other servers at the same concurrency, of its own at its lowest."""
+    """All greedy texts beside the baseline's: other servers at the same concurrency, its other runs at its lowest."""
     greedy = [
         row
         for window in measured.windows
@@ -269,16 +268,16 @@ def compare_texts(measured: Measured, baseline: str) -> tuple[list[ServerEqualit
         for row in measured.requests[window.key]
         if row.error is None
     ]
-    own = {row.asked: row for row in greedy if row.server == baseline}
-    lowest = min((key.concurrency for key in own), default=0)
+    expected = {row.asked: row for row in greedy if row.server == baseline}
+    lowest = min((key.concurrency for key in expected), default=0)
     first: dict[tuple[str, str], RequestRow] = {}
-    for key, row in own.items():
+    for key, row in expected.items():
         if key.concurrency == lowest:
             first.setdefault((key.suite, key.id), row)
     counts: dict[tuple[str, int, int], list[int]] = {}
     parting: dict[tuple[str, int, str, str], ServerDifference] = {}
     for row in greedy:
-        reference = own.get(row.asked) if row.server != baseline else first.get((row.suite, row.id))
+        reference = expected.get(row.asked) if row.server != baseline else first.get((row.suite, row.id))
         if reference is None or reference is row:
             continue
         counted = counts.setdefault((row.server, row.concurrency, reference.concurrency), [0, 0])

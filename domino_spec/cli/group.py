@@ -102,7 +102,7 @@ def prepare(verbose: bool, threads: int | None = None, target: str | None = None
 
 
 def say_nothing_is_drafted(reason: str, wanted: bool) -> None:
-    """Say once why nothing is drafted: a warning with the remedy, or, where that is what was asked for, a word."""
+    """Say once why nothing is drafted: a warning with the remedy, or information, if that was wanted."""
     log = logging.getLogger("domino_spec")
     if wanted:
         log.info("nothing is drafted: %s", reason)
@@ -121,7 +121,7 @@ def console(shown: bool = True) -> Console:
 
 
 def status(message: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner on standard error while something takes time; nothing where that is no terminal."""
+    """A spinner on standard error while something takes time; nothing if that is no terminal."""
     from rich.console import Console
 
     spinner = Console(stderr=True)
@@ -129,7 +129,7 @@ def status(message: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def print_json(value: Any) -> None:
-    """Print one object on one line; null stands for numbers that are not finite, which JSON cannot hold."""
+    """Print one object on one line; numbers that are not finite become null, since JSON has none."""
     click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
 
 
@@ -202,7 +202,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def settle_threads(environment: MutableMapping[str, str] | None = None) -> None:
-    """Set what the user has left open; nothing where PyTorch is loaded and would not hear of it."""
+    """Set what the user has left open; nothing if PyTorch is loaded, which reads them only at its start."""
     if "torch" in sys.modules:
         return
     environment = os.environ if environment is None else environment

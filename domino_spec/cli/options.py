@@ -83,10 +83,10 @@ class Pair:
     allow_other_target: bool
 
     def draft_for(self, methods: Sequence[str | None]) -> str | None:
-        """The draft that these methods need (None stands for a draft's own method); the default target brings its own.
+        """The draft that these methods need (None stands for a draft's default method); the default target has one.
 
         Raises:
-            UserError: an unknown method, or one that needs a draft where there is none.
+            UserError: an unknown method, or one that needs a draft and there is none.
         """
         needing = [method for method in methods if method is None or known_method(method).kinds]
         if not needing:
@@ -105,7 +105,7 @@ class Rivals:
     allow_other_target: bool
 
     def drafts_for(self, needing: Sequence[str]) -> list[str]:
-        """The drafts for the methods that need one, each picks that of its kind; the default target brings its own.
+        """The drafts for the methods that need one, each picks that of its kind; the default target has one.
 
         Raises:
             UserError: there are such methods and no draft.

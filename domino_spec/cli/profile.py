@@ -1,4 +1,4 @@
-"""The command that looks into a cycle: profile."""
+"""The command that times the stages of a cycle: profile."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _check_source(pair: Pair, shape: str | None, draft_vocab_size: int | None) -
 def _made(
     shape: str, draft_vocab_size: int | None, methods: list[str], batch: int, context: int, machine: Machine
 ) -> tuple[Target, AnyDraft]:
-    """The pair of a shape, refused before anything is allocated where it cannot be measured."""
+    """The pair of a shape, refused before anything is allocated if it cannot be measured."""
     import torch
 
     from domino_spec.bench.profile import check_context

@@ -24,7 +24,7 @@ PROMPTS = (
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Explain each step.",
     "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
 )
-"""What the demo asks when nobody asks for something else."""
+"""What the demo asks if no prompt is given."""
 
 WARM_UP_TOKENS = 16
 
@@ -73,7 +73,7 @@ class RaceResult:
     drafted: Racer
     """The target with a draft."""
     first_difference: int | None
-    """Index of the first generated token in which the texts differ; None where they are equal."""
+    """Index of the first generated token in which the texts differ; None if they are equal."""
     top_two: TopTwo | None
     """The target's two best tokens there."""
 
@@ -99,7 +99,7 @@ def race(
         target: from `load_target`.
         draft: from `load_draft`; None for methods that need none.
         prompt: a user's text.
-        method: of drafting; the draft's own where not given.
+        method: of drafting; the draft's default if not given.
         max_new_tokens: when to stop at the latest.
         num_drafts: drafts per cycle; None for the most.
         on_cycle: called after every cycle, off both clocks.

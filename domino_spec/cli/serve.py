@@ -30,7 +30,7 @@ MOST_SECONDS = 1_000_000
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is served where, whatever engine answers."""
+    """What is served and where, for every engine."""
 
     host: str
     port: int
@@ -44,7 +44,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Local:
-    """What only this package's engine is told."""
+    """Options of this package's engine alone."""
 
     method: str | None
     costs: Path | None
@@ -58,13 +58,13 @@ class Local:
 
 @dataclass(frozen=True)
 class Asked:
-    """Everything that the command was told."""
+    """Everything that the command was given."""
 
     pair: Pair
     draft: str | None
     """The draft's name, the default one included; None for the target alone."""
     method: str | None
-    """None for the draft's own."""
+    """None for the draft's default method."""
     engine: str
     endpoint: Endpoint
     local: Local
@@ -146,7 +146,7 @@ def serve(
     domino-spec serve --engine vllm --target Qwen/Qwen3-4B --draft my-draft -- --gpu-memory-utilization 0.8
     """
     _check_options(context, engine, engine_arguments, only_print=only_print, as_json=as_json, only_check=only_check)
-    # `--draft none` means method none, for which the default target's own draft is not looked up.
+    # `--draft none` means method none, for which the default target's draft is not looked up.
     method = "none" if local.method is None and pair.draft == "none" else local.method
     asked = Asked(pair, pair.draft_for((method,)), method, engine, endpoint, local, machine)
     if engine == LOCAL:
@@ -214,7 +214,7 @@ def _check_values(asked: Asked) -> str | None:
         raise UserError("--graphs captures CUDA graphs, and this is no CUDA device")
     if method is None and asked.draft is None:
         method = "none"
-    if method is not None:  # else it is the draft's own
+    if method is not None:  # else it is the draft's default
         check_settings([method], asked_for(*SETTINGS))
     drafting_off = why_nothing_is_drafted(method or "", asked=local.method is not None, num_drafts=endpoint.num_drafts)
     if local.costs is None:

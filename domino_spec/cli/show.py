@@ -39,7 +39,7 @@ View = TypeVar("View", bound="ProgressView")
 
 
 class _Bars(Progress):
-    """A bar for each kind of work, with its figures on lines of their own below it while it lasts."""
+    """A bar for each kind of work, with its figures on lines below it while it lasts."""
 
     def __init__(self, console: Console, refresh_per_second: float) -> None:
         columns = (
@@ -179,7 +179,7 @@ class RegenerateView(ProgressView):
 
 
 class Pace:
-    """Tokens, or whatever is counted, per second."""
+    """A rate per second, of tokens or of anything else that is counted."""
 
     def __init__(self, smoothing: float = 0.95) -> None:
         self._smoothing = smoothing
@@ -287,7 +287,7 @@ def statistics(generation: Generation) -> str:
 
 
 class RaceView:
-    """Two panels that fill while a race runs; plain lines at its end where standard output is no terminal."""
+    """Two panels that fill while a race runs; plain lines at its end if standard output is no terminal."""
 
     def __init__(self, console: Console, prompt: str, max_new_tokens: int) -> None:
         self._console = console

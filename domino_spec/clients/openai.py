@@ -1,6 +1,6 @@
 """The client of OpenAI-compatible servers, for `regenerate` (whole answers) and for load tests (timed streams).
 
-Every failure is a `Fault` whose text is one line. A request is sent once: whoever asks decides whether to try again.
+Every failure is a `Fault` whose text is one line. A request is sent once: the caller decides whether to try again.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Client:
         Args:
             path: such as /models.
             timeout: seconds for the whole response.
-            at_root: the path stands beside /v1, as /metrics does, instead of below it.
+            at_root: the path is beside /v1, as /metrics is, and not below it.
 
         Raises:
             Fault: the response is not 200, or there is none.

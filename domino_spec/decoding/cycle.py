@@ -1,7 +1,7 @@
 """One cycle of speculative decoding: a drafter proposes, the target verifies, and what it decided is committed.
 
-`State` is the committed text, `Proposal` what a drafter made of it, `Verdict` what the target decided about that. The
-loop that runs the cycle is `engine.Engine`.
+`State` is the committed text, `Proposal` the drafts, `Verdict` the target's decision about them. The loop that runs the
+cycle is `engine.Engine`.
 
 Shapes: R requests, N drafted tokens, K candidates, F feature width, V vocabulary. A pass of the target has N + 1 rows:
 the anchor (row 0), which is the last committed token, and the drafts (row 1 + j).
@@ -81,7 +81,7 @@ class Proposal:
     """Drafted tokens of one cycle."""
 
     tokens: Tensor
-    """[R, N]; entries past a request's own `num_drafts` are ignored."""
+    """[R, N]; entries past a request's `num_drafts` are ignored."""
     num_drafts: Tensor
     """[R], how many of them are proposed, 0 .. N."""
     parents: Tensor | None = None
@@ -121,7 +121,7 @@ class Verdict:
     """[R, N + 1], rows of the pass that form the accepted path of a tree, the anchor's first; None for a chain, whose
     path is the first rows."""
     logits: Tensor | None = None
-    """[R, N + 1, V], the target's own, at every row of the pass."""
+    """[R, N + 1, V], at every row of the pass, before any warper."""
 
 
 # Verify: one pass of the target over the anchor and the drafts decides which drafts stay and what follows them.
@@ -137,8 +137,8 @@ def verify(
     """Run the target once over [anchor, drafts] of every request and decide; lossless for any proposal.
 
     The target makes one choice at every row of the pass: its argmax, or one draw from its distribution, with a number
-    that belongs to the position. *Chosen* drafts, chains and trees alike, stay while they equal it, so the text is made
-    of the target's own choices, whatever was drafted. A *sampled* draft is accepted with probability
+    that belongs to the position. *Chosen* drafts, chains and trees alike, stay while they equal it. So the text
+    consists of the target's choices, for any drafts. A *sampled* draft is accepted with probability
     min(1, target_prob / draft_prob); after a rejection the token comes from norm(max(0, target_probs - draft_probs))
     (Leviathan et al. 2023; docs/design.md, section 5).
 
@@ -237,9 +237,9 @@ def _finite(hidden: Tensor, logits: Tensor, num_accepted: Tensor, path: Tensor |
     return (finite | unused).all(1)
 
 
-# Walk: a tree's accepted drafts are those that the target's own choices lead to. The choice that equals no child of the
+# Walk: a tree's accepted drafts are those that the target's choices lead to. The choice that equals no child of the
 # last accepted node is the bonus token. So a node's children are accepted with the probability that the target gives
-# them, whatever the tree.
+# them, in any tree.
 
 
 def tree_ancestors(parents: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def best_drafts(proposal: Proposal, count: int) -> Proposal:
 def keep_drafts(proposal: Proposal, kept: Tensor) -> Proposal:
     """A proposal with only the drafts `kept` [R, n] of each request, distinct, no draft without its parent.
 
-    Entries past a request's own number of drafts may be among them and stay invalid.
+    Entries past a request's number of drafts may be among them and stay invalid.
     """
     if kept.shape[1] == 0:
         return Proposal.empty(len(proposal.tokens), proposal.tokens.device)
@@ -328,7 +328,7 @@ def keep_drafts(proposal: Proposal, kept: Tensor) -> Proposal:
     )
 
 
-# Commit.
+# Commit: append the accepted tokens and crop the cache.
 
 
 def commit(state: State, verdict: Verdict) -> None:
@@ -356,7 +356,7 @@ def commit(state: State, verdict: Verdict) -> None:
 class Drafter(Protocol):
     """Proposes drafts for the requests of a `State`.
 
-    Whatever it keeps between two cycles is in a `RowCache` of its own, which the loop holds and hands to it.
+    What it keeps between two cycles is in a `RowCache`, which the loop holds and passes to it.
     """
 
     feature_layers: tuple[int, ...]
@@ -368,7 +368,7 @@ class Drafter(Protocol):
     gives. *Chosen* drafts never change a text."""
 
     def allocate(self, requests: int, capacity: int) -> Any:
-        """Its `RowCache` for so many requests of up to `capacity` tokens, all empty."""
+        """Its `RowCache` for `requests` requests of up to `capacity` tokens, all empty."""
         ...
 
     def read(self, cache: Any, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
@@ -377,7 +377,7 @@ class Drafter(Protocol):
         Args:
             cache: from `allocate`.
             tokens: [R, n], the token that follows each position.
-            features: [R, n, F], of positions behind those already read; None if it taps nothing.
+            features: [R, n, F], of the positions after those already read; None if it taps nothing.
             counts: [R], how many of them are valid.
         """
         ...
@@ -396,14 +396,14 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """What one cycle does, as a policy wants it."""
+    """A policy's plan for one cycle."""
 
     requests: int
     """R."""
     drafts: int
     """Drafts per request to ask the drafter for; 0 for a plain cycle."""
     verified: int
-    """The best of them that a static cycle verifies, which does not `cut` (`graphs/`)."""
+    """How many of the best of them a static cycle verifies (`graphs/`). An ordinary cycle decides that in `cut`."""
     trial: bool = False
     """Whether a plain cycle also drafts for a few requests, without verifying, to see whether drafting would pay."""
 
@@ -418,22 +418,22 @@ class ObservedCycle:
 
     plan: DraftPlan
     offered: Proposal
-    """What the drafter proposed: for every request, or for a few of them in a trial; empty if it was not asked."""
+    """The drafter's proposal for every request, or for a few of them in a trial; empty if it was not asked."""
     proposal: Proposal
-    """What was verified."""
+    """The drafts that were verified."""
     verdict: Verdict
     """Its tokens and features are not read."""
     seconds: float | None
-    """Of the cycle, without the trial; None if nobody measured them apart."""
+    """Seconds of the cycle, without the trial; None if they were not measured apart."""
     trial_seconds: float | None = None
-    """Of the trial; None if there was none or nobody measured it apart."""
+    """Seconds of the trial; None if there was none, or it was not measured apart."""
 
 
 class DraftPolicy(Protocol):
     """Decides how many drafts a cycle has."""
 
     def plan(self, requests: int, most: int) -> DraftPlan:
-        """What to ask the drafter for in the next cycle of so many requests: at most `most` drafts of each."""
+        """What to ask the drafter for in the next cycle of `requests` requests: at most `most` drafts each."""
         ...
 
     def observe(self, cycle: ObservedCycle) -> None:
@@ -442,7 +442,7 @@ class DraftPolicy(Protocol):
 
 
 def cycle_room(drafter: Drafter) -> int:
-    """Rows that caches need beyond a text's own: a cycle may overshoot by a whole block before it is cut."""
+    """Rows that caches need beyond those of a text: a cycle may overshoot by a whole block before it is cut."""
     return 2 * (drafter.max_drafts + 1)
 
 

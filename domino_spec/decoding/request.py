@@ -31,7 +31,7 @@ class Limits:
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are cut off."""
     stop_token_ids: frozenset[int] | None = None
-    """Tokens that end an answer; None uses the target's own."""
+    """Tokens that end an answer; None uses the target's."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -44,13 +44,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """A prompt, and how it is to be answered."""
 
     prompt_ids: Sequence[int]
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     limits: Limits = field(default_factory=Limits)
     top_logprobs: int | None = None
-    """Report the log-probability of every token, and of so many of the most probable ones; None reports nothing."""
+    """Report the log-probability of every token, and of this many of the most probable ones; None reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Generation:
     finish_reason: str | None = None
     """"stop", "length", "cancelled", "error" (the target's output was not finite), or None while running."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of every token, if they were asked for."""
+    """Log-probabilities of every token, if they were asked for."""
     acceptance_lengths: list[int] = field(default_factory=list)
     """`num_accepted + 1` of every verify pass, before stop or length cut it."""
     num_drafts: list[int] = field(default_factory=list)
@@ -175,13 +175,16 @@ class Ending:
 
 @dataclass(eq=False)
 class Slot:
-    """A request that an engine has accepted, and its place in it."""
+    """A request that an engine has accepted, from its queue to its end.
+
+    Its row in the engine's tensors is not stored here: it is the place of the object in the engine's list.
+    """
 
     request: Request
     generation: Generation
     ending: Ending
     admitted: float
-    """When it was admitted, as `time.perf_counter` counts; so `first_cycle`."""
+    """When it was admitted, by `time.perf_counter`; `first_cycle` is on the same clock."""
     first_cycle: float = 0.0
     prefix: tuple[Prefix, int] | None = None
     """A text that begins with the same tokens, and how many of its rows can be used."""
@@ -214,7 +217,7 @@ class CycleResult:
     """What a cycle decided, on the host; each list has an entry for each of R requests."""
 
     slots: Sequence[Slot]
-    """Of its requests."""
+    """Its requests, in the order of its rows."""
     tokens: list[list[int]]
     """See `Verdict`."""
     num_accepted: list[int]
@@ -277,7 +280,7 @@ class Stats:
     """Wall-clock seconds of reading prompts."""
 
 
-FIRST_LOOK = 64
+FIRST_CHECK = 64
 """Passes with drafts before the first judgement."""
 USELESS = 0.2
 """If a smaller share of passes accepts a draft, the drafts are called useless. A draft that was trained for its target
@@ -297,26 +300,25 @@ class DraftWatch:
     """Counts passes with drafts and those that accepted one; warns once if hardly any does.
 
     A draft that does not fit (made for another target, another chat template, read by another convention, overflowing)
-    changes no word of the output; the only sign is that almost no pass accepts a draft. Wilson's upper bound of how
-    often a pass accepts one is the judge. The passes of a text resemble each other, and the bound is computed again
-    and again, so it is a wide one (three standard deviations), computed only when the number of passes has doubled.
-
+    changes no word of the output; the only sign is that almost no pass accepts a draft. It warns if Wilson's upper
+    bound for the share of passes that accept one is low. Passes of one text resemble each other, and the bound is
+    computed repeatedly, so it is wide (three standard deviations) and computed only when the passes have doubled.
     """
 
     name: str
-    """Of the method, for the warning."""
+    """Name of the method, for the warning."""
     passes: int = 0
     """Verify passes of single requests that had drafts."""
-    lucky: int = 0
+    hits: int = 0
     """Those of them that accepted at least one."""
     accepted: int = 0
     """Drafts accepted by them."""
     warned: bool = False
-    judged_at: int = FIRST_LOOK
+    judged_at: int = FIRST_CHECK
     """Passes after which it is judged next."""
 
     def count(self, proposed: Iterable[int], accepted: Iterable[int]) -> None:
-        """Take in a cycle.
+        """Count the passes of one cycle.
 
         Args:
             proposed: drafts of each request.
@@ -325,11 +327,11 @@ class DraftWatch:
         for drafts, kept in zip(proposed, accepted, strict=True):
             if drafts > 0 and kept >= 0:
                 self.passes += 1
-                self.lucky += kept > 0
+                self.hits += kept > 0
                 self.accepted += kept
         if self.passes >= self.judged_at and not self.warned:
             self.judged_at = 2 * self.passes
-            if upper_bound(self.lucky, self.passes) < USELESS:
+            if upper_bound(self.hits, self.passes) < USELESS:
                 self.warned = True
                 _log.warning("%s", self.sentence)
 
@@ -338,7 +340,7 @@ class DraftWatch:
         """The warning."""
         return (
             f"drafts are hardly ever accepted: of {self.passes} verify passes with drafts of method {self.name}, "
-            f"{self.lucky} accepted one (acceptance length {1 + self.accepted / self.passes:.2f}), so drafting only "
+            f"{self.hits} accepted one (acceptance length {1 + self.accepted / self.passes:.2f}), so drafting only "
             f"costs time, though no word is wrong. Likely causes: {CAUSES}"
         )
 

@@ -139,7 +139,7 @@ class RandomStreams:
 
 @dataclass(frozen=True)
 class Warpers:
-    """What the settings of some requests need computed; the rest is left out."""
+    """Which computations the settings of some requests need; the others are skipped."""
 
     samples: bool = False
     """Some request draws its tokens."""
@@ -156,7 +156,7 @@ class Warpers:
 
     @staticmethod
     def of(settings: Sequence[SamplingSettings]) -> Warpers:
-        """What these need."""
+        """The computations that these settings need."""
         drawn = [s for s in settings if not s.greedy]
         top_k = max((s.top_k for s in drawn), default=0)
         return Warpers(
@@ -171,7 +171,7 @@ class Warpers:
 
 
 class Sampling:
-    """How the tokens of R requests are drawn: for each a row of settings, and a random stream of its own.
+    """How the tokens of R requests are drawn: a row of settings and a random stream for each.
 
     All rows are computed alike, and a setting that does nothing changes no bit. So a request's distribution does not
     depend on the settings of the others.
@@ -192,7 +192,7 @@ class Sampling:
         self.numbers = torch.tensor(numbers, dtype=torch.float32, device=device).reshape(-1, 6).T.contiguous()
         """[6, R]: temperature, top_p, min_p, repetition, presence and frequency penalty."""
         self.bias: Tensor | None = None
-        """[R, V] float32, made when it is first needed: only logits tell V."""
+        """[R, V] float32, made when it is first needed, because V is known from logits only."""
         self._biases = [s.logit_bias for s in settings]
 
     @staticmethod
@@ -207,7 +207,7 @@ class Sampling:
 
     @property
     def plain_greedy(self) -> bool:
-        """True if every token is the argmax of the target's own logits."""
+        """True if every token is the argmax of the target's unchanged logits."""
         warpers = self.warpers
         return not (warpers.samples or warpers.bias or warpers.penalties)
 
@@ -218,7 +218,7 @@ class Sampling:
 
     @property
     def streams(self) -> RandomStreams:
-        """Of every request."""
+        """The random stream of every request."""
         return RandomStreams(self.seeds)
 
     def choices(self, logits: Tensor, positions: Tensor, history: History | None = None) -> Tensor:

@@ -299,7 +299,7 @@ class Backbone(nn.Module):
 
     @property
     def rows_behind(self) -> int:
-        """Rows past a request's own that `over_cache` writes."""
+        """Rows past a request's context that `over_cache` writes."""
         return 0 if self.joined_layers is None else self.config.block_size
 
     def over_cache(

@@ -73,13 +73,15 @@ def parse_config(published: Mapping[str, Any], where: str = "config.json") -> Dr
         )
     refuse_unsupported(published, where, block=True)
     refuse_unsupported(nested, f"{where}: dflash_config", block=True)
-    # Layers are described beside `dflash_config`; what belongs into it stands beside it in some files.
+    # Layers are described beside `dflash_config`. In some files, keys that belong into it are beside it.
     of_layers = names_of(BlockKeys) | set(ROPE_NAMES)
     refuse_misplaced(nested, published, of_layers, f"{where}: dflash_config", "beside dflash_config")
     beside = {name: published[name] for name in names_of(DFlashKeys) if published.get(name) is not None}
     given = {name: value for name, value in nested.items() if value is not None}
     refuse_misplaced(beside, given, set(given) & set(beside), where, "in dflash_config")
-    if beside.get("draft_vocab_size") == published.get("vocab_size"):  # some files say so of the whole vocabulary
+    if beside.get("draft_vocab_size") == published.get(
+        "vocab_size"
+    ):  # some files state the size of the whole vocabulary
         beside.pop("draft_vocab_size", None)
     keys = read_keys(BlockKeys, {**published, "dflash_config": {**beside, **given}}, where)
     rope = read_rope(published, where, default_theta=None)
@@ -298,7 +300,7 @@ def read_draft(directory: Path, *, outline: bool = False) -> Draft:
 
 
 def check_vocabulary(token_ids: Tensor, config: DraftConfig, where: Path) -> None:
-    """Refuse what is not a list of so many tokens of the target, ascending and so all different.
+    """Refuse what is not a list of `draft_vocab_size` tokens of the target, ascending and so all different.
 
     With a token twice, a tree would hold two siblings alike and draw more of the target's distribution than there is.
 

@@ -189,7 +189,7 @@ class DraftConfig(BaseConfig):
         )
 
     def for_short_blocks(self) -> DraftConfig:
-        """Of a draft trained on shorter blocks, too."""
+        """The configuration of the same draft, trained on shorter blocks too."""
         return replace(self, short_blocks=True)
 
     def tap_mismatch(self, num_layers: int) -> str | None:
@@ -265,7 +265,7 @@ class SingleLayerConfig(BaseConfig):
 
     @property
     def num_masks(self) -> int:
-        """Masked positions behind the last real pair that one pass predicts from: DART's `draft_length`."""
+        """Masked positions after the last real pair that one pass predicts from: DART's `draft_length`."""
         return self.block_size - 1 if self.kind == "dart" else 0
 
     @property
@@ -305,7 +305,7 @@ class SingleLayerConfig(BaseConfig):
         return None
 
     def check_readers(self, name: str) -> None:
-        """As of a `DraftConfig`: other readers take these drafts as they are meant."""
+        """As of a `DraftConfig`: other readers use these drafts as they were trained."""
 
 
 AnyConfig = DraftConfig | SingleLayerConfig

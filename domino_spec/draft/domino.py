@@ -140,9 +140,9 @@ class BaseDraft(nn.Module):
     feature_scale: Tensor | None
     """[F], what training multiplies features with; None elsewhere (see `scale_features`)."""
     borrows_lm_head: ClassVar[bool]
-    """Whether its logits come from the target's LM head; else it has one of its own."""
+    """Whether its logits come from the target's LM head; else its checkpoint holds one."""
     layout: Any
-    """How the checkpoint file names or types tensors that this class holds otherwise, so that saving keeps it."""
+    """Names and types of tensors in the checkpoint file, if they differ from this class; saving keeps them."""
     fc: nn.Linear
     device: torch.device
     """Where the draft's parameters are."""
@@ -367,7 +367,7 @@ class Draft(BaseDraft):
         return self.base_logits(self.backbone(block, positions[:, count:], context, seen))
 
     def keep_outputs(self, choices: Tensor) -> None:
-        """Keep some outputs of the head [n], in a head of its own that shares all other weights; `bind` comes next."""
+        """Keep only these outputs [n], in a new head that shares all other weights; call `bind` next."""
         if self.head is not None:
             down, activation, up = self.head.embed_proj
             self.head = sharing_copy(self.head)

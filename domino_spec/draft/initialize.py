@@ -33,7 +33,7 @@ DEFAULT_STEPS = {"eagle3": 7, "dart": 8}  # EAGLE-3's training-time test; DART's
 
 
 def draft_config(recipe: DraftRecipe, target: Target, start: DraftConfig | None = None) -> DraftConfig:
-    """The configuration that a recipe means for a target.
+    """The configuration that a recipe gives for a target.
 
     Args:
         recipe: of the draft.
@@ -139,7 +139,7 @@ def fresh_config(recipe: DraftRecipe, target_config: Any, mask_token_id: int) ->
 
 
 def continued_config(recipe: DraftRecipe, start: DraftConfig) -> DraftConfig:
-    """The configuration of a draft that starts from another: its own, with the recipe's head if it had none.
+    """The configuration of a draft that starts from another: the same, with the recipe's head if it had none.
 
     Raises:
         UserError: the recipe states another value than the checkpoint holds.
@@ -293,7 +293,7 @@ def _copy_layers(draft: Draft, target: Target, layer_ids: tuple[int, ...]) -> No
     for layer, source_id in zip(draft.backbone.layers, layer_ids, strict=True):
         source = _layer_weights(target, source_id)
         for name, parameter in layer.named_parameters():
-            # Targets without q/k norm (Llama) leave the draft's own at one.
+            # Targets without q/k norm (Llama) leave the draft's at one.
             if name in source and source[name].shape == parameter.shape:
                 parameter.copy_(source[name])
 

@@ -206,7 +206,7 @@ class Fit:
 
     fits: bool
     sentence: str
-    """What was compared and what came out."""
+    """What was compared, and the result."""
 
 
 def check_fit(config: AnyConfig, draft_name: str, target_name: str) -> Fit:

@@ -150,7 +150,7 @@ class ExtraKeys(Settings):
 
 @dataclass(frozen=True)
 class PairKeys(Settings):
-    """Keys of an EAGLE-3 or DART draft, beside those of its layer."""
+    """Keys of an EAGLE-3 or DART draft, in addition to those of its layer."""
 
     draft_vocab_size: Rows | None = None
     draft_length: Slots | None = None
@@ -173,7 +173,7 @@ def names_of(*classes: type[Settings]) -> set[str]:
 
 
 def read_keys(cls: type[K], published: Mapping[str, Any], where: str) -> K:
-    """The keys of `published` that `cls` has, typed; null stands for a key that is left out.
+    """The keys of `published` that `cls` has, typed; null counts as a key that is left out.
 
     Raises:
         UserError: a key is missing, or has a wrong type or range.
@@ -220,7 +220,7 @@ def published_layers(config: AnyConfig, dtype: str) -> dict[str, Any]:
 def refuse_misplaced(
     misplaced: Mapping[str, Any], right: Mapping[str, Any], names: Iterable[str], where: str, belongs: str
 ) -> None:
-    """Refuse keys that stand in the wrong object, where they are not read, unless they repeat the right value.
+    """Refuse keys in the wrong object, where they are not read, unless they repeat the right value.
 
     Args:
         misplaced: the object.
@@ -342,7 +342,7 @@ _WITHOUT_EFFECT = {
     "default": ("factor", "original_max_position_embeddings"),
     "linear": ("original_max_position_embeddings",),
 }
-"""Keys that some files have beside those in `ROPES`."""
+"""Keys that some files have in addition to those in `ROPES`."""
 _OF_EVERY_ROPE = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
     *("mrope_section", "mrope_interleaved", "finetuned"),

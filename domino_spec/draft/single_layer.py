@@ -51,7 +51,7 @@ class PairKV(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a checkpoint file names and types tensors that this class holds otherwise, so that saving keeps it."""
+    """Names and types of tensors in a checkpoint file, if they differ from the draft's; saving keeps them."""
 
     layer: str = "midlayer"
     """What the layer's tensors are called: `midlayer`, or `layers.0`."""
@@ -76,14 +76,14 @@ class PairAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> PairKV:
-        """Of pairs `x` [R, n, 2H]."""
+        """Keys and values of pairs `x` [R, n, 2H]."""
         shape = (*x.shape[:2], self.kv_heads, self.head_dim)
         keys = rotate(self.k_proj(x).view(shape).transpose(1, 2), rotary)
         values = self.v_proj(x).view(shape).transpose(1, 2)
         return PairKV(keys.to(values.dtype), values)
 
     def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Of pairs `x` [R, n, 2H], rotated: [R, heads, n, D]."""
+        """Queries of pairs `x` [R, n, 2H], rotated: [R, heads, n, D]."""
         query = self.q_proj(x)
         return rotate(query.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2), rotary).to(query.dtype)
 
@@ -165,7 +165,7 @@ class SingleLayerDraft(BaseDraft):
     head: None = None
     """No Domino head: the logits are final."""
     embed_tokens: Tensor | None
-    """[V, H], an embedding of the checkpoint's own; None uses the target's."""
+    """[V, H], the checkpoint's embedding; None uses the target's."""
 
     def __init__(self, config: SingleLayerConfig, draft_vocab_ids: Tensor | None = None) -> None:
         super().__init__(config, draft_vocab_ids)
@@ -173,19 +173,19 @@ class SingleLayerDraft(BaseDraft):
         self.midlayer = PairLayer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.logits_size, bias=False)
-        # DART's masked position: what stands for its normed pair; the first half is its residual as well.
+        # DART's masked position: it replaces the normed pair; the first half is its residual as well.
         self.mask_rep = nn.Parameter(torch.zeros(2 * config.hidden_size)) if config.kind == "dart" else None
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self.register_buffer("embed_tokens", None, persistent=False)
         self.layout = TensorLayout()
         self.stop_token_ids: frozenset[int] = frozenset()
-        """Of the target: DART's search puts what ends an answer last."""
+        """The target's: DART's search extends prefixes that end in one of them last."""
 
     def bind(self, target: Target) -> Self:
         """As of any draft; learns the target's depth if the checkpoint does not say it. The LM head only teaches.
 
         Raises:
-            UserError: as of any draft; or it is not as wide as the target, and has no embedding of its own.
+            UserError: as of any draft; or it is not as wide as the target, and its checkpoint has no embedding.
         """
         config = self.config
         if self.embed_tokens is None and config.hidden_size != target.hidden_size:
@@ -220,11 +220,11 @@ class SingleLayerDraft(BaseDraft):
         return super().embed(token_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's hidden states [..., 3 * target H] to one feature [..., H]; never applied to own outputs."""
+        """The target's hidden states [..., 3 * target H] to one feature [..., H]; not for the draft's outputs."""
         return self.fc(self.read_features(features))
 
     def rotary(self, positions: Tensor) -> Rotary:
-        """RoPE factors in float32 for `positions` [R, n]; a pair stands at its feature's position."""
+        """RoPE factors in float32 for `positions` [R, n]; a pair has its feature's position."""
         cos, sin = self.rotary_emb(torch.empty((), dtype=torch.float32, device=positions.device), positions)
         return Rotary(cos, sin)
 
@@ -289,7 +289,7 @@ class SingleLayerDraft(BaseDraft):
     def final_hidden(self, out: Tensor) -> Tensor:
         """What the LM head reads, from the layer's output [..., H].
 
-        DART's released code norms twice, and released weights must meet the same.
+        DART's released code applies the norm twice, so released weights need it twice.
         """
         hidden = self.norm(out)
         return self.norm(hidden) if self.config.kind == "dart" else hidden
@@ -326,7 +326,7 @@ class SingleLayerDraft(BaseDraft):
         return self.logits(self(pairs, fused, positions, cached, causal[None, None])[0])
 
     def keep_outputs(self, choices: Tensor) -> None:
-        """Keep some outputs of the LM head [n], in one of its own; `bind` comes next."""
+        """Keep only these outputs [n], in a new LM head; call `bind` next."""
         self.lm_head = output_rows(self.lm_head, choices)
 
     def count_parameters(self) -> dict[str, int]:

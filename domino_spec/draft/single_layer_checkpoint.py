@@ -55,7 +55,7 @@ _DEEPSPEC = (
 
 
 def is_single_layer(published: Mapping[str, Any]) -> bool:
-    """Whether a configuration is an EAGLE-3 or DART draft's; EAGLE's own name an ordinary Llama."""
+    """Whether a configuration is an EAGLE-3 or DART draft's; EAGLE's released files name an ordinary Llama."""
     if isinstance(published.get("dflash_config"), Mapping):
         return False
     architectures = published.get("architectures")

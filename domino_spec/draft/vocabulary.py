@@ -1,4 +1,4 @@
-"""FR-Spec (arXiv 2502.14856): a draft vocabulary of frequent tokens, counted in data, put on a finished draft.
+"""FR-Spec (arXiv 2502.14856): a draft vocabulary of frequent tokens, counted in data, for a finished draft.
 
 A few tokens make up most of any text, and the LM head is much of what a draft costs; so the draft chooses among the
 most frequent tokens only, by the same rows of the same weights. Nothing is retrained, and verification, which sees the
@@ -58,7 +58,7 @@ def rank_tokens(counts: Mapping[int, int], always: Iterable[int] = (), size: int
 def keep_first(ranked: Sequence[int], always: Iterable[int], size: int | None) -> list[int]:
     """The `size` first of `ranked`, with the tokens of `always` forced in.
 
-    A required token occurs once: in its own place, or, if that is too far behind, at the end, which costs the last of
+    A required token occurs once: at its rank, or, if that is too far behind, at the end, which costs the last of
     the others. (The published script appends its stop token even if it is there already.)
 
     Raises:
@@ -254,8 +254,8 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     """A draft that can propose only `token_ids`, by the same weights: their logits are what they were.
 
     Args:
-        draft: with or without a draft vocabulary of its own; what it could not propose before, it cannot now. It is
-            left as it is, and its layers are shared.
+        draft: with or without a draft vocabulary; tokens that it could not propose before stay excluded. It is not
+            changed, and its layers are shared.
         token_ids: absolute, in any order.
         target: what the new draft is bound to.
 
@@ -279,7 +279,7 @@ def restrict(draft: AnyDraft, token_ids: Iterable[int], target: Target) -> AnyDr
     fewer.config = replace(
         draft.config, draft_vocab_size=len(choices), published=_published(draft.config.published, len(choices))
     )
-    fewer.custom_generate = None  # it would go on with the other draft
+    fewer.custom_generate = None  # it would use the other draft
     fewer.keep_outputs(choices)
     return fewer.bind(target)
 

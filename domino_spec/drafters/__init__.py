@@ -1,5 +1,5 @@
 """Every drafting method behind one protocol (`decoding.cycle.Drafter`).
 
-A drafter proposes; it never decides. What it keeps between cycles is in a cache that the loop holds and hands to it, so
-the loop treats all methods alike.
+A drafter proposes; it never decides. What it keeps between cycles is in a cache that the loop holds and passes to it.
+So the loop treats all methods alike.
 """

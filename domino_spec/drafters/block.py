@@ -2,7 +2,7 @@
 
 One cycle is one backbone pass over the anchor and the masks, one LM-head product, and one run of the head over its
 logits (paper section 4). Methods `domino` and `dflash` take the most probable token of each slot, or sample it; the
-others (`domino-tree`, `dflash-tree`, `domino-best-first`) take the best few prefixes, each with a GRU state of its own.
+others (`domino-tree`, `dflash-tree`, `domino-best-first`) take the best few prefixes, each with a separate GRU state.
 `dflash` is the same without the head, from a DFlash checkpoint or a Domino draft: the slots' probabilities are then
 multiplied.
 """
@@ -37,7 +37,7 @@ class TreeShape:
     budget: int
     """Drafts of a tree at most."""
     width: int | None = None
-    """Of the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed. None is a
+    """For the builder "depth": prefixes that are extended at each depth, and no more of a depth are proposed. None is a
     third of the budget, at least 4 (docs/log.md)."""
     builder: str = "depth"
     """Depth by depth with a fixed width; "best-first", as DominoTree and DDTree grow them; or a "quota" per depth."""
@@ -58,7 +58,7 @@ class ContextCache(RowCache):
 
     Args:
         keys: [layers, R, kv_heads, capacity + scratch_rows, D] of zeros.
-        scratch_rows: rows of a block, which `Backbone.over_cache` may write past a request's own.
+        scratch_rows: rows of a block, which `Backbone.over_cache` may write past a request's context.
     """
 
     def __init__(self, keys: Tensor, scratch_rows: int = 0) -> None:
@@ -75,7 +75,7 @@ class BlockDrafter:
         candidates: K, how many of the best base logits the head corrects; None corrects all.
         samples: sample the drafts of requests above temperature 0, and report their probabilities; False chooses the
             most probable token always. A tree's drafts are always chosen.
-        temperature: of sampled drafts; None for each request's own.
+        temperature: of sampled drafts; None for each request's temperature.
         min_confidence: leave out drafts whose path the draft itself believes in less than this (the product of its
             largest probabilities); 0 proposes always as many as asked for. A draft that will be rejected still costs a
             row of the verify pass.
@@ -114,13 +114,16 @@ class BlockDrafter:
 
     @property
     def static(self) -> bool:
-        """The host searches best-first trees, and on a CPU it ends a run of the head as early as it can."""
+        """Whether it can be part of a static cycle (`graphs/`).
+
+        Not if the host searches the tree (best-first), or ends a run of the head early (`min_confidence` on a CPU).
+        """
         if self.tree is not None and self.tree.builder == "best-first":
             return False
         return self.min_confidence == 0 or self.draft.device.type != "cpu"
 
     def allocate(self, requests: int, capacity: int) -> ContextCache:
-        """Memory for so many requests of `capacity` tokens."""
+        """Memory for `requests` requests of `capacity` tokens."""
         draft, config, scratch_rows = self.draft, self.draft.config, self.draft.backbone.rows_behind
         size = (config.num_key_value_heads, capacity + scratch_rows, config.head_dim)
         keys = torch.zeros(config.num_hidden_layers, requests, *size, dtype=draft.dtype, device=draft.device)

@@ -1,9 +1,10 @@
 """`dart`: all slots' logits from one causal pass over masked positions, and a tree through them that counts of text
 prune (DART, arXiv 2601.19278).
 
-The last committed pair and the masks behind it say independently of each other what comes at each of the next
+The last committed pair and the masks after it say independently of each other what comes at each of the next
 positions. The search goes slot by slot, keeps the best few prefixes, and scores a prefix by the slots' probabilities
-and by those of an N-gram model, which alone knows what follows what; of everything scored, the best become the tree.
+and by those of an N-gram model, which alone knows which tokens follow each other. The best of all scored prefixes
+become the tree.
 
 The tokens are chosen, at any temperature, and the target walks the tree along its own choices. That accepts a node's
 children with the same probability as the published rule, which tries siblings one after the other.
@@ -102,7 +103,7 @@ class DartDrafter:
         self.max_drafts = min(total, scored)
 
     def allocate(self, requests: int, capacity: int) -> DartCache:
-        """Memory for pairs, and behind them for the masks."""
+        """Memory for pairs, and after them for the masks."""
         return DartCache(self.draft, requests, capacity, self.draft.config.num_masks)
 
     def read(self, cache: DartCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
@@ -111,9 +112,9 @@ class DartDrafter:
         cache.append(self.draft, features, tokens, counts)
 
     def slots(self, cache: PairCache, num_masks: int) -> Tensor:
-        """Logits of the last committed pair and of `num_masks` masks behind it, [R, num_masks + 1, V].
+        """Logits of the last committed pair and of `num_masks` masks after it, [R, num_masks + 1, V].
 
-        The masks' keys and values are written behind the committed ones, where the next pairs will take their place.
+        The masks' keys and values are written after the committed ones; the next pairs overwrite them.
         """
         draft, requests = self.draft, len(cache.lengths)
         masks, residual = draft.mask_pairs(requests, num_masks)
@@ -136,7 +137,7 @@ class DartDrafter:
         ready, device = cache.lengths > 0, state.tokens.device
         if num_drafts == 0 or not ready.any():
             return Proposal.empty(len(ready), device)
-        # No path is longer than the tree has nodes, and a mask does not see those behind it.
+        # No path is longer than the tree has nodes, and a mask does not see those after it.
         logits = self.slots(cache, min(self.draft.config.num_masks, num_drafts - 1))
         with scope("head"):
             best = logits.topk(self.top)
@@ -160,7 +161,7 @@ class DartDrafter:
         return torch.where(known, state.tokens.gather(1, index.clamp(min=0)), -1)
 
     def advance(self, cache: DartCache, verdict: Verdict) -> None:
-        """Pairs of what was committed; the masks are forgotten."""
+        """Pairs of what was committed; the masks are dropped."""
         advance_pairs(self.draft, cache, verdict)
         cache.round_start.copy_(verdict.anchor_positions)
 

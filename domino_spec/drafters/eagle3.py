@@ -75,7 +75,7 @@ class Eagle3Drafter:
         self.max_drafts = min(total - 1, self.top_k + depth * self.top_k**2)
 
     def allocate(self, requests: int, capacity: int) -> PairCache:
-        """Memory for pairs, and behind them for the nodes of a tree that are expanded."""
+        """Memory for pairs, and after them for the nodes of a tree that are expanded."""
         return PairCache(self.draft, requests, capacity, self.depth * self.top_k)
 
     def read(self, cache: PairCache, tokens: Tensor, features: Tensor | None, counts: Tensor) -> None:
@@ -96,15 +96,15 @@ class Eagle3Drafter:
         return Proposal(self.draft.to_token_ids(tree.choices), tree.num_drafts * ready, tree.parents)
 
     def advance(self, cache: PairCache, verdict: Verdict) -> None:
-        """Pairs of what was committed; what drafting wrote behind the committed pairs is forgotten."""
+        """Pairs of what was committed; what drafting wrote after the committed pairs is dropped."""
         advance_pairs(self.draft, cache, verdict)
 
 
 class Branches:
-    """The draft's layer over a growing tree, behind the committed pairs of a cache.
+    """The draft's layer over a growing tree, after the committed pairs of a cache.
 
     Every node that is expanded becomes a pair: its token, and its parent's output in the feature's place. It sees the
-    committed pairs, the nodes it descends from, and itself, and stands one position behind its parent.
+    committed pairs, the nodes it descends from, and itself, and its position is its parent's plus one.
     """
 
     def __init__(self, draft: SingleLayerDraft, cache: PairCache) -> None:

@@ -2,8 +2,8 @@
 
 Prompt look-up finds the last earlier occurrence of the text's last few tokens and proposes what followed them there. It
 needs no training and no features, runs on the host, and is strong on text that repeats its prompt or itself. Before a
-draft (`domino+ngram`, `domino-tree+ngram`) it copies long repeats for nothing, so the draft's pass can be saved; these
-are methods of their own, reported apart, so that the gain of look-up is never counted as the draft's.
+draft (`domino+ngram`, `domino-tree+ngram`) it copies long repeats at no cost, so the draft's pass can be saved.
+These are separate methods, so that the gain of look-up is never counted as the draft's.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class LookupFirst:
         return Proposal(tokens, counts, parents)
 
     def advance(self, cache: LookupCache, verdict: Verdict) -> None:
-        """The inner drafter's cache moves on, whoever drafted."""
+        """The inner drafter's cache advances, also if look-up drafted."""
         self.inner.advance(cache.inner, verdict)
 
 
@@ -115,7 +115,7 @@ class PromptLookup(LookupFirst):
 
 
 class LookupCache(RowCache):
-    """The n-grams of every request on the host, and what the inner drafter keeps."""
+    """The n-grams of every request on the host, and the inner drafter's cache."""
 
     def __init__(self, indices: list[NgramIndex], inner: Any) -> None:
         self.indices, self.inner = indices, inner

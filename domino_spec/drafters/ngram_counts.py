@@ -87,7 +87,7 @@ class NgramModel:
         Args:
             texts: token ids.
             order: tokens of the longest n-grams.
-            eos: put behind every text; None if texts hold their end.
+            eos: appended to every text; None if texts hold their end.
             vocab_size: V; None for what the texts need.
             source: what they are, for the file.
             tokenizer: see `NgramSource`, and so is `target_fingerprint`.

@@ -22,13 +22,13 @@ from domino_spec.target.cache import RowCache
 
 
 class PairCache(RowCache):
-    """The pairs of every request; rows behind them are for drafting, and mean nothing.
+    """The pairs of every request; rows after them are scratch for drafting.
 
     Args:
         draft: whose pairs they are.
         requests: R.
         capacity: rows of each request.
-        scratch_rows: rows behind them that drafting may write.
+        scratch_rows: rows after them that drafting may write.
     """
 
     request_fields: ClassVar[tuple[str, ...]] = ("last", "last_feature")
@@ -48,7 +48,7 @@ class PairCache(RowCache):
         """[R, 1, H], its feature before the norm."""
 
     def append(self, draft: SingleLayerDraft, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Add pairs behind the committed ones; the first `counts` [R] of each request are valid.
+        """Add pairs after the committed ones; the first `counts` [R] of each request are valid.
 
         Args:
             draft: whose pairs they are.

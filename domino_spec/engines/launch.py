@@ -95,7 +95,7 @@ def installed_version(engine: str) -> str:
 
 
 def check_served(engine: str, draft: AnyDraft | None, num_drafts: int | None) -> int:
-    """How many drafts per cycle the engine is told to make; 0 without a draft.
+    """How many drafts per cycle the engine is asked to make; 0 without a draft.
 
     Raises:
         UserError: a kind of draft that the plug-ins do not serve, or a number that it cannot make.

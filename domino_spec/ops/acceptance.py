@@ -19,7 +19,7 @@ from domino_spec.ops.triton import has_triton
 
 
 class Accepted(NamedTuple):
-    """What is committed."""
+    """The decision about a chain: accepted drafts and the bonus token."""
 
     tokens: Tensor
     """[R, N + 1] int64: accepted drafts, then the bonus token; what comes later has no meaning."""

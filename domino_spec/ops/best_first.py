@@ -29,7 +29,7 @@ def best_first_tree(head: HeadWeights | None, block: HeadInputs, how: Draw, budg
     prefix is at most as probable as its parent, so the first n drafts of a tree are the tree of budget n.
 
     A prefix's GRU state is computed when its children are first asked for. DominoTree computes those of eight children
-    of each prefix that it takes, most of them in vain; the trees are the same.
+    of each prefix that it takes, and most are never used; the trees are the same.
 
     The search runs on the host: each step is one batched product over all requests, whose result is then read.
 
@@ -38,7 +38,7 @@ def best_first_tree(head: HeadWeights | None, block: HeadInputs, how: Draw, budg
         block: its slots are the depths.
         how: candidates and least confidence; every draft of a tree is chosen.
         budget: N, drafts of a tree at most.
-        ahead: at most so many prefixes of a request have their children scored in one step: the one that is needed now
+        ahead: how many prefixes of a request have their children scored in one step at most: the one that is needed now
             and the next best, which will probably be needed soon. It changes the number of steps, never the tree.
     """
     requests, depths, vocabulary = block.base_logits.shape
@@ -90,7 +90,7 @@ class _Prefix:
 class _Search:
     """One request's tree, and the prefixes that may be taken into it next.
 
-    Of siblings only the most probable one that is not yet taken is on offer: the others can wait behind it.
+    Of siblings only the most probable one that is not yet taken is offered; the others follow it one by one.
 
     Args:
         alike: what follows a prefix depends on its length alone.

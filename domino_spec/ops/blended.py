@@ -2,7 +2,7 @@
 
 The draft is trained on two distributions at once, that of the base logits and that of the final ones (base plus
 correction). For every row, this module turns logits into losses and, in place, into gradients; the products with the
-LM head around it belong to `training.fused_loss`. `blended_rows_` uses C loops on a CPU and a Triton kernel on CUDA;
+LM head around it belong to `training.loss`. `blended_rows_` uses C loops on a CPU and a Triton kernel on CUDA;
 the PyTorch version, which explains them, is here too.
 
 For one row, with draft distribution q = softmax(z), target distribution p and label y, the loss is a sum of terms:
@@ -29,19 +29,19 @@ from domino_spec.ops.native import bindings
 from domino_spec.ops.triton import has_triton
 
 SMALLEST_ALPHA = 1e-30
-"""A smaller alpha counts as this: it would rest on probabilities that float32 cannot hold, or be 0."""
+"""A smaller alpha counts as this: it would come from probabilities that float32 cannot hold, or be 0."""
 
 
 class Terms(NamedTuple):
     """How much of each loss an objective takes."""
 
     cross_entropy: float = 0.0
-    """Of the target's text."""
+    """Share of the cross-entropy on the target's text."""
     kl: float = 0.0
     """Kullback-Leibler divergence from the target's distribution to the draft's."""
     total_variation: float = 0.0
     log_acceptance: float = 0.0
-    """Of -log alpha (LK losses, arXiv 2602.23881)."""
+    """Share of -log alpha (LK losses, arXiv 2602.23881)."""
     adaptive_eta: float | None = None
     """Adds weight * KL + (1 - weight) * TV, where weight = exp(-eta * alpha) gets no gradient (that paper's hybrid):
     KL while the distributions are far apart and TV's gradient vanishes, TV later."""

@@ -1,7 +1,7 @@
 """New context rows into the draft's cache: the last step of `Backbone.project_context`, for all layers at once.
 
 After the two products (features to context, context to keys and values of all layers) keys are normed per head and
-rotated, and both are written behind the rows that each request already has. The PyTorch version is here; on CUDA a
+rotated, and both are written after the rows that each request already has. The PyTorch version is here; on CUDA a
 Triton kernel does it in one launch, on a CPU a C loop, without the copies in between.
 
 Shapes: R requests, T new rows, D head_dim.

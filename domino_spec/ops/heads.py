@@ -39,7 +39,7 @@ class EmbeddingTable:
     token_ids: Tensor | None
     """[V] int64, the token of each index into the logits; None if they are the same."""
     dtype: torch.dtype
-    """Of the draft, and so of the result."""
+    """Type of the draft, and so of the result."""
     scale: float = 1.0
     """Factor of the embeddings (Gemma), in the target's type."""
 
@@ -148,7 +148,7 @@ class Draw:
     """K: only the K best base logits of a slot are corrected and can be drafted; None for all. The greedy draft is that
     of the full vocabulary whenever its token is among them."""
     temperature: float | Tensor = 0.0
-    """Of sampled drafts, one for all requests or [R]; requests at 0 choose, and report one-hot probabilities."""
+    """Temperature of sampled drafts, one for all requests or [R]; at 0 drafts are chosen, with one-hot probability."""
     uniform: Tensor | None = None
     """[R, N] float64 in [0, 1), one number for each sampled draft; None chooses every draft."""
     min_confidence: float = 0.0
@@ -201,7 +201,7 @@ class Tree:
         return Tree(nothing, nothing, nothing.sum(1), nothing.float())
 
 
-# ---- the choice of an implementation ----
+# The choice of an implementation.
 
 
 class HeadOps:
@@ -232,7 +232,7 @@ class HeadOps:
                 self._chain = functools.partial(_rollout_in_c, in_c)
                 self._tree = functools.partial(_tree_in_c, in_c)
         if reason is not None:
-            _say(reason)
+            _log_once(reason)
 
     def chain(self, block: HeadInputs, how: Draw) -> Rollout:
         """`head_rollout`.
@@ -294,11 +294,11 @@ def _why_no_kernel(head: HeadWeights, device: torch.device, dtype: torch.dtype) 
 
 
 @functools.cache
-def _say(reason: str) -> None:
+def _log_once(reason: str) -> None:
     _log.warning("the head drafts step by step in PyTorch, which is slower: %s", reason)
 
 
-# ---- chains in PyTorch ----
+# Chains in PyTorch.
 
 
 def head_rollout(head: HeadWeights | None, block: HeadInputs, how: Draw = Draw()) -> Rollout:
@@ -382,7 +382,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1)
 
 
-# ---- trees in PyTorch ----
+# Trees in PyTorch.
 
 
 def head_tree(
@@ -395,8 +395,8 @@ def head_tree(
 ) -> Tree:
     """A tree grown depth by depth: of the prefixes that a beam search sees, the most probable ones.
 
-    One batched step per depth extends the `width` most probable prefixes of the depth before, each with a GRU state of
-    its own; of all prefixes seen, the `budget` most probable are kept. A prefix is at most as probable as its parent,
+    One batched step per depth extends the `width` most probable prefixes of the depth before, each with a separate GRU
+    state; of all prefixes seen, the `budget` most probable are kept. A prefix is at most as probable as its parent,
     so what is kept is a tree. The cost grows with the depth, not with the budget.
 
     Args:
@@ -482,7 +482,7 @@ def _best(choices: Tensor, scores: Tensor, parents: Tensor, ranks: Tensor, budge
     return Tree(choices.gather(1, inside), renumbered, num_drafts, scores.gather(1, inside))
 
 
-# ---- both in C and in Triton ----
+# Both in C, chains also in Triton.
 
 
 def _rollout_in_c(head: bindings.Head | None, block: HeadInputs, how: Draw) -> Rollout:

@@ -64,7 +64,7 @@ class Settings:
     method: str = ""
     """How the engine drafts, for /metrics."""
     drafting_off: str | None = None
-    """Why it does not (`methods.why_nothing_is_drafted`)."""
+    """Why nothing is drafted (`methods.why_nothing_is_drafted`); None if something is."""
     log: Callable[[dict[str, Any]], None] = log_line
     """Called with a record of every request."""
 
@@ -74,7 +74,7 @@ class Service:
 
     Args:
         engine: nothing else may call it from now on.
-        settings: see there.
+        settings: see `Settings`.
 
     Raises:
         UserError: the target has no tokenizer.
@@ -244,7 +244,7 @@ class _Reply:
     async def _follow_jobs(self, send: Send) -> None:
         """Wait until all jobs have ended; a stream sends what they have written.
 
-        Headers wait for the first tokens, so that what fails before them has a status of its own.
+        Headers wait for the first tokens, so that what fails before them gets its HTTP status.
         """
         while True:
             self.changed.clear()
@@ -283,7 +283,7 @@ class _Reply:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _close(self, details: dict[str, Any]) -> None:
-        """Free the slots of what has not ended, and tell the log what came of it."""
+        """Free the slots of jobs that have not ended, and note the outcome for the log."""
         jobs = self.answers.jobs
         self.runner.cancel(jobs)
         usage = self.answers.usage()

@@ -194,7 +194,7 @@ def outcome(status: int) -> str:
 
 
 class _EngineCollector:
-    """Reads the engine's own counts when Prometheus asks for them."""
+    """Reads the engine's counts when Prometheus asks for them."""
 
     def __init__(self, runner: Runner, method: str, drafting_off: str | None) -> None:
         self._runner, self._method, self._drafting_off = runner, method, drafting_off

@@ -43,7 +43,7 @@ class Finding:
     part: str
     sentence: str
     works: bool = True
-    """False: it stands in the way."""
+    """False if it prevents serving."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
     target: str
     draft: str | None
     method: str | None
-    """None for the draft's own."""
+    """None for the draft's default (`methods.default_method`)."""
     device: str
     """auto, cpu, mps, cuda or cuda:N."""
     dtype: str
@@ -223,9 +223,9 @@ def _memory(plan: Plan, device: torch.device, outline: TargetOutline, draft: Any
             candidates=plan.candidates,
             num_drafts=plan.num_drafts,
         )
-        own_rows = draft.ends.lm_head.nbytes if draft.borrows_lm_head and draft.draft_vocab_ids is not None else 0
+        cut_rows = draft.ends.lm_head.nbytes if draft.borrows_lm_head and draft.draft_vocab_ids is not None else 0
         packed = _packed_bytes(draft, draft.ends.lm_head, device) if draft.borrows_lm_head else 0
-        needs["draft"] = _module_bytes(draft) + own_rows + copied * packed
+        needs["draft"] = _module_bytes(draft) + cut_rows + copied * packed
     tokens = slot_capacity(target.max_length, plan.capacity)
     needs |= cache_needs(target, drafter, plan.slots, tokens, plan.prefix_bytes)
     return memory_finding(needs, device)
@@ -244,7 +244,7 @@ def slot_capacity(longest: int, capacity: int | None) -> int:
 
 
 def _engine_memory(plan: Plan, device: torch.device, target: Target, weights: int, draft: AnyDraft | None) -> Finding:
-    """Weights, and the caches of one text of full length. More memory is used as the engine's own options say."""
+    """Weights, and the caches of one text of full length. The engine's options decide how much more it uses."""
     tokens = plan.capacity or target.max_length
     needs = {"target": weights}
     caches: list[Any] = [target.new_cache(1, tokens)]
@@ -261,7 +261,7 @@ GIB = 2**30
 MOST_SLOTS = 1024
 """Even for a tiny target, measuring the cost of passes with more requests takes minutes."""
 ROOM = 0.9
-"""The part of what is available that weights and caches may take; activations need the rest."""
+"""The part of what is available that weights and caches may take; activations need what is left."""
 
 
 def check_slots(slots: int) -> None:
@@ -322,7 +322,7 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def _packed_bytes(module: nn.Module, lm_head: Tensor, device: torch.device) -> int:
-    """What packed copies take beside the weights: the LM head's always, all linear layers' without native loops."""
+    """What packed copies add to the weights: the LM head's always, all linear layers' without native loops."""
     if cpu.is_available(device, lm_head.dtype):
         return lm_head.nbytes
     linears = sum(m.weight.nbytes for m in module.modules() if type(m) is nn.Linear and m.weight is not lm_head)

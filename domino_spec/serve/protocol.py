@@ -62,7 +62,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer.
+    """The error that a client gets instead of an answer.
 
     Args:
         status: of the HTTP response.
@@ -276,7 +276,7 @@ class _Request(_Object):
         BeforeValidator(_list_of_strings),
     ] = []
     stop_token_ids: Annotated[list[Whole], FailFast(), AfterValidator(_token_ids)] = []
-    """Beside the target's own."""
+    """In addition to the target's."""
     ignore_eos: bool = False
     stream: bool = False
     stream_options: _StreamOptions | None = None
@@ -284,12 +284,12 @@ class _Request(_Object):
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | Sequence[Message]]:
-        """What is to be continued."""
+        """The prompts to continue."""
         raise NotImplementedError
 
     @property
     def top(self) -> int | None:
-        """How many log-probabilities to report beside each token's own; None for none at all."""
+        """How many log-probabilities to report in addition to each token's; None for none at all."""
         raise NotImplementedError
 
     @property

@@ -75,10 +75,10 @@ def make_job(request: Request, changed: asyncio.Event) -> Job:
 
 
 class Runner:
-    """Runs an engine in a thread of its own.
+    """Runs an engine in a separate thread.
 
     Args:
-        engine: whose `step` nobody else calls.
+        engine: no other thread may call its `step`.
         max_queue: requests that may wait for a slot.
         observe: called in the event loop with a job, its progress before and its progress now.
     """
@@ -183,14 +183,14 @@ class Runner:
         try:
             while self._exchange():
                 self._report(self.engine.step())
-        except BaseException as error:  # whatever it was, no client may be left waiting
+        except BaseException as error:  # of any kind: no client may be left waiting
             _log.exception("the engine has failed; all requests end")
             with self._condition:
                 self.error = error
                 jobs = [*self._running.values(), *self._queue]
                 self._running.clear()
                 self._queue.clear()
-            self._tell([(job, _ended(job, CRASHED)) for job in jobs])
+            self._publish([(job, _ended(job, CRASHED)) for job in jobs])
 
     def _exchange(self) -> bool:
         """Wait for work, pass cancelled and new requests to the engine; False if the thread is to end."""
@@ -219,9 +219,9 @@ class Runner:
                 if generation.finish_reason is not None:
                     del self._running[id(generation)]
         if updates:
-            self._tell(updates)
+            self._publish(updates)
 
-    def _tell(self, updates: list[tuple[Job, Progress]]) -> None:
+    def _publish(self, updates: list[tuple[Job, Progress]]) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._apply, updates)
 

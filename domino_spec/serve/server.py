@@ -53,7 +53,7 @@ def make_engine(
         draft: None for plain decoding or prompt lookup.
         slots: requests that are decoded together.
         capacity: tokens per slot; None for the target's length, `DEFAULT_CAPACITY` at most.
-        method: a key of `methods.METHODS`; None for the draft's own.
+        method: a key of `methods.METHODS`; None for the draft's default.
         num_drafts: a fixed number per cycle; None adapts.
         candidates: see `make_drafter`.
         costs_file: where costs are read from, or written to once they are measured; None measures them every time.

@@ -28,7 +28,7 @@ class RowCache:
 
     The base of the target's cache and of every drafter's. A subclass has the tensors that it names in `row_fields` and
     `request_fields`, and `lengths`; a drafter that caches nothing has `lengths` alone. Rows past a request's length
-    hold whatever the last pass left there.
+    hold what the last pass left there.
     """
 
     row_fields: ClassVar[tuple[str, ...]] = ("keys", "values")
@@ -41,7 +41,7 @@ class RowCache:
     """Rows that a pass reads, whatever the lengths are (for CUDA graphs). None reads as many as the longest request
     needs, which makes the host wait for the device."""
     scratch_rows: int = 0
-    """Rows past a request's own that a draft pass may write."""
+    """Rows past a request's rows that a draft pass may write."""
 
     def view(self, start: int, stop: int, extent: int | None = None) -> Self:
         """The requests `start .. stop - 1` as a cache that shares this memory, with this `fixed_extent`."""
@@ -94,7 +94,7 @@ class TargetCache(RowCache, Cache):
     """The target's keys and values, behind the interface that transformers models call.
 
     A forward pass over N tokens writes rows `lengths[r] .. lengths[r] + N - 1` of request r and reads rows
-    `0 .. extent - 1`; an attention mask hides what lies beyond each request's own rows. The next pass overwrites rows
+    `0 .. extent - 1`; an attention mask hides what lies beyond each request's rows. The next pass overwrites rows
     past `lengths`.
 
     Args:
@@ -219,7 +219,7 @@ def pass_mask(
         in_pass = relative.clamp(0, num_tokens - 1)
         seen = (relative < 0) | ((relative < num_tokens) & ancestors.gather(2, in_pass.expand(-1, num_tokens, -1)))
         depth = ancestors.sum(-1) - 1  # [R, N]
-        # A window counts positions, and a tree's rows stand at their depth, not at their row number.
+        # A window counts positions, and a tree's rows have the position of their depth, not of their row number.
         relative = torch.where(relative < 0, relative, depth.gather(1, in_pass[:, 0])[:, None])
     if window is not None:
         seen = seen & (relative > depth[..., None] - window)
@@ -331,7 +331,7 @@ def _spelled_out(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with what PyTorch's own function lacks: a cap on scores, and sinks [kv_heads, rows of `query`]."""
+    """Attention with what PyTorch's function lacks: a cap on scores, and sinks [kv_heads, rows of `query`]."""
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

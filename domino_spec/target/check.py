@@ -32,7 +32,7 @@ _PROMPT_LENGTHS = (11, 4)
 """Tokens of each request before the passes over the cache. All texts are longer than `_WINDOW`."""
 _WINDOW = 5
 _PARENTS = (-1, 0, 0, 1)
-"""Of each row of the tree: the second and the third row follow the first, the fourth follows the second."""
+"""Parent of each row of the tree: rows two and three follow the first, row four follows the second."""
 _LONG_PATH, _SHORT_PATH = (0, 1, 3), (0, 2)
 _REFERENCE_PASSES = ((11, 1, 2), (4, 3))
 """Tokens of each pass in which transformers reads a request's long path over its cache."""
@@ -73,15 +73,15 @@ class Reference:
     """What the model's own modules give for the tokens of the check."""
 
     tokens: tuple[Tensor, ...]
-    """Of each request: those of its prompt, then those of the tree, [n + 4]."""
+    """Tokens of each request, [n + 4]: those of its prompt, then those of the tree."""
     outputs: tuple[Outputs, ...]
-    """Of each request, for the same tokens."""
+    """Outputs of each request, for the same tokens."""
 
 
 def checked_target(load: Callable[[], Target], pack: bool) -> Target:
     """A target that has passed the check.
 
-    If it passes with its own modules only, it is loaded again and packed without replacements, which is said once.
+    If it passes with its own modules only, it is loaded again and packed without replacements, and a warning is logged.
 
     Args:
         load: gives the target as its files have it, every module its own.
@@ -162,7 +162,7 @@ def eager_attention(target: Target) -> Iterator[None]:
         UserError: the model does not take its attention from transformers' table, so it cannot be exchanged.
     """
     model = target.model
-    if model.config._attn_implementation != ATTENTION_NAME:  # an ordinary model of the user's, which keeps what it has
+    if model.config._attn_implementation != ATTENTION_NAME:  # a user's ordinary model keeps its attention
         yield
         return
     try:
@@ -234,7 +234,7 @@ def check_target(target: Target, reference: Reference) -> None:
             return
         try:
             normed = target.final_norm(got.layers[:, -1])
-        except UserError:  # what a draft will say
+        except UserError:  # a draft is refused for the same reason when it is bound
             return
         if difference := _difference(target, normed, expected.hidden):
             target.no_features = f"what follows the last layer is not its norm: results differ by {difference}"
@@ -289,7 +289,7 @@ def _difference(target: Target, ours: Tensor, theirs: Tensor) -> str:
     equal = ours == theirs  # infinite logits too, of tokens that a model never gives
     lengths = theirs.masked_fill(theirs.isinf(), 0).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     relative, rounding = (ours - theirs).masked_fill(equal, 0).norm(dim=-1) / lengths, _rounding(target)
-    if (relative <= rounding).all():  # of no rows, too; not of what is not a number
+    if (relative <= rounding).all():  # true without rows; false with NaN
         return ""
     return f"{relative.max():.2g} of their size (rounding: {rounding:.2g})"
 
@@ -311,7 +311,7 @@ def _rounding(target: Target) -> float:
 
 @contextmanager
 def _naming_the_target(target: Target, what: str) -> Iterator[None]:
-    """Turn whatever a family's own code raises into one line, since any family may be loaded."""
+    """Turn any error of a family's code into one line, since any family may be loaded."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

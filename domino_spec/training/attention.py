@@ -110,7 +110,7 @@ class FlexibleAttention:
             return torch.where(key < context_rows, before, same)
 
         slots, device = len(anchors) * block_size, anchors.device.type
-        compiled = device == "cuda"  # elsewhere the mask is dense on the way, and the attention slow: for tests
+        compiled = device == "cuda"  # elsewhere a dense mask is built first, and attention is slow: for tests
         self._mask = create_block_mask(visible, None, None, slots, context_rows + slots, device, _compile=compiled)
         self._attend = _flex_attention(compiled)
 

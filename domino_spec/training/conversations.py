@@ -131,7 +131,7 @@ class ChatFormat:
     Args:
         tokenizer: of the target.
         stop_token_ids: tokens at which the target stops.
-        thinking: passed to templates that know it; None leaves them their own default.
+        thinking: passed to templates that know it; None leaves the template's default.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -167,8 +167,8 @@ class ChatFormat:
             Up to and with the first stop token.
         """
         text, prompt = self._answer_text(messages), self.prompt_ids(messages[:-1])
-        # Some tokenizers write a text's first word otherwise than the same word inside a text. Where a token would
-        # span the border, the answer is encoded on its own: while serving, the border is fixed.
+        # Some tokenizers encode a text's first word differently from the same word inside a text. If a token would
+        # span the border, the answer is encoded alone: while serving, the border is fixed.
         both = self._encode(self._render(messages[:-1], True) + text)
         ids = both[len(prompt) :] if both[: len(prompt)] == prompt else self._encode(text)
         for index, token in enumerate(ids):
@@ -209,7 +209,7 @@ def conversation_sequences(chat: ChatFormat, conversation: Conversation, max_len
     """A conversation as sequences in which the assistant's turns alone are learned.
 
     Every answer follows the very tokens that serving puts before it. Turns share one sequence as long as that holds;
-    if a template rewrites earlier turns (Qwen3 drops their thinking), each turn has a sequence of its own.
+    if a template rewrites earlier turns (Qwen3 drops their thinking), each turn becomes a sequence.
 
     Args:
         chat: the target's format.

@@ -47,7 +47,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences packed one behind the other, without padding."""
+    """Sequences packed one after the other, without padding."""
 
     tokens: Tensor
     """[T] int64."""
@@ -64,7 +64,7 @@ class Batch:
 
 
 def pack_batch(sequences: SequenceType[Sequence], features: SequenceType[Tensor]) -> Batch:
-    """Lay sequences and their features [T, layers * H] one behind the other."""
+    """Pack sequences and their features [T, layers * H], one after the other."""
     is_answer = [torch.zeros(len(s.tokens), dtype=torch.bool) for s in sequences]
     for mask, sequence in zip(is_answer, sequences, strict=True):
         for start, end in sequence.answers:
@@ -78,7 +78,7 @@ class Turn(NamedTuple):
     """One answer and what came before it."""
 
     id: str
-    """The conversation's id, with `#` and the answer's number behind it if there are several."""
+    """The conversation's id, followed by `#` and the answer's number if there are several."""
     prompt_ids: list[int]
     answer_ids: list[int]
 

@@ -217,7 +217,7 @@ def _check_any(found: list[Any], source: str | Path, reading: Reading) -> None:
 
 
 def _holds_token_ids(source: str) -> bool:
-    """Whether a file's first row is an answer in token ids. If it cannot be read, its reader will say so."""
+    """Whether a file's first row is an answer in token ids; True if it cannot be read: `load_sequences` reports why."""
     path = Path(source)
     if not path.exists():
         return path.suffix != "" or path.name != source

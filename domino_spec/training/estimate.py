@@ -297,7 +297,7 @@ def state_memory(total: int, trained: int, recipe: OptimizationRecipe, processes
         # The draft whole for a step, and whole gradients, which add up over its micro-batches.
         copies = (2 if low_precision else 4) * total + 4 * trained
     else:
-        copies = 2 * trained if low_precision else 0  # autocast's; gradients lie in DDP's buckets
+        copies = 2 * trained if low_precision else 0  # autocast's; gradients are in DDP's buckets
     return {
         "master_weights": 4 * total // share,
         "gradients": 4 * trained // share,
@@ -329,7 +329,7 @@ def work_memory(
     labels = blocks * replace(config, block_size=size).max_drafts
     width = config.hidden_size + (0 if config.head is None else config.head.low_rank)
     logits = min(CHUNK_LOGITS_CUDA, labels * config.logits_size)
-    activations = 0  # one layer's are few beside the rest
+    activations = 0  # a single layer's are few beside features and loss
     if config.kind not in SINGLE_LAYER_KINDS:
         activations = activation_bytes(cast(DraftConfig, config), recipe, rows, blocks, size)
     return {
@@ -340,7 +340,7 @@ def work_memory(
 
 
 def anchor_count(config: DraftConfig | SingleLayerConfig, recipe: OptimizationRecipe, block_size: int) -> int:
-    """Blocks per sequence: shorter ones are more (`curriculum.block_size`)."""
+    """Blocks per sequence: shorter ones are more (`step.block_size`)."""
     return recipe.anchors * config.block_size // block_size
 
 
@@ -595,7 +595,7 @@ class _Unmasked:
 
 
 def _target_operations(text_config: Any, decoder_parameters: int, sample: SequenceType[Sequence]) -> float:
-    """Operations of the target's pass per token of text: its products, and attention to what lies before."""
+    """Operations of the target's pass per token of text: its products, and attention to the tokens before."""
     config = text_config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     mean_context = sum(len(s.tokens) ** 2 for s in sample) / sum(len(s.tokens) for s in sample) / 2

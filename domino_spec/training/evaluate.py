@@ -140,7 +140,7 @@ def _drafted_blocks(
     num_drafts = draft.config.max_drafts
     anchors = []
     for sequence in sequences:
-        # The last num_drafts - 1 anchors of an answer have no whole block behind them.
+        # The last num_drafts - 1 anchors of an answer have no whole block after them.
         ranges = [torch.arange(start - 1, max(start - 1, end - num_drafts)) for start, end in sequence.answers]
         allowed = torch.cat(ranges)
         count = min(anchors_per_sequence, len(allowed))
@@ -271,8 +271,8 @@ def simulate(
         source: of its features, at the drafter's layers and perhaps more.
         num_drafts: drafts per proposal at most; None for the drafter's most.
         every: distance of anchors in tokens, from the last token of the prompt on, the same for every drafter. None
-            puts the next anchor behind what was accepted, as decoding does.
-        horizon: only anchors that are followed by so many tokens of their answer are counted. A draft past the end of
+            puts the next anchor after what was accepted, as decoding does.
+        horizon: only anchors that are followed by this many tokens of their answer are counted. A draft past the end of
             the answer counts as rejected, so it should be no less than a proposal is deep.
         batch: R, answers that are drafted for together.
         device: of the draft.

@@ -46,7 +46,7 @@ class FeatureSource(Protocol):
     """Where training takes its features from: a cache on disk, or the target itself."""
 
     layers: tuple[int, ...]
-    """The tapped layers, in the order in which their hidden states lie side by side."""
+    """The tapped layers, in the order in which their hidden states are concatenated."""
 
     def read(self, sequence: Sequence) -> Tensor:
         """Features [T, layers * H] of one sequence."""
@@ -284,7 +284,7 @@ def capture_features(
 ) -> FeatureSource:
     """Fill a feature cache with what it still lacks.
 
-    A cache of more layers than are wanted is filled with all of its own and read in part.
+    A cache of more layers than are wanted is filled with all of its layers, and the wanted ones are read.
 
     Args:
         target: loaded in the precision that the features should have.

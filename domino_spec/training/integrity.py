@@ -85,7 +85,7 @@ def file_checksum(path: Path) -> str:
 
 
 def mend_last_line(path: Path, kept: str) -> None:
-    """Cut off a last line without its line break, which a killed writer leaves; says so in a warning.
+    """Cut off a last line without its line break, which a killed writer leaves, and log a warning.
 
     Args:
         path: a file of lines; if there is none, nothing happens.

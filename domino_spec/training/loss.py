@@ -3,7 +3,7 @@
     base = h W^T,  final = base + u W2^T,  L = sum_t w_t [(1 - lambda) l(final_t) + lambda l(base_t)]
 
 where l is one of the objectives (paper 4.2 has cross-entropy). `blended_loss` runs in training: both losses share the
-product `h W^T`, and the gradient of their sum reaches `h` through one product too (docs/design.md, section 4).
+product `h W^T`, and the gradient of their sum reaches `h` through one product too (docs/design.md, section 6).
 [tokens, vocabulary] never exists for a whole batch: forward turns the logits of a chunk into losses and, in their
 place, gradients (`ops.blended`), and backward only scales these. `blended_loss_reference` is the same in plain
 autograd; tests hold the two equal in value and gradient.

@@ -5,6 +5,7 @@ OUT/features/            the feature cache (may be shared or removed afterwards)
 OUT/state.safetensors    weights and optimizer, to resume, with their checksum
 OUT/metrics.jsonl        losses, lambda, learning rate, pace, simulated tau, per-slot acceptance
 OUT/tensorboard/         the same for TensorBoard
+OUT/trackers.json        the id under which trackers know the run, if the recipe names any
 OUT/report.md            the figures, the cost and the settings on a page, with training.png (`report.write_report`)
 OUT/draft/               the draft with the weights of the last save, in the published layout
 OUT/draft.json           which state the draft was made from
@@ -86,13 +87,13 @@ def run_training(
     require_extra("train", "training")
     tracker_modules(recipe.training.trackers)
     with contextlib.ExitStack() as stack:
-        processes, own_device = stack.enter_context(joined_processes(device))
+        processes, local_device = stack.enter_context(joined_processes(device))
         if processes.is_first:
             stack.enter_context(only_writer(out, out / ".lock", "choose another --out"))
             remove_scratch(out)
             remove_scratch(out / "draft")
         options = on_start, on_features, on_step, on_evaluation
-        return _train(recipe, out, processes, own_device, features, check, *options)
+        return _train(recipe, out, processes, local_device, features, check, *options)
 
 
 def _train(

@@ -47,7 +47,7 @@ FAILURES_TO_GIVE_UP = 20
 
 
 class ServerError(Exception):
-    """A request failed for good; its text is the reason, the same for all of its kind."""
+    """A request failed after all retries; its text is the reason, the same for all of its kind."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _answer(
         said = {"role": "assistant", "content": reply.content}
         thought = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
         with lock:
-            # Thinking that was cut before its end cannot be told apart from thinking that ended there.
+            # Thinking that was cut before its end looks like thinking that ended there.
             lost = reply.truncated and reply.reasoning and not reply.content
             ids = [] if lost else chat.answer_ids([*messages, {**said, **thought}], ended=not reply.truncated)
         tokens += reply.tokens or len(ids)
@@ -240,7 +240,7 @@ def _answer(
 def done_in_parallel(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[R]:
     """Results of `work` on every item, in the order in which they are done.
 
-    The threads end with the process: whoever stops reading, or presses Ctrl-C, does not wait for open requests. An
+    The threads end with the process, so a reader that stops, or Ctrl-C, does not wait for open requests. An
     error in `work` is raised here.
     """
     waiting = iter(items)

@@ -158,7 +158,7 @@ def _seconds_of_a_product(left: Tensor, right: Tensor, out: Tensor) -> float:
 class Metrics:
     """Writes a run's metrics wherever they are wanted; to be used in a `with` statement, which closes the trackers.
 
-    A resumed run first drops from `metrics.jsonl` and TensorBoard what lies past its state, since it writes that again.
+    A resumed run first drops from `metrics.jsonl` and TensorBoard the steps after its state: it repeats them.
 
     Args:
         directory: of the run.
@@ -270,7 +270,7 @@ def _identity(directory: Path) -> str:
 
 
 class _Tracker:
-    """One tracker, which may fail at any time: then it says so once and is off.
+    """One tracker. If it fails, one warning is logged, and it is off.
 
     Args:
         name: wandb or trackio, whose functions have the same names.

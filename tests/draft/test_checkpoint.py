@@ -20,7 +20,7 @@ HEAD_NAMES = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.
 
 
 def published_json(head: bool = True, **changes) -> dict:
-    """A config.json by hand in the published layout (DESIGN section 4), with keys that this package does not know."""
+    """A config.json by hand in the published layout (docs/design.md, section 4), with keys unknown to this package."""
     nested = {"mask_token_id": 59, "target_layer_ids": [0, 3]}
     if head:
         nested |= {

@@ -176,7 +176,7 @@ def test_a_head_that_the_loops_cannot_take_is_left_to_pytorch(caplog):
     assert in_c(ops(head)) and not caplog.records
     table = head.embed_choice
     assert isinstance(table, EmbeddingTable) and table.token_ids is not None
-    heads._say.cache_clear()
+    heads._log_once.cache_clear()
     for changed in (
         replace(head, embed_choice=table.__call__),
         replace(head, embed_choice=replace(table, weight=table.weight.bfloat16())),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from domino_spec.training import loss as fused_loss
+from domino_spec.training import loss as loss_module
 from domino_spec.training.loss import (
     OBJECTIVES,
     blended_loss,
@@ -51,7 +51,7 @@ def gradients(function, arguments: dict, lambda_base: float):
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
 @pytest.mark.parametrize("rows", [1, 5, TOKENS, 1000], ids=lambda r: f"{r} rows a chunk")
 def test_value_and_gradient_equal_the_plain_form(monkeypatch, objective, lambda_base, head, rows):
-    monkeypatch.setattr(fused_loss, "CHUNK_LOGITS", rows * VOCAB)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", rows * VOCAB)
     arguments = inputs(head, objective)
     fast, fast_gradients = gradients(blended_loss, arguments, lambda_base)
     plain, plain_gradients = gradients(blended_loss_reference, arguments, lambda_base)
@@ -65,14 +65,14 @@ def test_value_and_gradient_equal_the_plain_form(monkeypatch, objective, lambda_
 
 def test_no_chunk_holds_more_logits_than_it_may(monkeypatch):
     """[tokens, vocabulary] never exists for the whole batch."""
-    seen, rows_of = [], fused_loss.blended_rows_
+    seen, rows_of = [], loss_module.blended_rows_
 
     def record(base, *rest):
         seen.append(base.numel())
         return rows_of(base, *rest)
 
-    monkeypatch.setattr(fused_loss, "blended_rows_", record)
-    monkeypatch.setattr(fused_loss, "CHUNK_LOGITS", 5 * VOCAB + 3)
+    monkeypatch.setattr(loss_module, "blended_rows_", record)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * VOCAB + 3)
     gradients(blended_loss, inputs(True, "kl"), 0.3)
     assert max(seen) == 5 * VOCAB and sum(seen) == TOKENS * VOCAB
 
@@ -127,7 +127,7 @@ def test_the_schedules_ends_train_one_loss_only(objective, lambda_base):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_lm_head_of_the_draft_s_own_is_trained(monkeypatch, objective):
     """And the target's, which gives the distribution to compare with, is not."""
-    monkeypatch.setattr(fused_loss, "CHUNK_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * VOCAB)
     arguments = inputs(False, objective)
     target_lm_head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
     arguments["lm_head"].requires_grad_(True)
@@ -233,7 +233,7 @@ def test_the_fused_lk_alpha_against_a_certain_target_is_cross_entropy():
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
 def test_label_probabilities_are_the_softmax_of_the_final_logits(monkeypatch, head):
-    monkeypatch.setattr(fused_loss, "CHUNK_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * VOCAB)
     arguments = inputs(head, "cross_entropy")
     names = ("hidden", "low_rank", "labels", "lm_head", "correction_weight")
     logits = arguments["hidden"] @ arguments["lm_head"].T

@@ -37,7 +37,7 @@ class Acceptance:
     """How drafting did in some windows."""
 
     length: float | None
-    """tau: mean of accepted drafts + 1 over verify passes; None if nobody says, or nothing was drafted."""
+    """tau: mean of accepted drafts + 1 over verify passes; None if no source states it, or nothing was drafted."""
     source: str
     """Where it is from, or why it is not there."""
 
@@ -75,7 +75,7 @@ def settled_metrics(read: Callable[[], Mapping[str, float]], pause: float = _PAU
         pause: seconds between two reads.
 
     Returns:
-        The figures, and whether they stopped changing; if not, somebody else is asking this server too.
+        The figures, and whether they stopped changing; if not, another client uses this server too.
     """
     last = read()
     for _ in range(_TRIES if last else 0):
@@ -105,9 +105,11 @@ def acceptance(windows: Sequence[WindowRow], requests: Iterable[RequestRow]) -> 
             if passes <= 0 or drafted <= 0:
                 return Acceptance(None, NOTHING_DRAFTED)
             return Acceptance(1 + accepted / passes, "counters of /metrics")
-    told = [(r.verify_passes, r.accepted_drafts) for r in requests if r.verify_passes and r.accepted_drafts is not None]
-    if told:
-        return Acceptance(1 + sum(a for _, a in told) / sum(p for p, _ in told), "the answers themselves")
+    stated = [
+        (r.verify_passes, r.accepted_drafts) for r in requests if r.verify_passes and r.accepted_drafts is not None
+    ]
+    if stated:
+        return Acceptance(1 + sum(a for _, a in stated) / sum(p for p, _ in stated), "the answers themselves")
     calls, tokens, answers = (grown.get(name, 0.0) for name in SGLANG)
     if calls > 0:  # the first token of every answer comes with the prompt, not from a verify pass
         return Acceptance((tokens - answers) / calls, "counters of /metrics")

@@ -37,7 +37,7 @@ class Endpoint:
     """Who owns the model by /v1/models: domino-spec, vllm, sglang, ...."""
     version: str | None
     takes_template_settings: bool
-    """Whether `chat_template_kwargs` may be sent; without them nobody can say whether it thinks."""
+    """Whether `chat_template_kwargs` may be sent; without them a request cannot say whether the model shall think."""
 
     def body(
         self, messages: Sequence[Message], max_tokens: int, temperature: float, seed: int | None, thinking: bool

@@ -75,7 +75,7 @@ def run_server_bench(
 ) -> dict[str, Any]:
     """Measure servers on suites of prompts and write raw.jsonl, report.json, report.md, report.html and plots.
 
-    Interrupted at any point, the same call goes on with the window that it was in.
+    Interrupted at any point, the same call continues with the window that it was in.
 
     Args:
         servers: addresses, each as URL or NAME=URL; the one named `none`, else the first, is the baseline.
@@ -176,8 +176,7 @@ def _session(windows_before: int, endpoints: Sequence[Endpoint]) -> dict[str, An
     return session
 
 
-# ----------------------------------------------------------------------
-# The prompts.
+# The prompts, with the baseline's answers to earlier turns.
 
 
 def make_turns(
@@ -245,12 +244,11 @@ def _turn(prompt: Prompt, number: int, known: dict[tuple[str, str, int], str]) -
     return Turn(prompt.suite, prompt.id + turn_suffix(number), number, tuple(messages))
 
 
-# ----------------------------------------------------------------------
-# The measuring.
+# The measuring: every window of the plan in its order.
 
 
 LEAST_ROUNDS = 2
-"""A window asks at least so many requests per request in flight: small suites are gone through several times."""
+"""A window asks at least this many requests per request in flight: small suites are gone through several times."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ class WindowPlan:
                             yield WindowKey(suite, temperature, concurrency, repeat, server.name), server
 
     def jobs(self, key: WindowKey) -> list[Job]:
-        """What a window asks: its suite, as often as it takes to keep so many requests in flight."""
+        """What a window asks: its suite, as often as it takes to keep this many requests in flight."""
         turns = [turn for turn in self.turns if turn.suite == key.suite]
         rounds = max(1, -(-LEAST_ROUNDS * key.concurrency // len(turns)))
         return [

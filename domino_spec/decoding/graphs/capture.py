@@ -56,12 +56,12 @@ def warm_up(cycle: Callable[[], None], device: torch.device) -> None:
         cycle()
         return
     with torch.cuda.device(device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
             for _ in range(WARM_UPS):
                 cycle()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(other)
 
 
 def capture(cycle: Callable[[], None], pool: Any, device: torch.device) -> Captured:
@@ -127,5 +127,5 @@ def _reason(error: Exception) -> str:
         owner = frame.tb_frame.f_locals.get("self")
         module = type(owner).__name__ if isinstance(owner, nn.Module) else module
         frame = frame.tb_next
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return said if module is None else f"{module}: {said}"
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return message if module is None else f"{module}: {message}"

@@ -49,9 +49,9 @@ _log = logging.getLogger(__name__)
 STEP = 256
 """Least distance of two extents, in rows."""
 MOST_STOPS = 16
-"""Stop tokens of a request that the device looks for; the host sees the others, a cycle late."""
+"""Stop tokens of a request that the device checks; the host sees the others, a cycle late."""
 _ACCEPTED, _DRAFTS, _OFFERED, _FINITE, _ENDED, _TOKENS = range(6)
-"""Columns of what a cycle decided; tokens are followed by the path."""
+"""Columns of `StaticCycles.decided`; the path follows the tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,24 @@ class Shape:
     offered: int
     """Drafts that the drafter is asked for; 0 skips drafting."""
     verified: int
-    """The best of them, which the target verifies."""
+    """How many of the best of them the target verifies."""
     warpers: Warpers
-    """That the requests' settings need."""
+    """Those that the requests' settings need."""
 
 
 @dataclass(frozen=True)
 class StaticResult(CycleResult):
-    """What a static cycle decided, with what the policy learns from."""
+    """The decisions of a static cycle, and the figures that the policy learns from."""
 
     num_offered: list[int] = ()  # type: ignore[assignment]
     ended: list[bool] = ()  # type: ignore[assignment]
     """Whether the device has seen a request's end in this cycle."""
     confidence: Tensor | None = None
-    """[R, O], of what was offered; see `Proposal`."""
+    """[R, O], of the offered drafts; see `Proposal`."""
     path: Tensor | None = None
     """[R, N + 1], see `Verdict`."""
     seconds: float = 0.0
-    """Of the cycle, on its device."""
+    """Seconds of the cycle on its device."""
 
 
 class PendingCycle:
@@ -111,11 +111,11 @@ class PendingCycle:
 
     @property
     def offered(self) -> int:
-        """Drafts of a request, at most, that the drafter came up with."""
+        """The most drafts of a request that the drafter proposed."""
         return self._layout[0]
 
     def wait(self) -> StaticResult:
-        """Wait until the cycle has written down what it decided."""
+        """Wait for the cycle's result."""
         seconds = self._timer.wait()
         count, (offered, verified, has_confidence, is_tree) = len(self.slots), self._layout
         decided, confidence = (b[:count] for b in self._buffers)
@@ -227,7 +227,7 @@ class StaticCycles:
         self.graphs = Graphs(target, state.active)
 
     def takes(self, slots: Sequence[Slot]) -> bool:
-        """Whether these requests go on by static cycles: none of them wants log-probabilities, or one is pending."""
+        """Whether these requests take static cycles: none of them wants log-probabilities, or a cycle is pending."""
         return self.pending is not None or all(slot.request.top_logprobs is None for slot in slots)
 
     def step(self, slots: Sequence[Slot]) -> StaticResult | None:
@@ -321,7 +321,7 @@ class StaticCycles:
         verdict = replace(verdict, num_accepted=torch.where(state.active, verdict.num_accepted, -1))
         commit(state, verdict)
         self.drafter.advance(cache, verdict)
-        self._write_down(shape, offer, proposal, verdict, self._end(state, verdict))
+        self._record(shape, offer, proposal, verdict, self._end(state, verdict))
 
     def _end(self, state: State, verdict: Verdict) -> Tensor:
         """Which requests ended in this cycle, [R]; they are no longer active."""
@@ -333,7 +333,7 @@ class StaticCycles:
         state.active &= ~ended
         return ended
 
-    def _write_down(self, shape: Shape, offer: Proposal, proposal: Proposal, verdict: Verdict, ended: Tensor) -> None:
+    def _record(self, shape: Shape, offer: Proposal, proposal: Proposal, verdict: Verdict, ended: Tensor) -> None:
         """Write what was decided into the tensors that are copied to the host."""
         decided = self.decided[: shape.requests]
         for column, values in (
@@ -355,7 +355,7 @@ class StaticCycles:
 
 
 def extent_of(rows: int) -> int:
-    """The bucket that holds so many rows: a multiple of 256, and of a quarter of the largest power of two below.
+    """The bucket that holds `rows` rows: a multiple of 256, and of a quarter of the largest power of two below.
 
     Beyond 1024 rows a cycle reads at most a quarter more than it needs to, and there are few buckets.
     """
@@ -372,7 +372,7 @@ def _on_host(like: Tensor, pinned: bool) -> Tensor:
 
 
 class _Timer:
-    """Measures a cycle on its device, and waits for the copies of what it decided."""
+    """Measures a cycle on its device, and waits for the copies of its result."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -385,14 +385,14 @@ class _Timer:
             self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """The cycle is on its way."""
+        """To be called once the cycle is launched."""
         if self._cuda:
             self._stopped.record()
         else:
             self._seconds = time.perf_counter() - self._began
 
     def copied(self) -> None:
-        """The copies of what it decided are on their way."""
+        """To be called once the copies of its result are launched."""
         if self._cuda:
             self._copied.record()
 

@@ -42,7 +42,7 @@ DOUBT = 0.5
 CLASSES = 16
 """Classes of confidence (equal steps of its square root), and of places if a draft has no confidence."""
 PRIOR = 3.0
-"""Drafts of a class, accepted as often as the draft's own confidence says, that are added to those counted."""
+"""Drafts of a class, accepted as often as the draft's confidence says, that are added to those counted."""
 MEMORY = 0.99
 """Weight that earlier counts of accepted drafts keep, per cycle that verifies drafts."""
 FIRST_STEP = 0.5
@@ -128,7 +128,7 @@ class AdaptivePolicy:
         return rates.index(max(rates))
 
     def _pay(self, plain_cycles: float) -> None:
-        self._budget = max(self._budget - plain_cycles, -SAVED)  # one bad moment does not end all learning
+        self._budget = max(self._budget - plain_cycles, -SAVED)  # one slow cycle does not end all learning
 
     def _promised(self, proposal: Proposal) -> list[float]:
         """Expected accepted ones of a request's n best drafts, for n = 0, 1, .., N."""
@@ -157,7 +157,7 @@ class _Acceptance:
         self._seen = self._accepted = torch.zeros_like(self._believed)
 
     def chances(self, proposal: Proposal) -> Tensor:
-        """Of each draft, [R, N]."""
+        """Expected share of acceptance of each draft, [R, N]; 0 for entries that are no drafts."""
         rates = (self._accepted + PRIOR * self._believed) / (self._seen + PRIOR)
         return rates.to(proposal.tokens.device)[_classes(proposal)] * _valid(proposal)
 
@@ -184,11 +184,11 @@ class _Gains:
         self._sums = self._weights = torch.zeros(0, dtype=torch.double)  # [N] each
 
     def fade(self) -> None:
-        """A cycle goes by."""
+        """Reduce the weight of earlier cycles; called once in every cycle."""
         self._sums, self._weights = self._sums * FADE, self._weights * FADE
 
     def add(self, promised: list[float], requests: int, asked: int) -> None:
-        """Add what so many requests were promised, if each was to have as many drafts as `asked`."""
+        """Add what `requests` requests were promised, when each was asked for `asked` drafts."""
         added = torch.tensor(promised, dtype=torch.double).diff()
         missing = max(asked - len(self._sums), 0)
         self._sums, self._weights = F.pad(self._sums, (0, missing)), F.pad(self._weights, (0, missing))
@@ -213,15 +213,15 @@ class _Excess:
         self._excess: dict[int, float] = {}
         """By number of requests."""
         self._averages, self._lengths, self._drafted = [0.0, 0.0], [0, 0], False
-        """Seconds over the cost model's in the newest run of plain cycles and of drafted ones; cycles of each run."""
+        """Mean of `over_model` and number of cycles, of the newest run of plain cycles and of drafted ones."""
 
     def of(self, requests: int) -> float:
-        """Of so many requests, or of the nearest number that was seen."""
+        """The excess for this number of requests, or for the nearest number that was seen."""
         nearest = min(self._excess, key=lambda seen: abs(math.log(seen / requests)), default=None)
         return 0.0 if nearest is None else self._excess[nearest]
 
     def observe(self, requests: int, drafted: bool, over_model: float) -> None:
-        """A cycle took so long, over what the cost model says."""
+        """Learn from one cycle; `over_model` is the logarithm of its seconds over those of the cost model."""
         if drafted != self._drafted:
             self._drafted, self._lengths[drafted] = drafted, 0
         self._lengths[drafted] += 1

@@ -44,7 +44,7 @@ class CostModel(Settings):
     drafts: tuple[int, ...]
     """n, drafts asked for, ascending; none if the drafter makes none."""
     draft_seconds: tuple[tuple[float, ...], ...]
-    """Of drafting, for every R and n: the proposal, and taking in what was committed."""
+    """Seconds of drafting, for every R and n: of the proposal, and of `Drafter.advance`."""
 
     def __post_init__(self) -> None:
         for name, sizes in (("requests", self.requests), ("rows", self.rows), ("drafts", self.drafts)):
@@ -57,11 +57,11 @@ class CostModel(Settings):
                 raise UserError("costs: seconds must be positive numbers (of drafting also 0); measure them again")
 
     def verify(self, requests: int, rows: int) -> float:
-        """Seconds of one verify pass over `rows` rows of each of so many requests."""
+        """Seconds of one verify pass over `rows` rows of each request."""
         return self._at(requests, self.rows, self.verify_seconds, rows)
 
     def draft(self, requests: int, num_drafts: int) -> float:
-        """Seconds of drafting so many drafts for each of so many requests."""
+        """Seconds of drafting `num_drafts` drafts for each request."""
         return self._at(requests, self.drafts, self.draft_seconds, num_drafts) if self.drafts else 0.0
 
     def _at(self, requests: int, sizes: Sequence[int], seconds: Sequence[Sequence[float]], size: int) -> float:
@@ -147,7 +147,7 @@ def measure_costs(
             cache.clear(request)
         drafter.read(view, state.tokens[:, 1:context], request_features, state.lengths - 1)
         spent: list[list[float]] = [[] for _ in numbers]
-        for _ in range(repeats + 1):  # all numbers in turn: a bad moment of the machine is not one number's
+        for _ in range(repeats + 1):  # in turn, so that a slow moment of the machine hits all numbers
             for number, seconds in zip(numbers, spent, strict=True):
                 verdict = _one_accepted(state, request_features)
                 seconds.append(_seconds(partial(_draft, drafter, state, view, verdict, number), 0))
@@ -214,7 +214,7 @@ def _synchronise() -> None:
 
 
 def _rising(seconds: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """More requests or rows never cost less: if they seem to, fewer were measured at a bad moment."""
+    """More requests or rows never cost less: if they seem to, the machine was slow when fewer were measured."""
     rising: list[tuple[float, ...]] = []
     for row in reversed(seconds):
         most, kept = math.inf, []

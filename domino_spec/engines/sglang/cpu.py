@@ -85,7 +85,7 @@ def _ignore_streams() -> None:
 
 
 def _attend_blocks() -> None:
-    """Let `torch_native` attend for several rows per request behind a cached prefix."""
+    """Let `torch_native` attend for several rows per request after a cached prefix."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     plain = TorchNativeAttnBackend.forward_extend

@@ -37,9 +37,9 @@ def register() -> None:
     """Called by SGLang in every process; a second call does nothing.
 
     Raises:
-        UserError: an unknown release, or an entrance that has moved. SGLang logs it and goes on without the plug-in, so
-            that it still serves everything else.
-        SystemExit: the same, where the command line asks for a Domino draft.
+        UserError: an unknown release, or an entrance that has moved. SGLang logs it and continues without the plug-in,
+            so that it still serves everything else.
+        SystemExit: the same, if the command line asks for a Domino draft.
     """
     try:
         check_hooks("SGLang", version("sglang"), ENTRANCES)
@@ -59,7 +59,7 @@ def register() -> None:
 
 
 def asks_for_domino(arguments: Sequence[str]) -> bool:
-    """Whether a command line of SGLang names a Domino draft, as far as it can be told without SGLang."""
+    """Whether a command line of SGLang names a Domino draft, as far as that is visible without SGLang."""
     option = "--speculative-draft-model-path"
     named = [after for before, after in itertools.pairwise(arguments) if before == option]
     named += [argument.partition("=")[2] for argument in arguments if argument.startswith(option + "=")]
@@ -153,7 +153,7 @@ def prepare_settings(original: Callable[..., Any], server_args: Any) -> None:
 
 
 def served_draft(server_args: Any) -> DraftConfig | None:
-    """The draft's settings where it is a Domino draft, None where it is of another kind or there is none.
+    """The draft's settings if it is a Domino draft; None if it is of another kind or there is none.
 
     Raises:
         UserError: a Domino draft with settings that are not supported.
@@ -212,7 +212,7 @@ def check_settings(asked: Any, config: DraftConfig) -> None:
 def check_target(asked: Any, config: DraftConfig) -> None:
     """Refuse a draft that was not made for this target.
 
-    Shapes are compared always; the fingerprint of the weights where the draft carries one and they can be read.
+    Shapes are compared always; the fingerprint of the weights if the draft carries one and they can be read.
 
     Raises:
         UserError: names both sides.

@@ -122,7 +122,7 @@ class Proposer(nn.Module):
 def _embedding(
     module: Any, token_ids: Tensor | None, dtype: torch.dtype, scale: float, ranks: int
 ) -> Callable[[Tensor], Tensor]:
-    """Indices into the logits to embeddings, as a table where the module is one and lies here as a whole."""
+    """Indices into the logits to embeddings, as a table if the module is one and is not sharded."""
     whole = ranks == 1 and type(module).__name__ in ("VocabParallelEmbedding", "Embedding")
     if whole and module.weight.is_contiguous() and module.weight.is_floating_point():
         return EmbeddingTable(module.weight.detach(), token_ids, dtype, scale)
@@ -137,7 +137,7 @@ def _embedding(
 def _base_logits(
     weight: Tensor, vocab_size: int, draft_vocab_ids: Tensor | None, tp_group: Any
 ) -> Callable[[Tensor], Tensor]:
-    """Hidden states to base logits; `weight` holds this rank's rows of the LM head, padding behind the vocabulary."""
+    """Hidden states to base logits; `weight` holds this rank's rows of the LM head, padding after the vocabulary."""
     if tp_group.world_size == 1:
         rows = weight.detach()[:vocab_size] if draft_vocab_ids is None else weight.detach()[draft_vocab_ids]
         return lambda hidden: F.linear(hidden.to(rows.dtype), rows)
@@ -184,22 +184,22 @@ class DominoDraftModel(DFlashDraftModel):
         check_names(found, self.settings)
 
     def _without_head(self, weights: Iterable[tuple[str, Tensor]], found: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Hand on what belongs to the backbone, load the rest, and note all published names."""
-        own = {name.removeprefix("head."): t for name, t in self.candidate_selector.state_dict(keep_vars=True).items()}
+        """Pass on what belongs to the backbone, load the head's tensors, and note all published names."""
+        head = {name.removeprefix("head."): t for name, t in self.candidate_selector.state_dict(keep_vars=True).items()}
         for name, tensor in weights:
             published = name.removeprefix("model.").removeprefix("logit_head.")
             found.add(published)
-            if published not in own:
+            if published not in head:
                 yield name, tensor
-            elif own[published].shape != tensor.shape:
+            elif head[published].shape != tensor.shape:
                 raise UserError(
                     f"the draft's weights: tensor {published} has shape {tuple(tensor.shape)}, but config.json means "
-                    f"{tuple(own[published].shape)}"
+                    f"{tuple(head[published].shape)}"
                 )
             else:
                 if published == "draft_vocab_ids":
                     check_vocabulary(tensor, self.settings, Path("the draft's weights"))
-                own[published].data.copy_(tensor)
+                head[published].data.copy_(tensor)
 
 
 def check_names(found: Set[str], settings: DraftConfig) -> None:

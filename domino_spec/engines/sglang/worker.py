@@ -75,7 +75,7 @@ class DominoWorker(DFlashWorkerV2):
         return drafts.tokens
 
     def _maybe_build_draft_sampler(self) -> Any:
-        """What SGLang captures behind the backbone, or None to draft outside the graph."""
+        """What SGLang captures after the backbone, or None to draft outside the graph."""
         if self._on_cpu or envs.SGLANG_DFLASH_EAGER_DRAFT_SAMPLER.get():
             return None
         largest = max(get_exec().graph.cuda_graph_config.decode.bs)
@@ -91,7 +91,7 @@ class DominoWorker(DFlashWorkerV2):
         sampling_info: Any,
         draft_input: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Number of accepted drafts [R] and bonus tokens [R]; on CPU, where SGLang has no kernel, by our own rule."""
+        """Number of accepted drafts [R] and bonus tokens [R]; on CPU, where SGLang has no kernel, by ours."""
         if self._on_cpu:
             return cpu.accept_sampled(candidates, next_token_logits, candidate_ids, q_rows, sampling_info)
         return super()._selector_sampling_accept(
@@ -105,7 +105,7 @@ class DominoWorker(DFlashWorkerV2):
 
 
 def draft_temperatures(requests: int, sampling_info: Any) -> Tensor | None:
-    """Temperatures that drafts are sampled at [R], 0 for requests that choose; None where all of them choose."""
+    """Temperatures that drafts are sampled at [R], 0 for requests that choose; None if all of them choose."""
     if _is_all_greedy(sampling_info):
         return None
     temperatures = sampling_info.temperatures.view(-1)[:requests].float()
@@ -114,7 +114,7 @@ def draft_temperatures(requests: int, sampling_info: Any) -> Tensor | None:
 
 
 class GraphSampler:
-    """Greedy drafts inside the draft's CUDA graph; sampled ones right behind it, from the same hidden states.
+    """Greedy drafts inside the draft's CUDA graph; sampled ones right after it, from the same hidden states.
 
     A captured graph serves every batch of its size, and what is sampled must be drawn anew and kept, [R, N, K]: too
     much to do for batches that only choose. SGLang calls it at capture, stages each batch's sampling before the replay,

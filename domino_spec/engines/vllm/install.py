@@ -25,7 +25,7 @@ _log = logging.getLogger("vllm.domino_spec")  # a child of vLLM's logger, so tha
 
 
 def watch_configurations() -> bool:
-    """Wrap what vLLM's configurations say of their draft; False where this vLLM has no such places."""
+    """Wrap what vLLM's configurations say of their draft; False if this vLLM has no such places."""
     try:
         from vllm.config import VllmConfig
         from vllm.config.speculative import SpeculativeConfig
@@ -75,7 +75,7 @@ def watch_configurations() -> bool:
 
 @functools.cache
 def install(v2: bool) -> None:
-    """Check what is relied on inside vLLM, and put a Domino drafter where its runner makes a DFlash one.
+    """Check what is relied on inside vLLM, and let its runner make a Domino drafter in place of a DFlash one.
 
     Raises:
         UserError: this vLLM is another than those the plug-in was written against.
@@ -106,9 +106,9 @@ def install(v2: bool) -> None:
 
 
 def _construct_instead(base: Any, ours: Any) -> None:
-    """Let `base(vllm_config, ..)` make one of `ours` where the draft is a Domino one.
+    """Let `base(vllm_config, ..)` make one of `ours` if the draft is a Domino one.
 
-    A subclass is what it makes, so whatever asks `isinstance(.., base)` goes on to hold.
+    It makes a subclass of `base`, so `isinstance(.., base)` still holds.
     """
     if hasattr(base.__new__, _MARK):
         return

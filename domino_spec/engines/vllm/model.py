@@ -35,7 +35,7 @@ _VOCABULARY = "draft_vocab_ids"
 class DominoForCausalLM(DFlashQwen3ForCausalLM):
     """A Domino draft as vLLM loads it; `bind` joins it to its target, `draft` rolls the head out.
 
-    Its base logits are no one's to sample: `compute_logits`, with which vLLM's own drafters would run it as a plain
+    Nothing may sample from its base logits: `compute_logits`, which vLLM's drafters would call to run it as a plain
     DFlash draft, refuses.
     """
 
@@ -142,7 +142,7 @@ def norm_by_layer(model: Any, keys: Tensor) -> Tensor:
 def whole_rows(layer: VocabParallelEmbedding, token_ids: Tensor, what: str) -> Tensor:
     """Rows of a matrix that is sharded over the vocabulary, [n, H], the same on every rank.
 
-    Every row lies on one rank; the others add zeros, which is exact.
+    Every row is on one rank; the others add zeros, which is exact.
 
     Raises:
         UserError: the matrix is quantised.
@@ -160,7 +160,7 @@ def whole_rows(layer: VocabParallelEmbedding, token_ids: Tensor, what: str) -> T
 def _choice_embedding(
     embedding: VocabParallelEmbedding, token_ids: Tensor | None, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
-    """The target's embedding by index into the logits, as a table that kernels can read where it can be one."""
+    """The target's embedding by index into the logits, as a table that kernels can read, if it can be one."""
     weight: Any = getattr(embedding, "weight", None)
     plain = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
     if plain and get_tensor_model_parallel_world_size() == 1:

@@ -76,7 +76,7 @@ class DominoProposer(DFlashProposer):
     ) -> tuple[int, Tensor, Any]:
         """A whole block for every request, and the rows of the N slots that predict drafts, request by request."""
         num_drafts, config = self.num_speculative_tokens, self.draft.config
-        self.num_speculative_tokens = config.block_size - 1  # the masks that vLLM puts behind the anchor
+        self.num_speculative_tokens = config.block_size - 1  # the masks that vLLM puts after the anchor
         try:
             num_tokens, _, block_metadata = super().set_inputs_first_pass(
                 target_token_ids,
@@ -95,12 +95,12 @@ class DominoProposer(DFlashProposer):
         return num_tokens, (first + slots).flatten(), block_metadata
 
     def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [R * N, H], request by request, to tokens [R * N] and, where sampled, probabilities [.., V]."""
+        """Hidden states [R * N, H], request by request, to tokens [R * N] and, if sampled, probabilities [.., V]."""
         hidden = hidden_states.unflatten(0, (len(self._anchors), -1))
         if not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
             return self._domino.draft(hidden, self._anchors).tokens.flatten(), None
         uniform = torch.rand(hidden.shape[:2], dtype=torch.float64, device=hidden.device)
-        for request, generator in sampling_metadata.generators.items():  # requests with a seed of their own
+        for request, generator in sampling_metadata.generators.items():  # requests with a seed
             uniform[request].uniform_(generator=generator)
         drafts = self._domino.draft(hidden, self._anchors, sampling_metadata.temperature, uniform)
         return drafts.tokens.flatten(), over_vocabulary(drafts, self.draft.config.vocab_size).flatten(0, 1)

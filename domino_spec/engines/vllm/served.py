@@ -1,4 +1,4 @@
-"""What vLLM is told of a Domino draft, and what is refused before anything is loaded.
+"""A Domino draft as vLLM's configuration names it, and what is refused before anything is loaded.
 
 A draft that is paired or run in another way than it was trained decodes correctly and accepts nothing, so everything
 that can be known beforehand is refused here, in one sentence.

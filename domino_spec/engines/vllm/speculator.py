@@ -1,8 +1,8 @@
 """vLLM's second model runner: its DFlash speculator, with blocks as they were trained and the head's rollout.
 
 The whole step, backbone, candidates and rollout, is inside the graph that the runner captures: all buffers are made
-once, and no value is looked at. The runner needs Triton and a GPU, so tests call the methods here on tensors of their
-own: the runner as a whole has not been started with them yet.
+once, and the host reads no value. The runner needs Triton and a GPU. Tests call the methods here on small tensors; the
+runner as a whole has not been started with them yet.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 
 #define LOWEST -1e30f            /* stands for missing logits and -inf: its exponential is 0, its products are finite */
 #define SUM_BLOCK (64 * LANES)   /* summed up before they join the total: long sums would lose low bits */
-#define SMALLEST_ALPHA 1e-30f    /* blended.py's: less would rest on probabilities that float32 cannot hold */
+#define SMALLEST_ALPHA 1e-30f    /* blended.py's: less would come from probabilities that float32 cannot hold */
 
 typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2)));
 

@@ -7,7 +7,7 @@ cached. If that fails, a warning says so once, with the remedy, and PyTorch's fu
 Threads need OpenMP, and only gcc's calls find the OpenMP that PyTorch brings on Linux. What clang builds, on macOS too,
 uses one thread.
 
-A library runs whatever it contains, so it is loaded only from a directory that nobody else can write to; otherwise the
+Loading a library runs its code, so it is loaded only from a directory that nobody else can write to; otherwise the
 loops are compiled anew for this process, which is logged.
 
 Environment: `CC` names the compiler and its options; `DOMINO_SPEC_NATIVE=0` keeps to PyTorch's functions, without a
@@ -146,7 +146,7 @@ def _compile(compiler: list[str], flags: list[str], linked: Path) -> None:
         objects.append(str(linked.with_name(source.stem + ".o")))
         _run([*compiler, *flags, *threads, "-c", str(source), "-o", objects[-1]])
     # Linked without -fopenmp: its calls then find the threads of the OpenMP that PyTorch has loaded, where a second
-    # OpenMP would bring threads of its own that fight for the same cores.
+    # OpenMP would bring more threads, which compete for the same cores.
     _run([*compiler, *flags, "-shared", *objects, "-lm", "-o", str(linked)])
 
 

@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def has_triton(what: str) -> bool:
-    """Whether Triton is installed; if it is not, that is logged once for `what` would use it."""
+    """Whether Triton is installed; if not, one warning is logged for each `what` that would use it."""
     found = find_spec("triton") is not None
     if not found:
         _log.warning("Triton is not installed; %s is computed by PyTorch, which is slower", what)

@@ -38,7 +38,7 @@ def blended_rows_triton_(
     """`blended_rows_` on a GPU; it needs no memory besides its results. Logits of one row must be neighbours."""
     rows, width = base.shape
     assert target is not None or not terms.needs_target
-    # A tensor that is missing is replaced by one that is there, and never looked at.
+    # A tensor that is missing is replaced by one that is there, and never read.
     others = [base if logits is None else logits for logits in (correction, target)]
     assert width == 1 or all(logits.stride(1) == 1 for logits in (base, *others))
     base_losses = torch.empty(rows, dtype=torch.float32, device=base.device)

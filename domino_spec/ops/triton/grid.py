@@ -2,7 +2,7 @@
 
 A kernel of phases is written once and launched in two ways. On a GPU it is one launch of one program per
 multiprocessor, all of them resident at once (a cooperative launch, which refuses to start otherwise), with
-`grid_barrier` between phases. Elsewhere every phase is a launch of its own: programs of Triton's interpreter run one
+`grid_barrier` between phases. Elsewhere every phase is a separate launch: programs of Triton's interpreter run one
 after another, so a barrier among several would wait forever (a single one passes it).
 
 It imports Triton: import it only if Triton is installed.
@@ -20,7 +20,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-1e30)
 """Stands for logits past the end and for -inf: its exponential is 0, its differences are finite."""
 NOWHERE = tl.constexpr(2**30)
-"""An index behind every other."""
+"""An index after every other."""
 
 
 def interpreted() -> bool:
@@ -35,7 +35,7 @@ def resident_programs(device: torch.device) -> int:
 
 
 def new_counters(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[count] zeros for programs to count in, for good.
+    """[count] zeros for programs to count in; never freed.
 
     While a CUDA graph is captured nothing is filled, and the graph would start them anew whenever it is replayed; so
     what uses them must have run once before it is captured.

@@ -235,7 +235,7 @@ def head_rollout_triton(
         tokens = embedding(ids[:, :-1, : plan.ahead].flatten(1))  # [R, (N - 1) * ahead, H]
         products = F.linear(torch.cat((block.anchor_embedding[:, None], tokens), dim=1), head.input_gates)
         base = values if restricted else base_logits
-        nothing = workspace.tops  # stands for what is missing, and is never looked at
+        nothing = workspace.tops  # stands for what is missing, and is never read
         tensors = dict(
             hidden_weight_ptr=head.state_gates, low_rank_weight_ptr=head.to_low_rank,
             input_weight_ptr=head.input_gates, correction_ptr=head.correction,

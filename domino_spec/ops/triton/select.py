@@ -80,7 +80,7 @@ def select_best(
     """The K best of each row of logits [R, N, V], best first: values [R, N, K] float32 and indices [R, N, K] int64.
 
     Args:
-        logits: float32 or bfloat16, numbers of one row beside each other.
+        logits: float32 or bfloat16, numbers of one row contiguous.
         wanted: K, 1 to V.
         plan: of R * N rows.
         workspace: made for them; no other launch may use it meanwhile.

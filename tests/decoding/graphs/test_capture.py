@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from domino_spec.decoding.engine import Engine
-from domino_spec.decoding.graphs import capture as static_graphs
-from domino_spec.decoding.graphs import cycles as static_module
+from domino_spec.decoding.graphs import capture as capture_module
+from domino_spec.decoding.graphs import cycles as cycles_module
 from domino_spec.decoding.graphs.capture import why_not
 from domino_spec.decoding.graphs.cycles import Shape
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
@@ -53,7 +53,7 @@ def target(model):
 @pytest.fixture(autouse=True)
 def small_extents(monkeypatch):
     """Short texts cross the borders of several extents."""
-    monkeypatch.setattr(static_module, "STEP", 16)
+    monkeypatch.setattr(cycles_module, "STEP", 16)
 
 
 # What it never does
@@ -194,8 +194,8 @@ class Tape:
 @pytest.fixture
 def tapes(monkeypatch) -> list[Tape]:
     made: list[Tape] = []
-    monkeypatch.setattr(static_graphs, "capturable", lambda device: True)
-    monkeypatch.setattr(static_graphs, "capture", lambda *given: made.append(Tape(*given)) or made[-1])
+    monkeypatch.setattr(capture_module, "capturable", lambda device: True)
+    monkeypatch.setattr(capture_module, "capture", lambda *given: made.append(Tape(*given)) or made[-1])
     return made
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from domino_spec.decoding.cycle import DraftPlan, ObservedCycle
-from domino_spec.decoding.graphs import cycles as static_module
+from domino_spec.decoding.graphs import cycles as cycles_module
 from domino_spec.decoding.graphs.cycles import extent_of, is_static
 from domino_spec.decoding.prefixes import PrefixCache
 from domino_spec.decoding.request import Limits, Request
@@ -56,7 +56,7 @@ def target(model):
 @pytest.fixture(autouse=True)
 def small_extents(monkeypatch):
     """Short texts cross the borders of several extents."""
-    monkeypatch.setattr(static_module, "STEP", 16)
+    monkeypatch.setattr(cycles_module, "STEP", 16)
 
 
 # What it writes
@@ -104,8 +104,8 @@ def test_more_stop_tokens_than_the_device_looks_for(target):
     text = plain_greedy(tiny_model(), PROMPTS[0], 30)
     others = [t for t in range(VOCAB) if t not in text]
     last = max(text[5:])
-    assert len(others) >= static_module.MOST_STOPS > 0
-    stops = {*[t for t in others if t < last][: static_module.MOST_STOPS], last}
+    assert len(others) >= cycles_module.MOST_STOPS > 0
+    stops = {*[t for t in others if t < last][: cycles_module.MOST_STOPS], last}
     requests = requests_of([PROMPTS[0]], [30], stops=[stops])
     ordinary, ours = (decoded(engine_of(target, drafter_of(target, "none"), s), requests) for s in (False, True))
     assert told(ours) == told(ordinary) and ours[0].finish_reason == "stop"
@@ -300,7 +300,7 @@ def test_settings_in_a_table_give_the_same_distributions_bit_for_bit():
 
 
 def test_an_extent_holds_the_rows_and_little_more(monkeypatch):
-    monkeypatch.setattr(static_module, "STEP", 256)
+    monkeypatch.setattr(cycles_module, "STEP", 256)
     extents = [extent_of(rows) for rows in range(1, 40_000)]
     assert all(rows <= extent for rows, extent in enumerate(extents, 1))
     assert all(extent <= max(256, rows + 256, 1.25 * rows + 1) for rows, extent in enumerate(extents, 1))

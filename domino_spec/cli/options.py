@@ -63,8 +63,6 @@ class Machine:
         from domino_spec.draft.load import load_draft
         from domino_spec.target.load import load_target
 
-        if self.device.startswith("cuda:") and int(self.device[5:]) >= max(1, torch.cuda.device_count()):
-            raise UserError(f"--device {self.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         with status(f"Loading {target}"):
             loaded = load_target(target, dtype=dtype, device=self.device, check=not self.no_check)

@@ -191,7 +191,8 @@ def _check_options(
 
 def _check_values(asked: Asked) -> str | None:
     """Refuse values that cannot be served, before anything is loaded; returns why nothing is drafted, or None."""
-    from domino_spec.serve.preflight import bind, check_api_key, check_host, check_slots, choose_device
+    from domino_spec.devices import choose_device
+    from domino_spec.serve.preflight import bind, check_api_key, check_host, check_slots
     from domino_spec.target.text import check_characters
 
     endpoint, local, method = asked.endpoint, asked.local, asked.method

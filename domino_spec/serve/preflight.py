@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from domino_spec import __version__
 from domino_spec.decoding.cycle import Drafter, cycle_room
-from domino_spec.devices import free_memory
+from domino_spec.devices import choose_device, free_memory
 from domino_spec.draft.load import AnyDraft, draft_directory, fit_of, read_any_draft
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.drafters.methods import KIND_NAMES, check_draft, check_settings, default_method, make_drafter
@@ -126,19 +126,6 @@ def _engine(plan: Plan, device: torch.device | None) -> str:
 
         check_engine()
     return f"{plan.engine} {version}, which is as the plug-in expects"
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a name stands for.
-
-    Raises:
-        UserError: this machine does not have it.
-    """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"{name} was asked for, but PyTorch sees {count or 'no'} CUDA device{'s' * (count > 1)}")
-    return device
 
 
 def _device_sentence(device: torch.device) -> str:

@@ -53,7 +53,7 @@ def test_a_pair_that_fits_is_found_fit_part_by_part(target_dir, draft_dir):
     assert all(f.works for f in findings)
     sentences = {f.part: f.sentence for f in findings}
     assert "LlamaForCausalLM" in sentences["target"] and "same weights" in sentences["pairing"]
-    assert "the head (GRU 12, low rank 6) corrects the 128 best base logits" in sentences["method"]
+    assert "the head (GRU 16, low rank 16) corrects the 128 best base logits" in sentences["method"]
 
 
 def test_the_target_alone_needs_no_draft(target_dir):
@@ -152,7 +152,7 @@ def test_every_fault_is_named_and_memory_is_left_out(tmp_path, target_dir, draft
     assert "hidden size 32, the target has 48" in wrong["pairing"].sentence
     assert "eagle3 needs an EAGLE-3 draft" in wrong["method"].sentence
     if not torch.cuda.is_available():
-        assert wrong["device"].sentence == "cuda was asked for, but PyTorch sees no CUDA device"
+        assert wrong["device"].sentence.startswith("device cuda was asked for, but PyTorch sees no CUDA device")
 
 
 def test_other_weights_of_the_same_shape_are_refused_unless_allowed(tmp_path, draft_dir):

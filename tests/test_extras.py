@@ -71,6 +71,7 @@ def test_the_oldest_transformers_that_is_tested_is_the_oldest_of_the_range():
     assert f"transformers>={oldest}," in (ROOT / "constraints.txt").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_bare_install_decodes(target_dir, draft_dir):
     answer = ["generate", "w3 w4 w5", "--target", str(target_dir), "--max-new-tokens", "6", "--json"]
     plain, drafted, inspected = run_bare(

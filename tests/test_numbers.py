@@ -90,6 +90,7 @@ def no_server(monkeypatch):
     monkeypatch.setattr("domino_spec.serve.server.Server", NoServer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), CASES)
 def test_a_number_that_nobody_can_mean_is_one_line_or_works(tmp_path: Path, commands, command, option):
     for place, value in enumerate(VALUES):

@@ -61,6 +61,7 @@ def test_variants_differ_only_where_they_say():
         assert dataclasses.replace(small.draft, init_from=large.draft.init_from) == large.draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_the_stated_cost_is_what_the_dry_run_gives(path, tmp_path):
     text = path.read_text()

@@ -160,6 +160,7 @@ def test_trees_are_methods_of_their_own(loaded, disk):
     assert min(sizes["domino-tree-confident"]) < 7 and min(sizes["domino-tree+ngram"]) < 7
 
 
+@pytest.mark.slow
 def test_a_report_copes_with_chains_and_trees_of_other_budgets(disk, tmp_path):
     options = {"methods": ["none", "domino", "domino-tree", "domino-tree+ngram"], "num_drafts": [], "limit": 1}
     report = run_bench(**disk.options(tmp_path, **options, temperatures=[0.0], repeats=1, breakdown=True))

@@ -69,6 +69,7 @@ def test_every_command_offers_the_methods_of_the_table():
     assert {*METHODS} <= {*OF_BENCH}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_asked_for_everywhere(tmp_path, target_dir, drafts, served, method):
     pair = ("--target", target_dir, *options_for(method, drafts))

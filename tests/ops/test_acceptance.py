@@ -124,6 +124,7 @@ def test_triton_decides_greedy_chains_like_the_truth(interpreted, shape, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_says_where_a_row_that_counted_holds_nan(interpreted):
     found, expected = interpreted(small_parts, *broken_case()), greedy_chain_torch(*broken_case())

@@ -51,6 +51,7 @@ def test_another_system_is_said(monkeypatch, caplog):
     assert "they are built on Linux and macOS only, and this is Windows; run on one of them." in said(caplog)
 
 
+@pytest.mark.slow
 @only_linux
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2])
@@ -100,6 +101,7 @@ def test_what_cannot_be_kept_or_loaded_is_said(monkeypatch, caplog, tmp_path):
     assert "cannot be kept" in said(caplog)
 
 
+@pytest.mark.slow
 @only_linux
 @needs_library
 @pytest.mark.parametrize("whose", ["group", "everyone", "another user's", "a file of another user's"])

@@ -167,6 +167,7 @@ def select(logits: Tensor, wanted: int, programs: int, fused: bool) -> tuple[Ten
     return select_best(logits, wanted, plan, workspace, programs, fused)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize(("width", "wanted", "fused"), [(250, 70, False), (9, 9, True), (300, 1, True)])

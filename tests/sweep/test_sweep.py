@@ -77,6 +77,7 @@ def test_planted_faults_are_seen(family, trial):
     assert run_family(family, trial).kind == "wrong text"
 
 
+@pytest.mark.slow
 def test_without_a_planted_fault_the_same_trial_passes():
     assert run_family("gemma2", faults.nothing).kind == "equal"
 
@@ -87,5 +88,6 @@ def test_a_process_that_aborts_or_hangs_is_reported():
     assert run_family("llama", faults.hangs, seconds=2).kind == "timeout"
 
 
+@pytest.mark.slow
 def test_a_comparison_that_cannot_see_is_reported():
     assert run_family("llama", faults.weights_without_effect).kind == "blind"

@@ -74,6 +74,7 @@ def commands(target, draft, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", SPOILED)
 @pytest.mark.parametrize("where", ["target", "draft"])
 def test_a_payload_never_runs(tmp_path, target_dir, draft_dir, asked, spoiled, where):

@@ -70,6 +70,7 @@ def test_a_draft_for_qwen3_8b_has_the_published_size(tmp_path):
     assert memory["optimizer_moments"] == 8 * estimate.parameters["trained"] // 8
 
 
+@pytest.mark.slow
 def test_training_a_head_only_is_cheaper_in_every_way(tmp_path):
     target, published = save_qwen3(tmp_path / "target"), save_dflash(tmp_path / "draft")
     start = DraftRecipe(init_from=str(published))
@@ -204,6 +205,7 @@ def test_the_number_of_processes_is_torchruns(setup, monkeypatch):
         estimate_training(setup.recipe(), processes=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_dry_run_of_a_shipped_recipe_needs_neither_hub_nor_weights(path, tmp_path, monkeypatch):
     """Not even a cache of either: shapes of the targets and drafts that it names come with the package."""

@@ -57,6 +57,7 @@ def refusal(setup, run: Path) -> str:
 # States
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_anywhere_in_a_state_is_noticed(setup, run):
     """In the header, where safetensors or our checks see it, and in every tensor, where the checksum does."""
     path = run / STATE

@@ -119,6 +119,7 @@ def assert_survives(recipe: Recipe, out: Path, kills: list[int], whole: Path) ->
     assert not list(out.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_anywhere_ends_in_the_same_bytes(recipe, whole, tmp_path):
     """Some of the places; the slow test takes all of them."""
     expected, operations = whole
@@ -129,6 +130,7 @@ def test_a_run_killed_twice_anywhere_ends_in_the_same_bytes(recipe, whole, tmp_p
         assert_survives(recipe, tmp_path / f"run{number}", kills, expected)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_last_state_and_its_draft_writes_the_draft(recipe, whole, tmp_path):
     """The state is of the last step, `draft/` of the step before: the same command must not call it new."""
     expected, operations = whole
@@ -160,6 +162,7 @@ def test_a_run_killed_a_little_later_at_every_start(recipe, whole, tmp_path):
     assert_survives(recipe, tmp_path / "run", list(range(1, operations + 1)), expected)
 
 
+@pytest.mark.slow
 def test_answers_cut_in_the_middle_twice_are_those_of_an_uninterrupted_run(setup, tmp_path):
     """Sampled, so that they would differ if they depended on the batch they are in; several turns, too."""
     prompts = tmp_path / "prompts.jsonl"

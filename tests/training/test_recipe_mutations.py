@@ -90,6 +90,7 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=40)
 @given(mutations=MUTATIONS)
 def test_a_mutated_recipe_works_or_is_one_line(recipe, mutations):
@@ -212,6 +213,7 @@ def test_what_cannot_be_is_said_with_key_and_value(recipe, part, changes, messag
     assert line is not None and message in line
 
 
+@pytest.mark.slow
 def test_the_largest_values_of_all_are_estimated(recipe):
     """Shapes are worked out without contents, so they cost no memory; nothing overflows."""
     values = yaml.safe_load(recipe.read_text())

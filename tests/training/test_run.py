@@ -104,6 +104,7 @@ def test_the_loss_falls(setup, tmp_path):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, dict(objective="kl"), dict(causal_encoder="training_time_test", position_weights="acceptance")],

@@ -217,6 +217,7 @@ def test_what_trackers_print_stays_off_standard_output(setup, tmp_path, install,
     assert "trackio says something" in written.err and not written.out
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_is_before_it_begins(setup, tmp_path):
     seen = []
     run_training(setup.recipe(steps=None, epochs=2.0), tmp_path, device="cpu", on_start=seen.append)

@@ -59,6 +59,7 @@ def small_extents(monkeypatch):
 # What it never does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["greedy", "everything"])
 @pytest.mark.parametrize("method", EACH)
 def test_the_host_never_looks_at_the_device_within_a_cycle(target, method, settings, monkeypatch):

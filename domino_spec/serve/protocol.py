@@ -111,14 +111,14 @@ def _refusal(fault: Fault) -> ApiError:
     """What pydantic found wrong, with OpenAI's codes."""
     if fault.kind in ("unsupported_parameter", "extra_forbidden"):
         return _unsupported(fault.key)
-    code = "invalid_value"
-    if fault.kind == "missing":
-        code = "missing_required_parameter"
+    code, sentence = "invalid_value", fault.sentence
+    if fault.kind == "missing":  # `_json_object` dropped it if it was null
+        code, sentence = "missing_required_parameter", sentence.replace("missing key", "missing or null:")
     elif fault.kind.endswith("_type") or fault.kind == "too_short":
         code = "invalid_type"
     elif fault.kind == "unsupported_value":
         code = fault.kind
-    return invalid(fault.key or None, fault.sentence, code)
+    return invalid(fault.key or None, sentence, code)
 
 
 # Requests
@@ -142,6 +142,8 @@ def _whole(value: object) -> object:
 
 
 def _list_of_strings(value: object) -> object:
+    if not isinstance(value, (str, list)):
+        raise PydanticCustomError("stop_type", "Input should be string or list of strings")
     return [value] if isinstance(value, str) else value
 
 

@@ -45,6 +45,8 @@ SAMPLING = [
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": [1]}, "stop[0]"),
     ({"stop": {"a": 1}}, "stop"),
+    ({"stop": {}}, "stop"),
+    ({"stop": 0}, "stop"),
     ({"stop_token_ids": [60]}, "stop_token_ids"),
     ({"stop_token_ids": "w5"}, "stop_token_ids"),
     ({"stream": "yes"}, "stream"),

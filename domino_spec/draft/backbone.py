@@ -24,11 +24,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from domino_spec.draft.config import AnyConfig, DraftConfig
 from domino_spec.ops.context import write_context_
 from domino_spec.ops.native import bindings as cpu
-from domino_spec.ops.native.bindings import DecoderLayers
+from domino_spec.ops.native.bindings import DecoderLayers, PackedLinear
 from domino_spec.target.native import (
     FusedProjection,
     NotFusible,
-    PackedLinear,
     fuse,
     fused_layers,
     fused_norm,

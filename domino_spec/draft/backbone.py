@@ -22,7 +22,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.draft.config import AnyConfig, DraftConfig
-from domino_spec.ops.context import write_context_
+from domino_spec.ops.context import context_writer
 from domino_spec.ops.native import bindings as cpu
 from domino_spec.ops.native.bindings import DecoderLayers, PackedLinear
 from domino_spec.target.native import (
@@ -265,7 +265,9 @@ class Backbone(nn.Module):
         """
         norms = self._key_norms() if self._context_norms is None else self._context_norms
         cos, sin = self.rotary(lengths[:, None] + torch.arange(features.shape[1], device=lengths.device))
-        write_context_(keys, values, lengths, self._project(features), norms, self.config.rms_norm_eps, cos, sin)
+        projected = self._project(features)
+        write = context_writer(keys.device.type, (keys.dtype, projected.dtype, norms.dtype), keys.shape[-1])
+        write(keys, values, lengths, projected, norms, self.config.rms_norm_eps, cos, sin)
 
     def _project(self, features: Tensor) -> Tensor:
         """Features to keys and values of all layers, neither normed nor rotated: [R, T, layers, 2, kv_heads, D]."""

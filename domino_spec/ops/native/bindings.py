@@ -258,7 +258,8 @@ class _Arguments:
             found[name] = x.data_ptr()
             kept.append(x)
         for size, described in self._whole.items():
-            _check_whole(self.function, described, found[size])
+            if found[size] < 1 or found[size] % lanes():
+                raise _not_whole(self.function, described, found[size])
         return found
 
     def _spread(self, expected: _Expected, x: Tensor | None, found: dict[str, Any]) -> Tensor:
@@ -278,11 +279,9 @@ class _Arguments:
         return _unfit(self.function, expected.name, x, f"{layout}{expected.dtype} [{sizes}] on cpu")
 
 
-def _check_whole(function: str, described: str, size: int) -> None:
-    """Refuse a size that is not a multiple of the processor's vectors."""
-    if not fits(size):
-        vectors = f"a multiple of {lanes()}, this processor's vectors"
-        raise ValueError(f"{function}: the {described} must be {vectors}, got {size}")
+def _not_whole(function: str, described: str, size: int) -> ValueError:
+    vectors = f"a multiple of {lanes()}, this processor's vectors"
+    return ValueError(f"{function}: the {described} must be {vectors}, got {size}")
 
 
 def _check_groups(function: str, heads: int, kv_heads: int) -> None:
@@ -314,13 +313,12 @@ def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | T
     return ValueError(f"{function}: {name} must be {expected}, got {x.dtype} {list(x.shape)} on {x.device}{layout}")
 
 
-def _raise_for(function: str, status: int, name: str = "", indices: Tensor | None = None, expected: str = "") -> None:
-    """Make an exception of what C returned."""
+def _failure(status: int, function: str, name: str = "", indices: Tensor | None = None, wanted: str = "") -> Exception:
+    """What C returned, as an exception: no memory, or an index inside a tensor that does not fit."""
     if status == _NO_MEMORY:
-        raise MemoryError(f"{function}: no memory is left for its scratch")
-    if status == _BAD_INDEX:
-        assert indices is not None
-        raise ValueError(f"{function}: {name} must be {expected}, got {int(indices.min())} to {int(indices.max())}")
+        return MemoryError(f"{function}: no memory is left for its scratch")
+    assert status == _BAD_INDEX and indices is not None
+    return ValueError(f"{function}: {name} must be {wanted}, got {int(indices.min())} to {int(indices.max())}")
 
 
 # ---- steps of a decoder pass ----
@@ -410,7 +408,8 @@ def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's product, silu(gate) * up, of a joined x [..., 2 * width]: gate first."""
     x = x.contiguous()
     at, width = _SILU_MUL(x), x.shape[-1] // 2
-    _check_whole("silu_mul", "half of the width of x", width)
+    if not fits(width):
+        raise _not_whole("silu_mul", "half of the width of x", width)
     y = x.new_empty(*x.shape[:-1], width)
     _loops().silu_mul(at["x"], y.numel() // width, width, y.data_ptr())
     return y
@@ -459,7 +458,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         at["query"], between, at["keys"], at["values"], *apart, at["mask"],
         requests, tokens, heads, kv_heads, extent, width, scale, y.data_ptr(),
     )  # fmt: skip
-    _raise_for("attend", status)
+    if status:
+        raise _failure(status, "attend")
     return y
 
 
@@ -600,7 +600,8 @@ class DecoderLayers:
         heads, kv_heads, width, inner, panel = layer.heads, layer.kv_heads, layer.head_dim, layer.inner, panel_width()
         function, sizes = f"decoder_layers: layer {number}", dict(hidden=self._hidden, head_dim=width, inner=inner)
         for name, size in sizes.items():
-            _check_whole(function, "hidden size" if name == "hidden" else name, size)
+            if not fits(size):
+                raise _not_whole(function, "hidden size" if name == "hidden" else name, size)
         _check_groups(function, heads, kv_heads)
         if (kv_heads, width) != (self._kv_heads, self._head_dim):
             raise ValueError(
@@ -675,7 +676,8 @@ class DecoderLayers:
             len(tapped), ctypes.addressof(taps), None if features is None else features.data_ptr(),
         )  # fmt: skip
         status = _loops().decoder_layers(self._in_c, number, ctypes.byref(described))
-        _raise_for("decoder_layers", status, "rows", rows, "0 or more")
+        if status:
+            raise _failure(status, "decoder_layers", "rows", rows, "0 or more")
         return x, features
 
 
@@ -713,7 +715,7 @@ def write_context(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """`context.write_context_`: projected [R, T, layers, 2, kv_heads, D], which is lost, behind `lengths` [R] rows."""
+    """`context.write_context_torch_`: projected [R, T, layers, 2, kv_heads, D] is lost; it goes behind `lengths` [R]."""
     projected, lengths = projected.contiguous(), lengths.contiguous()
     at = _WRITE_CONTEXT(projected, norms.contiguous(), cos, sin, lengths, keys, values)
     requests, tokens, layers, _, kv_heads, width = projected.shape
@@ -722,7 +724,8 @@ def write_context(
         at["projected"], requests, tokens, layers, kv_heads, width, at["norm_weights"], eps, at["cos"], at["sin"],
         rows.data_ptr(), at["capacity"], *_cache_strides("write_context_", keys, values), at["keys"], at["values"],
     )  # fmt: skip
-    _raise_for("write_context_", status, "rows", rows, "0 or more")
+    if status:
+        raise _failure(status, "write_context_", "rows", rows, "0 or more")
 
 
 # ---- the head's drafts: heads.py ----
@@ -863,8 +866,9 @@ def head_rollout(
         min(budget, room), num_drafts.data_ptr(), *(None if x is None else x.data_ptr() for x in (ids, probs)),
     )  # fmt: skip
     status = _loops().head_rollout(ctypes.byref(arguments))
-    token_ids, rows = None if head is None else head.token_ids, f"rows of the embeddings, 0 to {tokens - 1}"
-    _raise_for("head_rollout", status, "token_ids", token_ids, rows)
+    if status:
+        token_ids, rows = None if head is None else head.token_ids, f"rows of the embeddings, 0 to {tokens - 1}"
+        raise _failure(status, "head_rollout", "token_ids", token_ids, rows)
     total = sum(kept)
     return Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
 
@@ -913,5 +917,6 @@ def blended_rows(
         terms.cross_entropy, terms.kl, terms.total_variation, terms.log_acceptance, eta,
         base_losses.data_ptr(), final_losses.data_ptr(),
     )  # fmt: skip
-    _raise_for("blended_rows_", status, "labels", labels, f"0 to {width - 1}")
+    if status:
+        raise _failure(status, "blended_rows_", "labels", labels, f"0 to {width - 1}")
     return base_losses, final_losses

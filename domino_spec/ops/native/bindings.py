@@ -715,7 +715,7 @@ def write_context(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """`context.write_context_torch_`: projected [R, T, layers, 2, kv_heads, D] is lost; it goes behind `lengths` [R]."""
+    """`context.write_context_torch_`; what `projected` held is lost."""
     projected, lengths = projected.contiguous(), lengths.contiguous()
     at = _WRITE_CONTEXT(projected, norms.contiguous(), cos, sin, lengths, keys, values)
     requests, tokens, layers, _, kv_heads, width = projected.shape

@@ -224,7 +224,9 @@ class _Arguments:
     def __init__(self, function: str, whole: dict[str, str] | None = None, **shapes: str) -> None:
         self.function, self._whole = function, whole or {}
         self._expected = [self._parse(name, shape.split()) for name, shape in shapes.items()]
-        self._numbers = {size: int(size) for one in self._expected for size in one.sizes if size.isdigit()}
+        sizes = {size for expected in self._expected for size in expected.sizes}
+        assert not sizes & shapes.keys(), "a call gives sizes and addresses by name"
+        self._numbers = {size: int(size) for size in sizes if size.isdigit()}
 
     @staticmethod
     def _parse(name: str, words: list[str]) -> _Expected:
@@ -337,14 +339,14 @@ def pack_bias(bias: Tensor) -> Tensor:
     return F.pad(bias.detach(), (0, -len(bias) % panel_width())).contiguous()
 
 
-_LINEAR = _Arguments("linear", x="rows_of inputs", panels="panels inputs width", bias="optional padded")
+_LINEAR = _Arguments("linear", x="rows_of inputs", panels="count inputs width", bias="optional padded")
 
 
 def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x [..., inputs] and a packed weight (and bias) to [..., outputs]."""
     width, x = panel_width(), x.contiguous()
     count = -(-outputs // width)
-    at = _LINEAR(x, panels, bias, panels=count, width=width, padded=count * width)
+    at = _LINEAR(x, panels, bias, count=count, width=width, padded=count * width)
     rows, inputs = x.numel() // at["inputs"], at["inputs"]
     transposed, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs)
     _loops().linear(at["x"], rows, inputs, at["panels"], at["bias"], outputs, transposed.data_ptr(), y.data_ptr())
@@ -848,12 +850,12 @@ def head_rollout(
     requests, depths, vocabulary = block.base_logits.shape
     candidates = vocabulary if how.candidates is None else min(how.candidates, vocabulary)
     widths_in_c, room = _widths_in_c(depths, vocabulary, candidates, tuple(widths), budget), sum(widths)
-    uniform, warmth = (None, None) if how.uniform is None else _sampled(how, temperatures, widths)
+    uniform, temperatures = (None, None) if how.uniform is None else _sampled(how, temperatures, widths)
     slots, anchors, known, tokens = None, None, {}, 0
     if head is not None:
         slots, anchors = block.hidden.contiguous(), block.anchor_embedding.contiguous()
         known, tokens = {"vocabulary": head.vocabulary, "hidden": head.hidden}, head.tokens
-    at = _ROLLOUT(block.base_logits.contiguous(), slots, anchors, uniform, warmth, **known)
+    at = _ROLLOUT(block.base_logits.contiguous(), slots, anchors, uniform, temperatures, **known)
     choices, parents = torch.empty(2, requests, room, dtype=torch.long).unbind()
     scores, num_drafts = torch.empty(requests, room), torch.zeros(requests, dtype=torch.long)
     ids = torch.empty(requests, depths, candidates, dtype=torch.long) if candidates < vocabulary else None

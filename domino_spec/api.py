@@ -164,7 +164,8 @@ def _check_types(given: Mapping[str, Any]) -> None:
     for i, text in enumerate(given["stop"]):
         if not isinstance(text, str):
             raise UserError(_expected(f"stop[{i}]", "a text", text))
-    require(len(given["prompts"]) > 0, "no prompt given")
+    if not len(given["prompts"]):
+        raise UserError("no prompt given")
 
 
 def stream(

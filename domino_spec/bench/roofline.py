@@ -36,9 +36,9 @@ from domino_spec.decoding.sampling import Sampling, SamplingSettings
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.domino import Draft
 from domino_spec.drafters.block import BlockDrafter
+from domino_spec.ops.native.bindings import PackedLinear
 from domino_spec.settings import UserError
 from domino_spec.target.model import PREFILL_CHUNK, Target
-from domino_spec.target.native import PackedLinear
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from domino_spec.decoding.request import Generation, showable
+from domino_spec.decoding.request import Generation, StopStrings, showable
 from domino_spec.draft.config import DraftConfig, SingleLayerConfig
 from domino_spec.draft.load import DraftDescription, Fit
 from domino_spec.drafters.methods import METHODS
 from domino_spec.target.model import Target
-from domino_spec.target.text import StopStrings
 
 if TYPE_CHECKING:
     from domino_spec.cli.race import Racer, RaceResult

@@ -449,8 +449,11 @@ def decode(
         yield generations
     for place, generation in enumerate(generations, 1):
         if generation.finish_reason == "error":
-            raise UserError(
-                f"{target.name} gave values that are not finite after {generation.num_tokens} tokens of request "
-                f"{place} of {len(generations)}: check its weights, or load it in another precision than "
-                f"{str(target.dtype).removeprefix('torch.')}"
-            )
+            raise _not_finite(target, generation, f"request {place} of {len(generations)}")
+
+
+def _not_finite(target: Target, generation: Generation, request: str) -> UserError:
+    return UserError(
+        f"{target.name} gave values that are not finite after {generation.num_tokens} tokens of {request}: check its "
+        f"weights, or load it in another precision than {str(target.dtype).removeprefix('torch.')}"
+    )

@@ -22,13 +22,12 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from domino_spec.draft.config import AnyConfig, DraftConfig
-from domino_spec.ops.context import write_context_
+from domino_spec.ops.context import context_writer
 from domino_spec.ops.native import bindings as cpu
-from domino_spec.ops.native.bindings import DecoderLayers
+from domino_spec.ops.native.bindings import DecoderLayers, PackedLinear
 from domino_spec.target.native import (
     FusedProjection,
     NotFusible,
-    PackedLinear,
     fuse,
     fused_layers,
     fused_norm,
@@ -208,6 +207,8 @@ class Backbone(nn.Module):
         self.rotary_emb = RotaryEmbedding(rotary_config(config))
         self._context_projection: PackedLinear | None = None
         self._context_norms: Tensor | None = None
+        self._write_context: Callable[..., None] | None = None
+        """Of a packed backbone; else `append_context` asks `context_writer`."""
         self.joined_layers: DecoderLayers | None = None
         """All layers as one native step; None if they run one after another."""
         self.recompute_layers = False
@@ -228,7 +229,8 @@ class Backbone(nn.Module):
     def pack(self) -> None:
         """Prepare for inference on CPU: weights laid out for few rows, small steps joined."""
         self._context_projection = PackedLinear(self._context_weight())
-        self._context_norms = self._key_norms()
+        norms = self._context_norms = self._key_norms()
+        self._write_context = context_writer(norms.device.type, (norms.dtype,) * 3, norms.shape[-1])
         if cpu.is_available(self.fc.weight.device, self.fc.weight.dtype):
             for layer, attention in zip(self.layers, self._attentions, strict=True):
                 with suppress(NotFusible):
@@ -266,7 +268,10 @@ class Backbone(nn.Module):
         """
         norms = self._key_norms() if self._context_norms is None else self._context_norms
         cos, sin = self.rotary(lengths[:, None] + torch.arange(features.shape[1], device=lengths.device))
-        write_context_(keys, values, lengths, self._project(features), norms, self.config.rms_norm_eps, cos, sin)
+        projected = self._project(features)
+        types = (keys.dtype, projected.dtype, norms.dtype)
+        write = self._write_context or context_writer(keys.device.type, types, keys.shape[-1])
+        write(keys, values, lengths, projected, norms, self.config.rms_norm_eps, cos, sin)
 
     def _project(self, features: Tensor) -> Tensor:
         """Features to keys and values of all layers, neither normed nor rotated: [R, T, layers, 2, kv_heads, D]."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from domino_spec.draft.backbone import Backbone, output_rows, sharing_copy
 from domino_spec.draft.config import AnyConfig, DraftConfig, HeadConfig
 from domino_spec.ops.heads import EmbeddingTable, HeadOps, HeadWeights, gru_cell
-from domino_spec.target.native import PackedLinear
+from domino_spec.ops.native.bindings import PackedLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self

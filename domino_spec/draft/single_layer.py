@@ -33,8 +33,9 @@ from domino_spec.draft.backbone import (
 from domino_spec.draft.config import SingleLayerConfig, feature_levels
 from domino_spec.draft.domino import BaseDraft
 from domino_spec.ops.native import bindings as cpu
+from domino_spec.ops.native.bindings import PackedLinear
 from domino_spec.settings import UserError
-from domino_spec.target.native import FusedProjection, NotFusible, PackedLinear, fuse, pack_linears
+from domino_spec.target.native import FusedProjection, NotFusible, fuse, pack_linears
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,38 +20,17 @@ from domino_spec.ops.native import bindings
 from domino_spec.ops.triton import has_triton
 
 
-def write_context_(
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    projected: Tensor,
-    norm_weights: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    """Norm, rotate (half-split RoPE) and write.
+@functools.cache
+def context_writer(device: str, types: tuple[torch.dtype, ...], head_dim: int) -> Callable[..., None]:
+    """The fastest function that does what `write_context_torch_` does.
 
-    C and Triton leave out rows that a request has no room for. In C, a negative length is a ValueError.
+    Those in C and Triton leave out rows that a request has no room for. In C, a negative length is a ValueError.
 
     Args:
-        keys: [layers, R, kv_heads, capacity, D]; rows `lengths[r] .. lengths[r] + T - 1` of request r are written.
-        values: the same shape.
-        lengths: [R] int64, rows before; not changed here.
-        projected: [R, T, layers, 2, kv_heads, D], keys and values of every layer, of the cache's type; may be lost.
-        norm_weights: [layers, D], of the keys' RMS norm.
-        eps: of that norm.
-        cos: [R, T, D] float32, for the rows' absolute positions.
-        sin: [R, T, D] float32.
+        device: its type.
+        types: of the cache, of what is projected and of the norms' weights.
+        head_dim: D.
     """
-    types = (keys.dtype, projected.dtype, norm_weights.dtype)
-    write = _implementation(keys.device.type, types, keys.shape[-1])
-    write(keys, values, lengths, projected, norm_weights, eps, cos, sin)
-
-
-@functools.cache
-def _implementation(device: str, types: tuple[torch.dtype, ...], head_dim: int) -> Callable[..., None]:
-    """The fastest one for caches of this kind."""
     if device == "cuda" and types[1] in (torch.float32, torch.bfloat16) and has_triton("a draft's context"):
         from domino_spec.ops.triton.context import write_context_triton_
 
@@ -70,7 +49,18 @@ def write_context_torch_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """`write_context_` in PyTorch, on any device."""
+    """Norm, rotate (half-split RoPE) and write, on any device.
+
+    Args:
+        keys: [layers, R, kv_heads, capacity, D]; rows `lengths[r] .. lengths[r] + T - 1` of request r are written.
+        values: the same shape.
+        lengths: [R] int64, rows before; not changed here.
+        projected: [R, T, layers, 2, kv_heads, D], keys and values of every layer, of the cache's type; may be lost.
+        norm_weights: [layers, D], of the keys' RMS norm.
+        eps: of that norm.
+        cos: [R, T, D] float32, for the rows' absolute positions.
+        sin: [R, T, D] float32.
+    """
     requests, new = projected.shape[:2]
     layers, head_dim = norm_weights.shape
     weights = norm_weights.to(projected.dtype)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from domino_spec.decoding.engine import Engine
-from domino_spec.decoding.request import Generation, Request, showable
-from domino_spec.target.text import StopStrings
+from domino_spec.decoding.request import Generation, Request, StopStrings, showable
 
 _log = logging.getLogger(__name__)
 

@@ -1,9 +1,4 @@
-"""Faster modules for inference on CPU: linear layers with packed weights, and fused norms, MLPs and attention.
-
-A verify pass multiplies 2 to 17 rows by every weight, and the stock product is slow at that size. In float32 the
-native loops (`ops.native`) have one layout that serves every number of rows. Without them, and in bfloat16, oneDNN's
-packed product is used. The stock product is faster for the single row of plain decoding in float32, so the number of
-rows decides, and the baseline gets the better one too.
+"""Replaces a model's modules by faster ones for inference on CPU: packed linear layers, fused norms, MLPs, attention.
 
 Half of a small model's pass on CPU goes into the dozens of small PyTorch calls of every layer, not into its products.
 Families differ in details (a scale here, a norm there), so a module is replaced only if the replacement gives the same
@@ -21,51 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
 from domino_spec.ops.native import bindings as cpu
-from domino_spec.ops.native.bindings import DecoderLayers, Layer, Norm, Product
+from domino_spec.ops.native.bindings import DecoderLayers, FusedNorm, Layer, Norm, PackedLinear, Product
 from domino_spec.target.cache import folded_attention, watch_attention
 
 _log = logging.getLogger(__name__)
-
-PACK_ROWS = 8
-"""Rows the packed layout is tuned for: a typical verify pass."""
-STOCK_ROWS = 3
-"""Up to this many rows oneDNN's packed product is slower than the stock one (docs/log.md)."""
-
-
-class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on CPU."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        weight = weight.detach()
-        self.panels: Tensor | None = None
-        if cpu.is_available(weight.device, weight.dtype):
-            self.panels = cpu.pack(weight)
-            self.bias = None if bias is None else cpu.pack_bias(bias)
-        else:
-            self._given, self.bias = weight, bias
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
-
-    @property
-    def weight(self) -> Tensor:
-        """[out, in], as it was given; from panels a copy. Some models read it (routers of experts)."""
-        if self.panels is None:
-            return self._given
-        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., in] to [..., out]."""
-        if self.panels is not None:
-            return cpu.linear(x, self.panels, self.out_features, self.bias)
-        if x.numel() <= STOCK_ROWS * self.in_features:
-            return F.linear(x, self._given, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -97,26 +55,6 @@ def pack_linears(module: nn.Module) -> int:
 
 _TOLERANCE = 1e-4
 """Relative to the largest output: float32 products in another order differ by far less, another formula by far more."""
-
-
-class FusedNorm(nn.Module):
-    """RMS norm in one step.
-
-    Args:
-        gain: [H], what the normed values are multiplied with.
-        eps: added to the mean square.
-    """
-
-    weight: Tensor
-
-    def __init__(self, gain: Tensor, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", gain.detach(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to the same."""
-        return cpu.rms_norm(x, self.weight, self.eps)
 
 
 class FusedMLP(nn.Module):

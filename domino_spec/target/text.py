@@ -1,4 +1,4 @@
-"""Between text and tokens: chat prompts in, streamed text out, stop strings."""
+"""Prompts: texts and chats to token ids, by the target's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -119,54 +119,3 @@ def _rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             said = " ".join(str(error).split())[:300]
             raise ChatTemplateError(f"{where} does not take these messages: {said}") from error
         raise ChatTemplateError(f"{where} cannot be used: {reason(error)}") from error
-
-
-class TextStream:
-    """Turns tokens into text piece by piece; keeps a character back until all of its bytes are there."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-        """Characters of the window's text that were returned already."""
-
-    def push(self, token_ids: Sequence[int], final: bool = False) -> str:
-        """The text that these tokens complete; `final` returns what was kept back."""
-        self._ids.extend(token_ids)
-        text = self._text()
-        if text.endswith("\ufffd") and not final:
-            return ""
-        piece = text[self._shown :]
-        self._shown = len(text)
-        if text.endswith("\n"):
-            # A line end is a safe place to start a fresh window, which keeps decoding cheap on long texts. One token
-            # stays: some tokenizers drop the space before the first word of a text.
-            self._ids = self._ids[-1:]
-            self._shown = len(self._text())
-        return piece
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-
-class StopStrings:
-    """Finds the first of several strings in a growing text."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = tuple(strings)
-        self._longest = max(map(len, strings), default=0)
-        self._searched = 0
-
-    def find(self, text: str) -> int | None:
-        """Index where the first stop string starts, or None. `text` must extend the text of the last call."""
-        start = max(0, self._searched - self._longest)
-        found = [i for i in (text.find(s, start) for s in self._strings) if i >= 0]
-        self._searched = len(text)
-        return min(found, default=None)
-
-    def safe_length(self, text: str) -> int:
-        """Characters that can be shown now: none of them can turn out to begin a stop string."""
-        for held in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(s.startswith(text[-held:]) for s in self._strings):
-                return len(text) - held
-        return len(text)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from domino_spec import SamplingSettings, UserError, generate, stream
-from domino_spec.decoding.request import Generation, Limits
-from tests.tiny import EOS, Oracle, plain_greedy, random_prompts, run, tiny_draft
+from domino_spec.decoding.request import Generation, Limits, StopStrings, TextStream
+from tests.tiny import EOS, Oracle, byte_tokenizer, plain_greedy, random_prompts, run, tiny_draft, word_tokenizer
 
 COUNT = 20
 
@@ -158,3 +158,62 @@ def test_text_needs_a_tokenizer(target):
 def test_token_ids_outside_the_vocabulary_are_refused(target, token):
     with pytest.raises(UserError, match="vocabulary"):
         generate(target, None, [[1, token]], max_new_tokens=2)
+
+
+# ---- text piece by piece ----
+
+TEXT = "Grüße, 你好!\nline two\n\n🙂 end\n"
+
+
+def test_streamed_pieces_add_up_to_the_decoded_text():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = tokenizer(TEXT)["input_ids"]
+    assert len(ids) > len(TEXT), "some characters must take several tokens"
+    pieces = [stream.push([i], final=n == len(ids) - 1) for n, i in enumerate(ids)]
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_are_given_out_as_soon_as_their_bytes_are_there():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    first, second = tokenizer("ü")["input_ids"]
+    assert [stream.push([first]), stream.push([second])] == ["", "ü"]
+
+
+def test_an_unfinished_character_is_given_out_at_the_end():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    first, _ = tokenizer("ü")["input_ids"]
+    assert stream.push([first], final=True) == "\ufffd"
+
+
+def test_words_keep_their_spaces_when_streamed():
+    tokenizer = word_tokenizer()
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push([i]) for i in (5, 6, 7)) == "w5 w6 w7"
+
+
+def test_stop_strings_are_found_across_pieces():
+    stop = StopStrings(["END", "halt"])
+    text = ""
+    found = None
+    for piece in ["so E", "N", "D and halt"]:
+        text += piece
+        found = stop.find(text)
+        if found is not None:
+            break
+    assert found == text.index("END")
+
+
+def test_the_earliest_stop_string_wins():
+    assert StopStrings(["zz", "b"]).find("abczz") == 1
+    assert StopStrings([]).find("abc") is None
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
+    stop = StopStrings(["END"])
+    assert stop.safe_length("so EN") == 3
+    assert stop.safe_length("so far") == 6
+    assert stop.safe_length("E") == 0

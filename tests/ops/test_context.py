@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from domino_spec.ops.context import write_context_, write_context_torch_
+from domino_spec.ops.context import context_writer, write_context_torch_
 from domino_spec.ops.native import bindings as cpu
 from tests.tiny import assert_close, tiny_draft
 
@@ -35,7 +35,7 @@ def test_rows_are_those_that_the_backbone_projects(target):
 
 
 def context_case(dtype: torch.dtype, heads: int, head_dim: int, seed: int = 0) -> list:
-    """Arguments of `write_context_`: three requests of unequal length in the middle of a larger cache."""
+    """Arguments of `write_context_torch_`: three requests of unequal length in the middle of a larger cache."""
     generator = torch.Generator().manual_seed(seed)
     cache = torch.randn(2, 2, 5, heads, 9, head_dim, generator=generator).to(dtype)
     angles = torch.rand(3, 2, head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
@@ -49,7 +49,8 @@ def written(name: str, given: list) -> tuple[Tensor, Tensor]:
     if name == "triton":
         from domino_spec.ops.triton.context import write_context_triton_ as twin
     else:
-        twin = {"torch": write_context_torch_, "fastest": write_context_}[name]
+        types = (given[0].dtype, given[3].dtype, given[4].dtype)
+        twin = context_writer("cpu", types, given[0].shape[-1]) if name == "fastest" else write_context_torch_
         given = [given[0], given[1], given[2], given[3].clone(), *given[4:]]
     keys, values = given[0].clone(), given[1].clone()
     twin(keys[:, 1:4], values[:, 1:4], *given[2:])

@@ -23,6 +23,7 @@ from transformers import (
 
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.ops.native import bindings as cpu
+from domino_spec.ops.native.bindings import PackedLinear
 from domino_spec.settings import UserError
 from domino_spec.target import model as target_model
 from domino_spec.target import native as fusing
@@ -30,7 +31,7 @@ from domino_spec.target.cache import ATTENTION_NAME, TargetCache, folded_attenti
 from domino_spec.target.check import Misfit, check_target, checked_target, read_reference
 from domino_spec.target.load import load_target
 from domino_spec.target.model import Target
-from domino_spec.target.native import FusedAttention, FusedMLP, PackedLinear
+from domino_spec.target.native import FusedAttention, FusedMLP
 from tests.tiny import (
     ARCHITECTURES,
     as_target,

@@ -8,7 +8,8 @@ from torch import nn
 
 from domino_spec.drafters.lookup import PlainDecoding
 from domino_spec.ops.native import bindings as cpu
-from domino_spec.target.native import FusedAttention, FusedMLP, FusedNorm, fuse
+from domino_spec.ops.native.bindings import FusedNorm
+from domino_spec.target.native import FusedAttention, FusedMLP, fuse
 from tests.tiny import ARCHITECTURES, VOCAB, as_target, plain_greedy, random_prompts, run, tiny_model
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")

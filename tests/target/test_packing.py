@@ -10,8 +10,9 @@ from domino_spec import load_draft, load_target
 from domino_spec.draft.checkpoint import save_draft
 from domino_spec.drafters.block import BlockDrafter
 from domino_spec.drafters.lookup import PlainDecoding
+from domino_spec.ops.native.bindings import PackedLinear
 from domino_spec.settings import UserError
-from domino_spec.target.native import PackedLinear, can_pack, pack_linears
+from domino_spec.target.native import can_pack, pack_linears
 from tests.tiny import ARCHITECTURES, as_target, assert_close, plain_greedy, random_prompts, run, tiny_draft, tiny_model
 
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Text in and text out: chat prompts, streaming without broken characters, stop strings."""
+"""Prompts: chat templates, raw texts, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from domino_spec.settings import UserError
-from domino_spec.target.text import ChatTemplateError, StopStrings, TextStream, encode_prompt, render_chat
+from domino_spec.target.text import ChatTemplateError, encode_prompt, render_chat
 from tests.cli_fixtures import fail, make_target_dir  # noqa: F401
-from tests.tiny import byte_tokenizer, word_tokenizer
+from tests.tiny import word_tokenizer
 
 
 def test_a_text_becomes_a_user_turn_of_the_chat_template():
@@ -36,63 +36,6 @@ def test_an_empty_prompt_is_refused(prompt):
 def test_chat_without_a_template_is_refused():
     with pytest.raises(UserError, match="chat template"):
         encode_prompt(word_tokenizer(chat=False), [{"role": "user", "content": "w7"}])
-
-
-TEXT = "Grüße, 你好!\nline two\n\n🙂 end\n"
-
-
-def test_streamed_pieces_add_up_to_the_decoded_text():
-    tokenizer = byte_tokenizer()
-    stream = TextStream(tokenizer)
-    ids = tokenizer(TEXT)["input_ids"]
-    assert len(ids) > len(TEXT), "some characters must take several tokens"
-    pieces = [stream.push([i], final=n == len(ids) - 1) for n, i in enumerate(ids)]
-    assert "".join(pieces) == TEXT
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_pieces_are_given_out_as_soon_as_their_bytes_are_there():
-    tokenizer = byte_tokenizer()
-    stream = TextStream(tokenizer)
-    first, second = tokenizer("ü")["input_ids"]
-    assert [stream.push([first]), stream.push([second])] == ["", "ü"]
-
-
-def test_an_unfinished_character_is_given_out_at_the_end():
-    tokenizer = byte_tokenizer()
-    stream = TextStream(tokenizer)
-    first, _ = tokenizer("ü")["input_ids"]
-    assert stream.push([first], final=True) == "\ufffd"
-
-
-def test_words_keep_their_spaces_when_streamed():
-    tokenizer = word_tokenizer()
-    stream = TextStream(tokenizer)
-    assert "".join(stream.push([i]) for i in (5, 6, 7)) == "w5 w6 w7"
-
-
-def test_stop_strings_are_found_across_pieces():
-    stop = StopStrings(["END", "halt"])
-    text = ""
-    found = None
-    for piece in ["so E", "N", "D and halt"]:
-        text += piece
-        found = stop.find(text)
-        if found is not None:
-            break
-    assert found == text.index("END")
-
-
-def test_the_earliest_stop_string_wins():
-    assert StopStrings(["zz", "b"]).find("abczz") == 1
-    assert StopStrings([]).find("abc") is None
-
-
-def test_text_that_may_begin_a_stop_string_is_held_back():
-    stop = StopStrings(["END"])
-    assert stop.safe_length("so EN") == 3
-    assert stop.safe_length("so far") == 6
-    assert stop.safe_length("E") == 0
 
 
 def test_thinking_is_off_unless_asked_for():

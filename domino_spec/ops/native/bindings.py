@@ -1,11 +1,12 @@
-"""The one door to the C loops: every entry of the library, as a function of tensors.
+"""The one door to the C loops: every entry of the library, as a function of tensors or a module.
 
 C reads and writes where it is told to. So nothing else in the package calls it, and nothing gets past these functions
 that does not fit: types, devices, strides and shapes are compared here, with each other and with the processor's
 vectors. Numbers inside tensors (rows of a cache, labels, tokens) are compared by C, which reads them anyway, and
 reports. What does not fit is a ValueError (a TypeError if it is no tensor) that names function and argument, what is
-expected and what was found; without memory for scratch there is a MemoryError. Weights are compared once, when a
-`DecoderLayers` or a `Head` is made; a call compares only what it brings.
+expected and what was found; without memory for scratch there is a MemoryError. What a function takes is written in one
+line above it (`_Arguments`). Weights are compared once, when a `DecoderLayers` or a `Head` is made; a call compares
+only what it brings.
 
 Two properties matter for decoding: a pass over a dozen rows costs hardly more than a pass over one, and every row of a
 result has the same bits whatever the number of rows. All tensors are float32 on the CPU unless something else is said.
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from domino_spec.ops.native import build
 
@@ -189,103 +190,122 @@ def fits(width: int) -> bool:
 
 # ---- what is compared ----
 
-
-@functools.cache
-def _words(shape: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The words of a shape, and those of them that are numbers."""
-    words = tuple(shape.split())
-    return words, {word: int(word) for word in words if word.isdigit()}
+_TYPES = {"int64": torch.int64, "float64": torch.float64, "bfloat16": torch.bfloat16, "bool": torch.bool}
+_MARKS = ("optional", "cut", "spread", "rows_of")
 
 
-class _Fit:
-    """Compares the tensors of one call: the first tensor that has a size sets it, the others must have the same.
+class _Expected(NamedTuple):
+    """What one tensor of a call must be."""
 
-    It must live as long as the call: addresses that `spread` returns are of tensors that only it keeps.
+    name: str
+    sizes: tuple[str, ...]
+    """Names of its sizes, and numbers."""
+    dtype: torch.dtype
+    optional: bool
+    """None, which is NULL in C, is allowed."""
+    cut: bool
+    """It need not be contiguous."""
+    spread: bool
+    """It is expanded, in all dimensions but the last, to sizes that are known, and made contiguous."""
+    rows: bool
+    """It has rows of one width, 1 or more, in any number of dimensions before the last."""
+
+
+class _Arguments:
+    """What the tensors of a function must be: the first that has a size sets it, the others must have the same.
 
     Args:
         function: named in errors.
-        sizes: known beforehand.
+        whole: sizes that must be multiples of the processor's vectors, and what errors call them.
+        shapes: of each argument, in the order of a call: a word or a number for each of its sizes. Before them may
+            stand a type (float32 if there is none) and marks, see `_Expected`.
     """
 
-    def __init__(self, function: str, **sizes: int) -> None:
-        self.function, self.sizes = function, sizes
-        self._held: list[Tensor] = []
+    def __init__(self, function: str, whole: dict[str, str] | None = None, **shapes: str) -> None:
+        self.function, self._whole = function, whole or {}
+        self._expected = [self._parse(name, shape.split()) for name, shape in shapes.items()]
+        sizes = {size for expected in self._expected for size in expected.sizes}
+        assert not sizes & shapes.keys(), "a call gives sizes and addresses by name"
+        self._numbers = {size: int(size) for size in sizes if size.isdigit()}
 
-    def __getitem__(self, size: str) -> int:
-        return self.sizes[size]
+    @staticmethod
+    def _parse(name: str, words: list[str]) -> _Expected:
+        dtype = next((_TYPES[word] for word in words if word in _TYPES), torch.float32)
+        sizes = tuple(word for word in words if word not in _TYPES and word not in _MARKS)
+        return _Expected(name, sizes, dtype, *(mark in words for mark in _MARKS))
 
-    def __call__(self, name: str, x: Tensor | None, shape: str, dtype: torch.dtype = torch.float32) -> int:
-        """The address of a contiguous tensor whose sizes are named by `shape`, a word or a number for each."""
-        sizes, (words, numbers) = self.sizes, _words(shape)
-        sizes.update(numbers)
-        if isinstance(x, Tensor) and x.dtype is dtype and x.is_cpu and x.dim() == len(words) and x.is_contiguous():
-            for word, size in zip(words, x.shape, strict=True):
-                if sizes.setdefault(word, size) != size:
-                    break
-            else:
-                return x.data_ptr()
-        expected = ", ".join(str(sizes.get(word, word)) for word in words)
-        raise _unfit(self.function, name, x, f"contiguous {dtype} [{expected}] on cpu")
+    def __call__(self, *given: Tensor | None, **known: int) -> dict[str, Any]:
+        """Compare the tensors of one call with what is expected, and with sizes that are known.
 
-    def optional(self, name: str, x: Tensor | None, shape: str, dtype: torch.dtype = torch.float32) -> int | None:
-        """The same; None, which is NULL, if there is no tensor."""
-        return None if x is None else self(name, x, shape, dtype)
+        Returns:
+            Sizes and addresses by name, and "kept", what lies at the addresses: it must live as long as the call.
+        """
+        kept: list[Tensor] = []
+        found: dict[str, Any] = {**self._numbers, **known, "kept": kept}
+        for expected, x in zip(self._expected, given, strict=True):
+            name, sizes, dtype, optional, cut, spread, rows = expected
+            if x is None and optional:
+                found[name] = None
+                continue
+            if spread:
+                x = self._spread(expected, x, found)
+            if not isinstance(x, Tensor) or x.dtype is not dtype or not x.is_cpu or not (cut or x.is_contiguous()):
+                raise self._unfit(expected, x, found)
+            shape = x.shape[-1:] if rows else x.shape
+            if len(shape) != len(sizes) or (rows and shape[0] == 0):
+                raise self._unfit(expected, x, found)
+            for size, number in zip(sizes, shape, strict=True):
+                if found.setdefault(size, number) != number:
+                    raise self._unfit(expected, x, found)
+            found[name] = x.data_ptr()
+            kept.append(x)
+        for size, described in self._whole.items():
+            if found[size] < 1 or found[size] % lanes():
+                raise _not_whole(self.function, described, found[size])
+        return found
 
-    def spread(self, name: str, x: Tensor, shape: str, dtype: torch.dtype = torch.float32) -> int:
-        """The same of `x` expanded, in all dimensions but the last, to sizes that are known, and made contiguous."""
-        words = _words(shape)[0]
-        if not isinstance(x, Tensor) or x.dim() != len(words):
-            raise _unfit(self.function, name, x, f"{dtype} [{', '.join(words)}] on cpu")
-        wanted = [self.sizes.get(word, size) for word, size in zip(words[:-1], x.shape, strict=False)]
+    def _spread(self, expected: _Expected, x: Tensor | None, found: dict[str, Any]) -> Tensor:
+        sizes = expected.sizes
+        if not isinstance(x, Tensor) or x.dim() != len(sizes):
+            raise _unfit(self.function, expected.name, x, f"{expected.dtype} [{', '.join(sizes)}] on cpu")
+        wanted = [found.get(size, number) for size, number in zip(sizes[:-1], x.shape, strict=False)]
         try:
-            x = (x if list(x.shape[:-1]) == wanted else x.expand(*wanted, x.shape[-1])).contiguous()
+            return (x if list(x.shape[:-1]) == wanted else x.expand(*wanted, x.shape[-1])).contiguous()
         except RuntimeError:
-            raise _unfit(self.function, name, x, f"{[*wanted, x.shape[-1]]}, or expand to it") from None
-        self._held.append(x)
-        return self(name, x, shape, dtype)
+            shape = [*wanted, x.shape[-1]]
+            raise _unfit(self.function, expected.name, x, f"{shape}, or expand to it") from None
 
-    def whole_vectors(self, **sizes: int) -> None:
-        """Refuse a size that is not a multiple of the processor's vectors."""
-        for name, size in sizes.items():
-            if size < 1 or size % lanes():
-                described = f"{name.replace('_', ' ')} must be a multiple of {lanes()}, this processor's vectors"
-                raise ValueError(f"{self.function}: the {described}, got {size}")
-
-    def grouped(self, heads: int, kv_heads: int) -> None:
-        """Refuse heads of queries that cannot share heads of keys evenly."""
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"{self.function}: {heads} heads cannot share {kv_heads} heads of keys and values evenly")
-
-    def rotary(self, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[int, int]:
-        """The addresses of cos and sin [requests or 1, tokens, rotary], spread."""
-        addresses = (
-            self.spread("cos", cos, "requests tokens rotary"),
-            self.spread("sin", sin, "requests tokens rotary"),
-        )
-        if self["rotary"] % 2 or self["rotary"] > head_dim:
-            raise _unfit(self.function, "cos", cos, f"of an even width up to {head_dim}, a head's")
-        return addresses
-
-    def cache(self, keys: Tensor, values: Tensor, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """A cache's capacity, and the strides of its layers, requests and heads; it may be cut from a larger one."""
-        for name, x in (("keys", keys), ("values", values)):
-            is_cache = isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_cpu and x.dim() == 5
-            capacity = self.sizes.setdefault("capacity", x.shape[3] if is_cache else 0)
-            sizes = (layers, self["requests"], kv_heads, capacity, head_dim)
-            if not is_cache or x.shape != sizes:
-                raise _unfit(self.function, name, x, f"torch.float32 {list(sizes)} on cpu")
-            strides = keys.stride()
-            nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
-            if strides[3:] != (head_dim, 1) or not nested or x.stride() != strides:
-                raise _unfit(self.function, name, x, f"cut from a contiguous cache, and of keys' strides, {strides}")
-        return capacity, *strides[:3]
+    def _unfit(self, expected: _Expected, x: object, found: dict[str, Any]) -> ValueError | TypeError:
+        sizes = ", ".join(str(found.get(size, size)) for size in expected.sizes)
+        layout = "" if expected.cut else "contiguous "
+        return _unfit(self.function, expected.name, x, f"{layout}{expected.dtype} [{sizes}] on cpu")
 
 
-def _as_rows(function: str, name: str, x: Tensor) -> Tensor:
-    """x [..., width] as contiguous rows."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
-        raise _unfit(function, name, x, "torch.float32 [..., width] on cpu, of a width of 1 or more")
-    return x.contiguous().view(-1, x.shape[-1])
+def _not_whole(function: str, described: str, size: int) -> ValueError:
+    vectors = f"a multiple of {lanes()}, this processor's vectors"
+    return ValueError(f"{function}: the {described} must be {vectors}, got {size}")
+
+
+def _check_groups(function: str, heads: int, kv_heads: int) -> None:
+    """Refuse heads of queries that cannot share heads of keys evenly."""
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{function}: {heads} heads cannot share {kv_heads} heads of keys and values evenly")
+
+
+def _check_rotary(function: str, cos: Tensor, head_dim: int) -> None:
+    """Refuse angles for more values than a head has, or for an odd number."""
+    if cos.shape[-1] % 2 or cos.shape[-1] > head_dim:
+        raise _unfit(function, "cos", cos, f"of an even width up to {head_dim}, a head's")
+
+
+def _cache_strides(function: str, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    """Strides of the layers, requests and heads of a cache [layers, R, kv_heads, capacity, D]; it may be cut out."""
+    strides, sizes = keys.stride(), keys.shape
+    nested = all(strides[i] >= sizes[i + 1] * strides[i + 1] for i in range(3))
+    for name, x in (("keys", keys), ("values", values)):
+        if strides[3:] != (sizes[4], 1) or not nested or x.stride() != strides:
+            raise _unfit(function, name, x, f"cut from a contiguous cache, and of keys' strides, {strides}")
+    return strides[:3]
 
 
 def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | TypeError:
@@ -295,13 +315,12 @@ def _unfit(function: str, name: str, x: object, expected: str) -> ValueError | T
     return ValueError(f"{function}: {name} must be {expected}, got {x.dtype} {list(x.shape)} on {x.device}{layout}")
 
 
-def _raise_for(function: str, status: int, name: str = "", indices: Tensor | None = None, expected: str = "") -> None:
-    """Make an exception of what C returned."""
+def _failure(status: int, function: str, name: str = "", indices: Tensor | None = None, wanted: str = "") -> Exception:
+    """What C returned, as an exception: no memory, or an index inside a tensor that does not fit."""
     if status == _NO_MEMORY:
-        raise MemoryError(f"{function}: no memory is left for its scratch")
-    if status == _BAD_INDEX:
-        assert indices is not None
-        raise ValueError(f"{function}: {name} must be {expected}, got {int(indices.min())} to {int(indices.max())}")
+        return MemoryError(f"{function}: no memory is left for its scratch")
+    assert status == _BAD_INDEX and indices is not None
+    return ValueError(f"{function}: {name} must be {wanted}, got {int(indices.min())} to {int(indices.max())}")
 
 
 # ---- steps of a decoder pass ----
@@ -320,45 +339,50 @@ def pack_bias(bias: Tensor) -> Tensor:
     return F.pad(bias.detach(), (0, -len(bias) % panel_width())).contiguous()
 
 
+_LINEAR = _Arguments("linear", x="rows_of inputs", panels="count inputs width", bias="optional padded")
+
+
 def linear(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x [..., inputs] and a packed weight (and bias) to [..., outputs]."""
-    rows = _as_rows("linear", "x", x)
-    count = -(-outputs // panel_width())
-    fit = _Fit("linear", panels=count, width=panel_width(), padded=count * panel_width())
-    at = fit("x", rows, "rows inputs")
-    weight, added = fit("panels", panels, "panels inputs width"), fit.optional("bias", bias, "padded")
-    transposed, y = torch.empty_like(rows), rows.new_empty(len(rows), outputs)
-    _loops().linear(at, *rows.shape, weight, added, outputs, transposed.data_ptr(), y.data_ptr())
-    return y.view(*x.shape[:-1], outputs)
+    width, x = panel_width(), x.contiguous()
+    count = -(-outputs // width)
+    at = _LINEAR(x, panels, bias, count=count, width=width, padded=count * width)
+    rows, inputs = x.numel() // at["inputs"], at["inputs"]
+    transposed, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs)
+    _loops().linear(at["x"], rows, inputs, at["panels"], at["bias"], outputs, transposed.data_ptr(), y.data_ptr())
+    return y
+
+
+_RMS_NORM = _Arguments("rms_norm", {"width": "width of x"}, x="rows_of width", weight="width")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last dimension of x [..., width]."""
-    rows = _as_rows("rms_norm", "x", x)
-    fit, y = _Fit("rms_norm"), torch.empty_like(rows)
-    at = fit("x", rows, "rows width")
-    fit.whole_vectors(width_of_x=fit["width"])
-    _loops().rms_norm(at, *rows.shape, 1, fit["width"], fit("weight", weight, "width"), eps, y.data_ptr())
-    return y.view(x.shape)
+    x = x.contiguous()
+    at, y = _RMS_NORM(x, weight), torch.empty_like(x)
+    width = at["width"]
+    _loops().rms_norm(at["x"], x.numel() // width, width, 1, width, at["weight"], eps, y.data_ptr())
+    return y
+
+
+_RMS_NORM_HEADS = _Arguments("rms_norm_heads_", {"head_dim": "width of weight"}, weight="head_dim", x="rows_of row")
 
 
 def rms_norm_heads_(x: Tensor, first: int, heads: int, weight: Tensor, eps: float) -> None:
     """Norm, in place, `heads` heads of contiguous x [..., row] from the head numbered `first` on, weight [head_dim]."""
-    fit = _Fit("rms_norm_heads_")
-    norm = fit("weight", weight, "head_dim")
-    width = fit["head_dim"]
-    fit.whole_vectors(width_of_weight=width)
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0 or not x.is_contiguous():
-        raise _unfit("rms_norm_heads_", "x", x, "contiguous torch.float32 [..., row] on cpu")
-    rows = x.view(-1, x.shape[-1])
-    at = fit("x", rows, "rows row")
-    if first < 0 or heads < 0 or (first + heads) * width > fit["row"]:
+    at = _RMS_NORM_HEADS(weight, x)
+    width, row = at["head_dim"], at["row"]
+    if first < 0 or heads < 0 or (first + heads) * width > row:
         raise ValueError(
             f"rms_norm_heads_: weight must be as wide as a head, of which {heads} from number {first} on "
-            f"stand in a row of {fit['row']} values, got {width}"
+            f"stand in a row of {row} values, got {width}"
         )
-    start = at + 4 * first * width
-    _loops().rms_norm(start, *rows.shape, heads, width, norm, eps, start)
+    start = at["x"] + 4 * first * width
+    _loops().rms_norm(start, x.numel() // row, row, heads, width, at["weight"], eps, start)
+
+
+_ANGLES = "spread requests tokens rotary"
+_ROTATE = _Arguments("rotate_", x="requests tokens row", cos=_ANGLES, sin=_ANGLES)
 
 
 def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
@@ -371,24 +395,36 @@ def rotate_(x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> N
         cos: [R or 1, N, rotary], rotary <= D and even: the values of a head past `rotary` stay.
         sin: as cos.
     """
-    fit = _Fit("rotate_")
-    at = fit("x", x, "requests tokens row")
+    at = _ROTATE(x, cos, sin)
     requests, tokens, row = x.shape
     if heads < 0 or not 1 <= head_dim <= row or heads * head_dim > row:
         raise ValueError(f"rotate_: {heads} heads of {head_dim} values must fit a row of x, which has {row}")
-    angles = fit.rotary(cos, sin, head_dim)
-    _loops().rotate(at, requests * tokens, row, heads, head_dim, fit["rotary"], *angles)
+    _check_rotary("rotate_", cos, head_dim)
+    _loops().rotate(at["x"], requests * tokens, row, heads, head_dim, at["rotary"], at["cos"], at["sin"])
+
+
+_SILU_MUL = _Arguments("silu_mul", {"joined": "width of x"}, x="rows_of joined")
 
 
 def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's product, silu(gate) * up, of a joined x [..., 2 * width]: gate first."""
-    rows, fit = _as_rows("silu_mul", "x", x), _Fit("silu_mul")
-    at = fit("x", rows, "rows joined")
-    width = fit["joined"] // 2
-    fit.whole_vectors(half_of_the_width_of_x=width, width_of_x=fit["joined"])
-    y = rows.new_empty(len(rows), width)
-    _loops().silu_mul(at, len(rows), width, y.data_ptr())
-    return y.view(*x.shape[:-1], width)
+    x = x.contiguous()
+    at, width = _SILU_MUL(x), x.shape[-1] // 2
+    if not fits(width):
+        raise _not_whole("silu_mul", "half of the width of x", width)
+    y = x.new_empty(*x.shape[:-1], width)
+    _loops().silu_mul(at["x"], y.numel() // width, width, y.data_ptr())
+    return y
+
+
+_ATTEND = _Arguments(
+    "attend",
+    {"head_dim": "width of a head"},
+    query="cut requests tokens heads head_dim",
+    keys="cut requests kv_heads extent head_dim",
+    values="cut requests kv_heads extent head_dim",
+    mask="spread bool requests 1 tokens extent",
+)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -404,19 +440,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     Returns:
         [R, N, heads, D].
     """
-    letters = ("requests, tokens, heads, head_dim", "requests, kv_heads, extent, head_dim")
-    for name, x, shape in (("query", query, letters[0]), ("keys", keys, letters[1]), ("values", values, letters[1])):
-        if not (isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_cpu and x.dim() == 4):
-            raise _unfit("attend", name, x, f"torch.float32 [{shape}] on cpu")
-    (requests, tokens, heads, width), (_, kv_heads, extent, _) = query.shape, keys.shape
-    if keys.shape != (requests, kv_heads, extent, width) or extent < 1:
-        raise _unfit("attend", "keys", keys, f"[{requests}, kv_heads, 1 or more, {width}], as query is")
-    if values.shape != keys.shape:
-        raise _unfit("attend", "values", values, f"{list(keys.shape)}, as keys are")
-    fit = _Fit("attend", requests=requests, tokens=tokens, extent=extent)
-    fit.grouped(heads, kv_heads)
-    fit.whole_vectors(width_of_a_head=width)
-    seen = fit.spread("mask", mask, "requests 1 tokens extent", torch.bool)
+    at = _ATTEND(query, keys, values, mask)
+    requests, tokens, heads, width = query.shape
+    kv_heads, extent = at["kv_heads"], at["extent"]
+    if extent < 1:
+        raise _unfit("attend", "keys", keys, "of 1 row or more")
+    _check_groups("attend", heads, kv_heads)
     for name, x in (("query", query), ("keys", keys), ("values", values)):
         if (width > 1 and x.stride(-1) != 1) or (x.shape[-2] > 1 and x.stride(-2) != width):
             raise _unfit("attend", name, x, f"of strides {width} and 1 in dimensions -2 and -1")
@@ -428,11 +457,76 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         raise _unfit("attend", "values", values, f"of keys' strides, {keys.stride()}")
     y = query.new_empty(query.shape)
     status = _loops().attend(
-        query.data_ptr(), between, keys.data_ptr(), values.data_ptr(), *apart, seen,
+        at["query"], between, at["keys"], at["values"], *apart, at["mask"],
         requests, tokens, heads, kv_heads, extent, width, scale, y.data_ptr(),
     )  # fmt: skip
-    _raise_for("attend", status)
+    if status:
+        raise _failure(status, "attend")
     return y
+
+
+# ---- the same as modules, which keep their weights ----
+
+PACK_ROWS = 8
+"""Rows the packed layout is tuned for: a typical verify pass."""
+STOCK_ROWS = 3
+"""Up to this many rows oneDNN's packed product is slower than the stock one (docs/log.md)."""
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` for inference on CPU.
+
+    A verify pass multiplies 2 to 17 rows by every weight, and the stock product is slow at that size. The native layout
+    serves every number of rows. In bfloat16, and without the loops, it is oneDNN's packed product; for the single row
+    of plain decoding the stock one is faster, so the number of rows decides, and the baseline gets the better one too.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach()
+        self.panels: Tensor | None = None
+        if is_available(weight.device, weight.dtype):
+            self.panels = pack(weight)
+            self.bias = None if bias is None else pack_bias(bias)
+        else:
+            self._given, self.bias = weight, bias
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], as it was given; from panels a copy. Some models read it (routers of experts)."""
+        if self.panels is None:
+            return self._given
+        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] to [..., out]."""
+        if self.panels is not None:
+            return linear(x, self.panels, self.out_features, self.bias)
+        if x.numel() <= STOCK_ROWS * self.in_features:
+            return F.linear(x, self._given, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class FusedNorm(nn.Module):
+    """RMS norm in one step.
+
+    Args:
+        gain: [H], what the normed values are multiplied with.
+        eps: added to the mean square.
+    """
+
+    weight: Tensor
+
+    def __init__(self, gain: Tensor, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", gain.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to the same."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 # ---- all layers of a decoder in one call: Python between the steps of a few rows costs more than the steps ----
@@ -497,39 +591,47 @@ class DecoderLayers:
         self._hidden = len(layers[0].input_norm.gain)
         self._kv_heads, self._head_dim = layers[0].kv_heads, layers[0].head_dim
         self._in_c = (_Layer * len(layers))(*(self._one(i, layer) for i, layer in enumerate(layers)))
+        cache = f"cut {len(layers)} requests {self._kv_heads} capacity {self._head_dim}"
+        masks = {f"the mask of {kind}": "spread bool requests 1 tokens extent" for kind in self.kinds}
+        self._arguments = _Arguments(
+            "decoder_layers", None, x=f"requests tokens {self._hidden}", rows="int64 requests tokens", cos=_ANGLES,
+            sin=_ANGLES, keys=cache, values=cache, **masks,
+        )  # fmt: skip
 
     def _one(self, number: int, layer: Layer) -> _Layer:
-        heads, kv_heads, width, inner = layer.heads, layer.kv_heads, layer.head_dim, layer.inner
-        widths = dict(hidden=self._hidden, head_dim=width, inner=inner)
-        widths |= dict(mixed=heads * width, row=(heads + 2 * kv_heads) * width, gate_up=2 * inner)
-        fit = _Fit(f"decoder_layers: layer {number}", panel=panel_width(), **widths)
-        fit.whole_vectors(hidden_size=self._hidden, head_dim=width, inner=inner)
-        fit.grouped(heads, kv_heads)
+        heads, kv_heads, width, inner, panel = layer.heads, layer.kv_heads, layer.head_dim, layer.inner, panel_width()
+        function, sizes = f"decoder_layers: layer {number}", dict(hidden=self._hidden, head_dim=width, inner=inner)
+        for name, size in sizes.items():
+            if not fits(size):
+                raise _not_whole(function, "hidden size" if name == "hidden" else name, size)
+        _check_groups(function, heads, kv_heads)
         if (kv_heads, width) != (self._kv_heads, self._head_dim):
             raise ValueError(
-                f"{fit.function}: one cache holds {self._kv_heads} heads of {self._head_dim} values for every layer, "
+                f"{function}: one cache holds {self._kv_heads} heads of {self._head_dim} values for every layer, "
                 f"got {kv_heads} of {width}"
             )
-        described = _Layer(
-            hidden=self._hidden, heads=heads, kv_heads=kv_heads, head_dim=width, inner=inner, scale=layer.scale,
-            kind=self.kinds.index(layer.kind),
-        )  # fmt: skip
-        for name, size in {"input": "hidden", "query": "head_dim", "key": "head_dim", "post": "hidden"}.items():
-            norm: Norm | None = getattr(layer, f"{name}_norm")
-            if norm is not None:
-                setattr(described, f"{name}_norm", fit(f"{name}_norm", norm.gain, size))
-                setattr(described, f"{name}_eps", norm.eps)
-        products = {"joined": ("hidden", "row"), "output": ("mixed", "hidden")}
-        for name, (inputs, outputs) in {
-            **products,
-            "gate_up": ("hidden", "gate_up"),
-            "down": ("inner", "hidden"),
-        }.items():
+        norms = {"input_norm": "hidden", "query_norm": "head_dim", "key_norm": "head_dim", "post_norm": "hidden"}
+        products = {
+            "joined": ("hidden", (heads + 2 * kv_heads) * width),
+            "output": (heads * width, self._hidden),
+            "gate_up": ("hidden", 2 * inner),
+            "down": ("inner", self._hidden),
+        }
+        shapes, given = {}, []
+        for name, shape in norms.items():
+            norm: Norm | None = getattr(layer, name)
+            shapes[name] = f"optional {shape}" if name in ("query_norm", "key_norm") else shape
+            given.append(None if norm is None else norm.gain)
+        for name, (inputs, outputs) in products.items():
             product: Product = getattr(layer, name)
-            count = -(-fit[outputs] // panel_width())
-            setattr(described, name, fit(name, product.panels, f"{count} {inputs} panel"))
-            setattr(described, f"{name}_bias", fit.optional(f"{name}'s bias", product.bias, f"{count * panel_width()}"))
-        return described
+            count = -(-outputs // panel)
+            shapes |= {name: f"{count} {inputs} {panel}", f"{name}_bias": f"optional {count * panel}"}
+            given += [product.panels, product.bias]
+        at = _Arguments(function, None, **shapes)(*given, **sizes)
+        eps = {f"{name.removesuffix('norm')}eps": norm.eps for name in norms if (norm := getattr(layer, name))}
+        weights = {name: at[name] for name in shapes}
+        described = dict(heads=heads, kv_heads=kv_heads, scale=layer.scale, kind=self.kinds.index(layer.kind))
+        return _Layer(**sizes, **weights, **eps, **described)
 
     def __call__(
         self,
@@ -561,30 +663,48 @@ class DecoderLayers:
         Raises:
             ValueError: an argument does not fit, or a row is negative.
         """
-        number = len(self._weights)
-        if not all(0 <= layer < number for layer in tapped):
-            raise ValueError(f"decoder_layers: tapped must be layers from 0 to {number - 1}, got {list(tapped)}")
-        fit, x, rows = _Fit("decoder_layers", hidden=self._hidden), x.contiguous(), rows.contiguous()
-        at_x, at_rows = fit("x", x, "requests tokens hidden"), fit("rows", rows, "requests tokens", torch.int64)
-        angles = fit.rotary(cos, sin, self._head_dim)
-        capacity, *strides = fit.cache(keys, values, number, self._kv_heads, self._head_dim)
-        shape = "requests 1 tokens extent"
-        seen = [fit.spread(f"the mask of {kind}", masks[kind], shape, torch.bool) for kind in self.kinds]
-        if not 1 <= fit["extent"] <= capacity:
-            raise ValueError(f"decoder_layers: masks must show 1 to {capacity} rows, the cache's, got {fit['extent']}")
+        number, x, rows = len(self._weights), x.contiguous(), rows.contiguous()
+        at = self._arguments(x, rows, cos, sin, keys, values, *(masks[kind] for kind in self.kinds))
+        _check_rotary("decoder_layers", cos, self._head_dim)
+        if not 1 <= at["extent"] <= at["capacity"]:
+            shown = f"1 to {at['capacity']} rows, the cache's, got {at['extent']}"
+            raise ValueError(f"decoder_layers: masks must show {shown}")
+        taps = _taps(number, tuple(tapped))
         features = x.new_empty(*rows.shape, len(tapped) * self._hidden) if tapped else None
-        taps, pointers = (_INTEGER * len(tapped))(*tapped), (_POINTER * len(seen))(*seen)
+        seen = (_POINTER * len(self.kinds))(*(at[f"the mask of {kind}"] for kind in self.kinds))
         described = _Pass(
-            *rows.shape, fit["extent"], capacity, fit["rotary"], *strides, *angles, at_rows,
-            ctypes.addressof(pointers), keys.data_ptr(), values.data_ptr(), at_x, len(tapped), ctypes.addressof(taps),
-            None if features is None else features.data_ptr(),
+            *rows.shape, at["extent"], at["capacity"], at["rotary"], *_cache_strides("decoder_layers", keys, values),
+            at["cos"], at["sin"], at["rows"], ctypes.addressof(seen), at["keys"], at["values"], at["x"],
+            len(tapped), ctypes.addressof(taps), None if features is None else features.data_ptr(),
         )  # fmt: skip
         status = _loops().decoder_layers(self._in_c, number, ctypes.byref(described))
-        _raise_for("decoder_layers", status, "rows", rows, "0 or more")
+        if status:
+            raise _failure(status, "decoder_layers", "rows", rows, "0 or more")
         return x, features
 
 
+@functools.lru_cache(maxsize=64)
+def _taps(number: int, tapped: tuple[int, ...]) -> ctypes.Array:
+    """Numbers of tapped layers in C, of `number` layers. A drafter taps the same in every pass."""
+    if not all(0 <= layer < number for layer in tapped):
+        raise ValueError(f"decoder_layers: tapped must be layers from 0 to {number - 1}, got {list(tapped)}")
+    return (_INTEGER * len(tapped))(*tapped)
+
+
 # ---- a draft's context: context.py ----
+
+
+_WRITE_CONTEXT = _Arguments(
+    "write_context_",
+    {"head_dim": "width of a head"},
+    projected="requests tokens layers 2 kv_heads head_dim",
+    norm_weights="layers head_dim",
+    cos="spread requests tokens head_dim",
+    sin="spread requests tokens head_dim",
+    lengths="int64 requests",
+    keys="cut layers requests kv_heads capacity head_dim",
+    values="cut layers requests kv_heads capacity head_dim",
+)
 
 
 def write_context(
@@ -597,25 +717,33 @@ def write_context(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """`context.write_context_`: projected [R, T, layers, 2, kv_heads, D], which is lost, behind `lengths` [R] rows."""
-    fit, projected, norms = _Fit("write_context_"), projected.contiguous(), norms.contiguous()
-    new = fit("projected", projected, "requests tokens layers 2 kv_heads head_dim")
+    """`context.write_context_torch_`; what `projected` held is lost."""
+    projected, lengths = projected.contiguous(), lengths.contiguous()
+    at = _WRITE_CONTEXT(projected, norms.contiguous(), cos, sin, lengths, keys, values)
     requests, tokens, layers, _, kv_heads, width = projected.shape
-    fit.whole_vectors(width_of_a_head=width)
-    weights, angles = fit("norm_weights", norms, "layers head_dim"), fit.rotary(cos, sin, width)
-    if fit["rotary"] != width:
-        raise _unfit("write_context_", "cos", cos, f"of a width of {width}, a head's")
-    fit("lengths", lengths.contiguous(), "requests", torch.int64)
     rows = lengths[:, None] + torch.arange(tokens)
-    capacity, *strides = fit.cache(keys, values, layers, kv_heads, width)
     status = _loops().write_context(
-        new, requests, tokens, layers, kv_heads, width, weights, eps, *angles, rows.data_ptr(), capacity, *strides,
-        keys.data_ptr(), values.data_ptr(),
+        at["projected"], requests, tokens, layers, kv_heads, width, at["norm_weights"], eps, at["cos"], at["sin"],
+        rows.data_ptr(), at["capacity"], *_cache_strides("write_context_", keys, values), at["keys"], at["values"],
     )  # fmt: skip
-    _raise_for("write_context_", status, "rows", rows, "0 or more")
+    if status:
+        raise _failure(status, "write_context_", "rows", rows, "0 or more")
 
 
 # ---- the head's drafts: heads.py ----
+
+
+_HEAD = _Arguments(
+    "head_rollout", state_gates="any state", correction="vocabulary low_rank", embeddings="tokens hidden"
+)
+_HEAD_AGAIN = _Arguments(  # once the number of gates is known
+    "head_rollout",
+    {"hidden": "hidden size", "state": "width of the state", "low_rank": "low rank"},
+    state_gates="gates state",
+    input_gates="gates hidden",
+    to_low_rank="low_rank joined",
+    token_ids="optional int64 vocabulary",
+)
 
 
 class Head:
@@ -634,26 +762,20 @@ class Head:
         # Detached: a parameter whose data is replaced would leave the addresses behind.
         self._weights = tuple(x.detach() if isinstance(x, Tensor) else x for x in given)
         input_gates, state_gates, to_low_rank, correction, embeddings, self.token_ids = self._weights
-        fit = _Fit("head_rollout")
-        at = {"state_gates": fit("state_gates", state_gates, "any state")}
-        at["correction"] = fit("correction", correction, "vocabulary low_rank")
-        at["embeddings"] = fit("embeddings", embeddings, "tokens hidden")
-        fit.sizes |= {"gates": 3 * fit["state"], "joined": fit["hidden"] + fit["state"]}
-        fit("state_gates", state_gates, "gates state")  # again, now that the number of gates is known
-        at["input_gates"] = fit("input_gates", input_gates, "gates hidden")
-        at["to_low_rank"] = fit("to_low_rank", to_low_rank, "low_rank joined")
-        self.vocabulary, self.tokens, self.hidden = fit["vocabulary"], fit["tokens"], fit["hidden"]
-        fit.whole_vectors(hidden_size=self.hidden, width_of_the_state=fit["state"], low_rank=fit["low_rank"])
+        at = _HEAD(state_gates, correction, embeddings)
+        self.vocabulary, self.tokens, self.hidden = at["vocabulary"], at["tokens"], at["hidden"]
+        at |= _HEAD_AGAIN(
+            state_gates, input_gates, to_low_rank, self.token_ids, vocabulary=self.vocabulary, hidden=self.hidden,
+            low_rank=at["low_rank"], state=at["state"], gates=3 * at["state"], joined=self.hidden + at["state"],
+        )  # fmt: skip
         if self.token_ids is None and self.tokens < self.vocabulary:
             raise ValueError(
                 f"head_rollout: embeddings must have a row for each of {self.vocabulary} logits, got {self.tokens}"
             )
         if head.pure_draft_prefix_len < 0:
             raise ValueError(f"head_rollout: pure_prefix must be 0 or more, got {head.pure_draft_prefix_len}")
-        self.in_c = _Head(
-            self.hidden, fit["state"], fit["low_rank"], min(head.pure_draft_prefix_len, 2**31), self.tokens,
-            scale=table.scale, token_ids=fit.optional("token_ids", self.token_ids, "vocabulary", torch.int64), **at,
-        )  # fmt: skip
+        same = {name: at[name] for name, *_ in _Head._fields_ if name in at}
+        self.in_c = _Head(pure_prefix=min(head.pure_draft_prefix_len, 2**31), scale=table.scale, **same)
 
 
 class Grown(NamedTuple):
@@ -671,6 +793,38 @@ class Grown(NamedTuple):
     """[R, N, K], candidates; None if all logits are."""
     probs: Tensor | None
     """[R, N, K]; None if nothing is sampled."""
+
+
+_ROLLOUT = _Arguments(
+    "head_rollout",
+    logits="requests depths vocabulary",
+    slots="optional requests depths hidden",
+    anchors="optional requests hidden",
+    uniform="optional float64 requests depths",
+    temperatures="optional requests",
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _widths_in_c(depths: int, vocabulary: int, candidates: int, widths: tuple[int, ...], budget: int) -> ctypes.Array:
+    """Prefixes of each depth in C. A drafter asks for the same in every cycle."""
+    if not 1 <= candidates <= vocabulary:
+        raise ValueError(f"head_rollout: candidates must be 1 to {vocabulary}, all logits, got {candidates}")
+    if len(widths) != depths or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(f"head_rollout: widths must be {depths} numbers of 1 or more, got {list(widths)}")
+    if budget < 0:
+        raise ValueError(f"head_rollout: budget must be 0 or more, got {budget}")
+    return (_INTEGER * depths)(*widths)
+
+
+def _sampled(how: Draw, temperatures: Tensor | None, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Random numbers and temperatures of sampled chains."""
+    if max(widths, default=1) > 1:
+        raise ValueError(f"head_rollout: widths must be 1 if drafts are sampled, got {list(widths)}")
+    if temperatures is None:
+        raise TypeError("head_rollout: temperatures must be given if drafts are sampled, got None")
+    assert how.uniform is not None
+    return how.uniform.contiguous(), temperatures.contiguous()
 
 
 def head_rollout(
@@ -691,51 +845,52 @@ def head_rollout(
         temperatures: [R], of sampled chains.
         budget: only so many prefixes are kept of a request, the best; 0 keeps all.
     """
-    known = {} if head is None else {"vocabulary": head.vocabulary, "hidden": head.hidden}
-    function, fit = "head_rollout", _Fit("head_rollout", **known)
-    hidden, logits, anchors = (x.contiguous() for x in (block.hidden, block.base_logits, block.anchor_embedding))
-    at_logits = fit("logits", logits, "requests depths vocabulary")
-    requests, depths, vocabulary = logits.shape
+    if block.base_logits.dim() != 3:
+        raise _unfit("head_rollout", "logits", block.base_logits, "torch.float32 [requests, depths, vocabulary] on cpu")
+    requests, depths, vocabulary = block.base_logits.shape
     candidates = vocabulary if how.candidates is None else min(how.candidates, vocabulary)
-    if candidates < 1:
-        raise ValueError(f"{function}: candidates must be 1 to {vocabulary}, all logits, got {candidates}")
-    if len(widths) != depths or not all(isinstance(width, int) and width >= 1 for width in widths):
-        raise ValueError(f"{function}: widths must be {depths} numbers of 1 or more, got {list(widths)}")
-    if budget < 0:
-        raise ValueError(f"{function}: budget must be 0 or more, got {budget}")
-    room = sum(widths)
+    widths_in_c, room = _widths_in_c(depths, vocabulary, candidates, tuple(widths), budget), sum(widths)
+    uniform, temperatures = (None, None) if how.uniform is None else _sampled(how, temperatures, widths)
+    slots, anchors, known, tokens = None, None, {}, 0
+    if head is not None:
+        slots, anchors = block.hidden.contiguous(), block.anchor_embedding.contiguous()
+        known, tokens = {"vocabulary": head.vocabulary, "hidden": head.hidden}, head.tokens
+    at = _ROLLOUT(block.base_logits.contiguous(), slots, anchors, uniform, temperatures, **known)
     choices, parents = torch.empty(2, requests, room, dtype=torch.long).unbind()
     scores, num_drafts = torch.empty(requests, room), torch.zeros(requests, dtype=torch.long)
     ids = torch.empty(requests, depths, candidates, dtype=torch.long) if candidates < vocabulary else None
-    in_c, kept = (_INTEGER * depths)(*widths), (_INTEGER * depths)()
+    probs = None if uniform is None else torch.empty(requests, depths, candidates)
+    kept = (_INTEGER * depths)()
     arguments = _Rollout(
-        requests=requests, depths=depths, vocabulary=vocabulary, candidates=candidates, logits=at_logits,
-        threshold=how.threshold, widths=ctypes.addressof(in_c), kept=ctypes.addressof(kept), room=room,
-        choices=choices.data_ptr(), parents=parents.data_ptr(), scores=scores.data_ptr(), budget=min(budget, room),
-        num_drafts=num_drafts.data_ptr(), ids=None if ids is None else ids.data_ptr(),
+        None if head is None else ctypes.addressof(head.in_c), at["slots"], at["logits"], at["anchors"],
+        requests, depths, vocabulary, candidates, how.threshold, ctypes.addressof(widths_in_c), at["temperatures"],
+        at["uniform"], ctypes.addressof(kept), room, choices.data_ptr(), parents.data_ptr(), scores.data_ptr(),
+        min(budget, room), num_drafts.data_ptr(), *(None if x is None else x.data_ptr() for x in (ids, probs)),
     )  # fmt: skip
-    if head is not None:
-        arguments.head = ctypes.addressof(head.in_c)
-        arguments.slots = fit("slots", hidden, "requests depths hidden")
-        arguments.anchors = fit("anchors", anchors, "requests hidden")
-    uniform, probs = how.uniform, None
-    if uniform is not None:
-        if room != depths:
-            raise ValueError(f"{function}: widths must be 1 if drafts are sampled, got {list(widths)}")
-        uniform = uniform.contiguous()
-        arguments.uniform = fit("uniform", uniform, "requests depths", torch.float64)
-        temperatures = None if temperatures is None else temperatures.contiguous()
-        arguments.temperatures = fit("temperatures", temperatures, "requests")
-        probs = torch.empty(requests, depths, candidates)
-        arguments.probs = probs.data_ptr()
     status = _loops().head_rollout(ctypes.byref(arguments))
-    ids_given, tokens = (None, 0) if head is None else (head.token_ids, head.tokens)
-    _raise_for(function, status, "token_ids", ids_given, f"rows of the embeddings, 0 to {tokens - 1}")
+    if status:
+        token_ids, rows = None if head is None else head.token_ids, f"rows of the embeddings, 0 to {tokens - 1}"
+        raise _failure(status, "head_rollout", "token_ids", token_ids, rows)
     total = sum(kept)
     return Grown(choices[:, :total], parents[:, :total], scores[:, :total], num_drafts, ids, probs)
 
 
 # ---- losses and gradients of training: blended.py ----
+
+
+_BLENDED = {
+    (half, half_target): _Arguments(
+        "blended_rows_",
+        base=f"{'bfloat16 ' * half}rows logits",
+        correction=f"optional {'bfloat16 ' * half}rows logits",
+        target=f"optional {'bfloat16 ' * half_target}rows logits",
+        labels="int64 rows",
+        weights="rows",
+    )
+    for half in (False, True)
+    for half_target in (False, True)
+}
+"""By whether the draft's logits, and the target's, are bfloat16."""
 
 
 def blended_rows(
@@ -748,26 +903,22 @@ def blended_rows(
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
     """Logits [M, V] of float32 or bfloat16, which become gradients, and labels [M] int64, to two losses [M]."""
-    fit, halves = _Fit("blended_rows_"), []
-    for x in (base, target):
-        halves.append(isinstance(x, Tensor) and x.dtype is torch.bfloat16)
-    types = [torch.bfloat16 if half else torch.float32 for half in halves]
     if target is None and terms.needs_target:
         raise TypeError("blended_rows_: target must be logits, which the objective compares with, got None")
-    at_base = fit("base", base, "rows logits", types[0])
-    at_correction = fit.optional("correction", correction, "rows logits", types[0])
-    at_target = fit.optional("target", target, "rows logits", types[1])
+    halves = [isinstance(x, Tensor) and x.dtype is torch.bfloat16 for x in (base, target)]
+    at = _BLENDED[halves[0], halves[1]](base, correction, target, labels, weights)
     rows, width = base.shape
     if not 1 <= width < 2**31:  # lanes count in 32 bits
         raise ValueError(f"blended_rows_: base must have 1 to 2^31 - 1 logits in a row, got {width}")
-    at_labels, at_weights = fit("labels", labels, "rows", torch.int64), fit("weights", weights, "rows")
     base_losses = torch.empty(rows)
     final_losses = base_losses if correction is None else torch.empty(rows)
     eta = math.nan if terms.adaptive_eta is None else terms.adaptive_eta
     status = _loops().blended_rows(
-        halves[0], at_base, at_correction, halves[1], at_target, at_labels, at_weights, rows, width, lambda_base,
+        halves[0], at["base"], at["correction"], halves[1], at["target"], at["labels"], at["weights"], rows, width,
+        lambda_base,
         terms.cross_entropy, terms.kl, terms.total_variation, terms.log_acceptance, eta,
         base_losses.data_ptr(), final_losses.data_ptr(),
     )  # fmt: skip
-    _raise_for("blended_rows_", status, "labels", labels, f"0 to {width - 1}")
+    if status:
+        raise _failure(status, "blended_rows_", "labels", labels, f"0 to {width - 1}")
     return base_losses, final_losses

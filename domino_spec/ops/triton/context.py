@@ -23,7 +23,7 @@ def write_context_triton_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """`context.write_context_` on a GPU; numbers of one head must be neighbours, and D even."""
+    """`context.write_context_torch_` on a GPU; numbers of one head must be neighbours, and D even."""
     requests, new, layers, _, heads, head_dim = projected.shape
     assert head_dim % 2 == 0 and keys.stride() == values.stride() and keys.stride(4) == 1
     assert keys.dtype == values.dtype == projected.dtype and keys.shape == values.shape

@@ -33,7 +33,7 @@ STATED = {
         f"trees of {dart.TOTAL} drafts ({dart.TOTAL + 1} rows",
         f"({CPU} by default on a CPU, 0 elsewhere)",
         f"promises {adaptive.START_DRAFTING - 1:.0%} more tokens per second than plain decoding",
-        f"fewer than {adaptive.COMPARISONS} comparisons and drafting promises less than {adaptive.CLEARLY - 1:.0%} more",
+        f"fewer than {adaptive.COMPARISONS} comparisons and drafting promises less than {adaptive.CLEARLY - 1:.0%}",
         f"At most {adaptive.BUDGET:.1%} of the time is lost on learning",
         f"After {request.FIRST_LOOK} such passes",
         f"below {request.USELESS:.0%} a warning",

@@ -33,6 +33,7 @@ STATED = {
         f"trees of {dart.TOTAL} drafts ({dart.TOTAL + 1} rows",
         f"({CPU} by default on a CPU, 0 elsewhere)",
         f"promises {adaptive.START_DRAFTING - 1:.0%} more tokens per second than plain decoding",
+        f"fewer than {adaptive.COMPARISONS} comparisons and drafting promises less than {adaptive.CLEARLY - 1:.0%}",
         f"At most {adaptive.BUDGET:.1%} of the time is lost on learning",
         f"After {request.FIRST_CHECK} such passes",
         f"below {request.USELESS:.0%} a warning",
@@ -52,7 +53,7 @@ def test_what_a_page_states_is_what_the_code_does(page, sentence):
 
 
 def test_words_for_numbers_that_the_page_spells_out():
-    assert (engine.TRIAL_REQUESTS, methods.SMALLEST_TREE, adaptive.SAVED) == (4, 2, 0.5)
+    assert (engine.TRIAL_REQUESTS, methods.SMALLEST_TREE, adaptive.BUDGET_AT_START) == (4, 2, 0.25)
     assert lookup_first.LookupFirst.__init__.__defaults__ == (3, 6, None)
     assert ngram.PromptLookup().max_drafts == 8 and request.DEVIATIONS == 3
 

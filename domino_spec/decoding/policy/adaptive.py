@@ -28,9 +28,15 @@ from domino_spec.decoding.policy.costs import CostModel, sizes_up_to
 BUDGET = 0.005
 """Share of the time that may be lost to plain cycles and trials which only serve to learn."""
 SAVED = 0.5
-"""Most unused budget that is kept, most debt, and the budget at the start, in plain cycles."""
+"""Most unused budget that is kept, and most debt, in plain cycles."""
+BUDGET_AT_START = 0.25
+"""In plain cycles: half of `SAVED`, since many batches last for forty cycles only."""
 START_DRAFTING = 1.10
 """Drafting starts when it promises this many times the tokens per second of plain decoding. It stops below 1."""
+CLEARLY = 1.2
+"""If drafting promises less than this and was compared with plain decoding too seldom, every other cycle is plain."""
+COMPARISONS = 8
+"""Changes between plain and drafted cycles, with about as many requests, after which they were compared enough."""
 FREE = 0.01
 """If drafting takes less than this share of a plain cycle, it is always tried: a look-up costs nothing."""
 NEARLY_BEST = 0.99
@@ -38,7 +44,8 @@ NEARLY_BEST = 0.99
 FADE = 0.96
 """Weight that an earlier cycle keeps, per cycle, in the expected number of accepted drafts."""
 DOUBT = 0.5
-"""Requests without accepted drafts that are added to that average, so that one lucky request decides nothing."""
+"""Requests without accepted drafts that are added to that average, so that one lucky request decides nothing. For R
+requests it begins with the square root of R times as many: a first trial sees few of them."""
 CLASSES = 16
 """Classes of confidence (equal steps of its square root), and of places if a draft has no confidence."""
 PRIOR = 3.0
@@ -46,7 +53,10 @@ PRIOR = 3.0
 MEMORY = 0.99
 """Weight that earlier counts of accepted drafts keep, per cycle that verifies drafts."""
 FIRST_STEP = 0.5
-"""How far the first cycle of a run of drafted (or plain) cycles moves the excess; the k-th moves it k times less."""
+"""How far the first comparison moves the excess; the n-th moves it n times less, and the k-th cycle of a run of drafted
+(or plain) cycles k**2 times less than its first."""
+LEAST_STEP = 0.1
+"""How far a comparison moves the excess at least."""
 LARGEST_STEP = 0.4
 """Largest difference that one cycle can show, in logarithms of seconds: the machine may have stood still meanwhile."""
 RUN = 8
@@ -78,7 +88,7 @@ class AdaptivePolicy:
         """Drafts of each request that a trial asks for."""
         self._drafting = False
         """Whether drafting pays; a plain cycle in between does not change that."""
-        self._budget = SAVED
+        self._budget = BUDGET_AT_START
         """Plain cycles that may still be lost on learning."""
         self._promise: tuple[Proposal, list[float]] | None = None
         """The newest proposal and what it promises, which `cut` and `observe` both ask for."""
@@ -89,7 +99,7 @@ class AdaptivePolicy:
         self._most = most
         self._gains.fade()
         self._budget = min(self._budget + BUDGET, SAVED)
-        gains = self._gains.expected(most)
+        gains = self._gains.expected(requests, most)
         rates = {n: self._rates(gains[: n + 1], requests, n) for n in sizes_up_to(most)}
         best = max(map(max, rates.values()))
         drafts = max(n for n, rate in rates.items() if max(rate) >= NEARLY_BEST * best)
@@ -101,6 +111,8 @@ class AdaptivePolicy:
         learn, plain = self._budget > 0, DraftPlan(requests, 0, 0)
         if not self._drafting and over_plain * math.exp(self._excess.of(requests)) < START_DRAFTING:
             return replace(plain, trial=learn)
+        if self._drafting and over_plain < CLEARLY and self._excess.comparisons(requests) < COMPARISONS:
+            return plain if self._excess.drafted else draft
         # Either drafting pays, or it would if it were as fast as the cost model says. Only the other kind of cycle
         # shows how fast it is, and costs what it loses.
         if learn:
@@ -182,10 +194,12 @@ class _Gains:
 
     def __init__(self) -> None:
         self._sums = self._weights = torch.zeros(0, dtype=torch.double)  # [N] each
+        self._newness = 1.0
+        """Fades from 1 to 0."""
 
     def fade(self) -> None:
         """Reduce the weight of earlier cycles; called once in every cycle."""
-        self._sums, self._weights = self._sums * FADE, self._weights * FADE
+        self._sums, self._weights, self._newness = self._sums * FADE, self._weights * FADE, self._newness * FADE
 
     def add(self, promised: list[float], requests: int, asked: int) -> None:
         """Add what `requests` requests were promised, when each was asked for `asked` drafts."""
@@ -195,9 +209,10 @@ class _Gains:
         self._sums[: len(added)] += requests * added
         self._weights[:asked] += requests  # a drafter may leave out drafts that it doubts
 
-    def expected(self, most: int) -> list[float]:
+    def expected(self, requests: int, most: int) -> list[float]:
         """For n = 0, 1, .., most."""
-        gains = (self._sums / (self._weights + DOUBT)).cumsum(0).tolist()[:most]
+        doubt = DOUBT * (1 + self._newness * (math.sqrt(requests) - 1))
+        gains = (self._sums / (self._weights + doubt)).cumsum(0).tolist()[:most]
         last = gains[-1] if gains else 0.0
         return [0.0, *gains, *[last] * (most - len(gains))]
 
@@ -206,32 +221,47 @@ class _Excess:
     """By how much drafted cycles are slower than the cost model says, relative to plain ones: logarithms of seconds.
 
     The speed of the machine changes for all cycles alike. So a cycle is only compared with the cycles of the other kind
-    just before it, and says nothing if there were none.
+    just before it, and says nothing if there were none. One of them may have been slow by chance, so the more
+    comparisons there were, the less each of them changes.
     """
 
     def __init__(self) -> None:
         self._excess: dict[int, float] = {}
         """By number of requests."""
-        self._averages, self._lengths, self._drafted = [0.0, 0.0], [0, 0], False
+        self._comparisons: dict[int, int] = {}
+        """Changes from plain to drafted cycles or back, by number of requests."""
+        self._averages, self._lengths = [0.0, 0.0], [0, 0]
         """Mean of `over_model` and number of cycles, of the newest run of plain cycles and of drafted ones."""
+        self.drafted = False
+        """Whether the newest cycle drafted."""
 
     def of(self, requests: int) -> float:
         """The excess for this number of requests, or for the nearest number that was seen."""
-        nearest = min(self._excess, key=lambda seen: abs(math.log(seen / requests)), default=None)
-        return 0.0 if nearest is None else self._excess[nearest]
+        return self._excess.get(self._nearest(requests), 0.0)
+
+    def comparisons(self, requests: int) -> int:
+        """Comparisons for this number of requests, or for the nearest number if it is at most twice or half as large."""
+        nearest = self._nearest(requests)
+        return self._comparisons.get(nearest, 0) if max(nearest, requests) <= 2 * min(nearest, requests) else 0
+
+    def _nearest(self, requests: int) -> int:
+        return min(self._excess, key=lambda seen: abs(math.log(seen / requests)), default=requests)
 
     def observe(self, requests: int, drafted: bool, over_model: float) -> None:
         """Learn from one cycle; `over_model` is the logarithm of its seconds over those of the cost model."""
-        if drafted != self._drafted:
-            self._drafted, self._lengths[drafted] = drafted, 0
+        changed = drafted != self.drafted
+        if changed:
+            self.drafted, self._lengths[drafted] = drafted, 0
         self._lengths[drafted] += 1
         length = self._lengths[drafted]
         self._averages[drafted] += (over_model - self._averages[drafted]) / min(length, RUN)
         if self._lengths[not drafted]:
             difference = over_model - self._averages[not drafted]
             surprise = (difference if drafted else -difference) - self.of(requests)
-            step = min(max(surprise, -LARGEST_STEP), LARGEST_STEP)
-            self._excess[requests] = self.of(requests) + FIRST_STEP / length * step
+            count = self.comparisons(requests) + changed
+            step = max(FIRST_STEP / max(count, 1), LEAST_STEP) / length**2
+            excess = self.of(requests) + step * min(max(surprise, -LARGEST_STEP), LARGEST_STEP)
+            self._excess[requests], self._comparisons[requests] = excess, count
 
 
 def _valid(proposal: Proposal) -> Tensor:

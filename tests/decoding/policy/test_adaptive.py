@@ -157,6 +157,25 @@ def test_plain_decoding_is_never_undercut_by_more_than_3_percent(requests, world
     assert sum(rates) / len(rates) > 0.97
 
 
+def test_a_short_batch_near_break_even_loses_at_most_3_percent_if_drafting_is_dearer_than_the_cost_model_says():
+    """A new policy has 40 cycles: most of the time that it may lose is lost before it knows anything."""
+    costs = costs_of(lambda r, n: 0.010 + 0.0003 * r * n, lambda r, n: 0.001 + 0.0001 * r * n)
+    for seed in range(20):
+        assert World(16, costs, seed, slower=1.15).run(AdaptivePolicy(costs), 40) > 0.97
+
+
+def test_one_slow_plain_cycle_does_not_make_drafting_look_cheap():
+    """Of the plain cycles that show what plain decoding takes, each may have been slow by chance."""
+    world, policy = World(16, slower=1.5), AdaptivePolicy(USUAL)
+    observed = [(0, 1.0)] * 3 + [(1, 1.5), (0, 1.0)] * 4 + [(0, 2.0)] + [(1, 1.5)] * 20
+    for drafts, over_model in observed:
+        proposal = proposal_of([[0.5] * drafts] * 16) if drafts else Proposal.empty(16, NOBODY)
+        seconds = USUAL.verify(16, drafts + 1) + (USUAL.draft(16, drafts) if drafts else 0.0)
+        cycle = ObservedCycle(DraftPlan(16, drafts, drafts), proposal, proposal, verdict_of([drafts] * 16, drafts), 0.0)
+        policy.observe(replace(cycle, seconds=seconds * over_model))
+    assert world.drafted(policy, 100) < 0.1
+
+
 @pytest.mark.parametrize("requests", REQUESTS)
 def test_it_is_as_fast_as_the_best_fixed_number(requests):
     best = max(World(requests).run(Fixed(n), 300) for n in (0, 1, 2, 4, 8))

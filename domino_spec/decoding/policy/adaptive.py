@@ -240,7 +240,7 @@ class _Excess:
         return self._excess.get(self._nearest(requests), 0.0)
 
     def comparisons(self, requests: int) -> int:
-        """Comparisons for this number of requests, or for the nearest number if it is at most twice or half as large."""
+        """Comparisons for this number of requests, or for the nearest one if it is at most twice or half as large."""
         nearest = self._nearest(requests)
         return self._comparisons.get(nearest, 0) if max(nearest, requests) <= 2 * min(nearest, requests) else 0
 

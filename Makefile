@@ -42,8 +42,8 @@ test-oldest test-newest: test-%:
 	@$(PYTHON) tests/readme_commands.py .venv-$* dist/domino_spec-*.whl $(REQUIREMENT)
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check $(REQUIREMENT) "$$(echo dist/domino_spec-*.whl)[dev]"
 	@OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 -q -m "not slow" $(CALL_TRANSFORMERS) $(ARGS)
-CALL_TRANSFORMERS := $(addprefix tests/, target draft decoding drafters training serve cli bench/test_baseline.py \
-    bench/test_peers.py test_api.py test_bad_input.py test_extras.py test_transformers.py)
+CALL_TRANSFORMERS := $(addprefix tests/, target draft decoding drafters training serve cli clients \
+    bench/test_peers.py test_devices.py test_api.py test_bad_input.py test_extras.py test_transformers.py)
 
 wheel: | $(BIN)/pip
 	@rm -rf dist

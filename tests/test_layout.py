@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tests import sanitized
 
 PACKAGE = Path(__file__).parent.parent / "domino_spec"
 ROOMS = [
@@ -138,3 +141,13 @@ def _modules_imported(file: Path, modules: Iterable[str]) -> set[str]:
 
 def _module(file: Path) -> str:
     return ".".join(("domino_spec", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_the_tests_that_make_and_the_sanitizers_name_exist():
+    root = Path(__file__).parent.parent
+    named = re.search(
+        r"CALL_TRANSFORMERS := \$\(addprefix tests/, (.*?)\)", (root / "Makefile").read_text("utf-8"), re.DOTALL
+    )
+    assert named is not None
+    paths = [f"tests/{name}" for name in named[1].replace("\\\n", " ").split()] + sanitized.TESTS
+    assert [path for path in paths if not (root / path).exists()] == []

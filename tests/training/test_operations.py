@@ -98,7 +98,8 @@ def test_scores_that_are_masked_do_not_count(target, sequences):
     """Blocks of one sequence share calls of attention, which compare each with the slots of the others."""
     recipe = step_recipe(sequences, anchors=6)
     seen, attention, counted = watched_step(target, tiny_draft(target), sequences, recipe)
-    assert sum(counted.values()) - counted["attention"] == seen - attention
+    products = sum(counted.values()) - counted["attention"]
+    assert abs(products - (seen - attention)) <= (0.001 * seen if angles_are_products(target) else 0)
     assert 0 < counted["attention"] < attention
     # Two layers of 4 heads of 16: scores and their sum over values, forward once and backward twice.
     anchors = [sample_anchors(s, 6, torch.Generator().manual_seed(0)) for s in sequences]

@@ -325,7 +325,7 @@ def test_dflash_reads_the_draft_from_disk(models, disk):
 
 def test_what_dflash_cannot_express_is_one_line(models, monkeypatch):
     model, target = models
-    for missing in (None, object()):
+    for missing in (None, tiny_single_layer(target, "eagle3")):
         with pytest.raises(UserError, match="needs a draft with a DFlash backbone"):
             peer_drafts(DFLASH, missing, None)
     with pytest.raises(UserError, match="needs a draft"):

@@ -44,6 +44,7 @@ from tests.tiny import (
     run,
     tiny_draft,
     tiny_model,
+    tiny_single_layer,
     word_tokenizer,
 )
 

@@ -165,6 +165,7 @@ def few_tokens():
     return model, target, tiny_draft(target, block_size=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_confidence", [0.0, 0.1])
 @pytest.mark.parametrize("budget", [7, 16, 64])
 @pytest.mark.parametrize("builder", BUILDERS)

@@ -98,6 +98,7 @@ def test_every_method_can_be_asked_for_everywhere(tmp_path, target_dir, drafts, 
     assert method in {json.loads(line)["method"] for line in (out / "raw.jsonl").read_text().splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.kinds])
 def test_a_method_with_a_draft_of_another_kind_is_refused_everywhere(tmp_path, target_dir, drafts, served, method):
     other = next(d for name, d in drafts.items() if not {*METHODS[name].kinds} & {*METHODS[method].kinds})

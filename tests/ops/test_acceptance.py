@@ -139,6 +139,7 @@ def sampled_twin(given: list[Tensor], programs: int, fused: bool):
     return tuple(sampled_chain_triton(*given, programs=programs, fused=fused))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("shape", "programs", "fused"), [((4, 3, 70, 6), 9, False), ((4, 2, 12, 12), 1, True)])
 def test_triton_decides_sampled_chains_like_the_truth(interpreted, shape, programs, fused):

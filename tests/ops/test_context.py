@@ -98,6 +98,7 @@ def test_c_leaves_out_rows_without_room():
         torch.testing.assert_close(found[:, :3], whole[:, :3, :, :9], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_leaves_out_rows_without_room(interpreted):
     given = context_case(torch.float32, 2, 16)

@@ -59,6 +59,7 @@ def test_the_page_is_read_as_it_was_written(tmp_path):
     assert "0.64" not in page.read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "trial"),
     [
@@ -82,6 +83,7 @@ def test_without_a_planted_fault_the_same_trial_passes():
     assert run_family("gemma2", faults.nothing).kind == "equal"
 
 
+@pytest.mark.slow
 def test_a_process_that_aborts_or_hangs_is_reported():
     aborted = run_family("llama", faults.heap_corrupted)
     assert aborted.kind == "abort" and aborted.detail.startswith("SIGABRT")

@@ -67,6 +67,7 @@ def test_chunks_equal_dense_attention_in_value_and_gradient(monkeypatch, blocks_
         assert plain.abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
 def test_flexattention_equals_dense_attention(kv_heads):
     """In value; on CPU it has no backward pass."""

@@ -210,6 +210,7 @@ def test_a_failing_tracker_is_one_warning_and_training_goes_on(setup, tmp_path, 
     assert len(trackio.logged) == 15 and trackio.finished == [{}], "the other one is not affected"
 
 
+@pytest.mark.slow
 def test_what_trackers_print_stays_off_standard_output(setup, tmp_path, install, capsys):
     install("trackio")
     record(tmp_path, setup.recipe(trackers=("trackio",)), 0, 2)

@@ -414,6 +414,7 @@ def test_the_command_measures_with_a_key_that_is_not_written_down(suite, tmp_pat
 # Our own server
 
 
+@pytest.mark.slow
 def test_our_own_server_with_and_without_a_draft(suite, tmp_path, no_plots):
     pytest.importorskip("prometheus_client")
     pytest.importorskip("openai")

@@ -200,6 +200,7 @@ def tapes(monkeypatch) -> list[Tape]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "domino", "domino-tree"])
 def test_a_shape_is_captured_once_and_replayed_by_whoever_comes_later(target, method, tapes):
     requests = requests_of(PROMPTS, COUNTS)

@@ -27,6 +27,14 @@ from tests.training.test_run import assert_same_run, changed
 STATE = "state.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C raises here too where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def finished(setup, tmp_path_factory) -> Path:
     """A run of twelve steps that is over."""

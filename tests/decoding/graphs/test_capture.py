@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from domino_spec.decoding.engine import Engine
 from domino_spec.decoding.graphs import capture as capture_module
-from domino_spec.decoding.graphs import cycles as cycles_module
 from domino_spec.decoding.graphs.capture import why_not
 from domino_spec.decoding.graphs.cycles import Shape
 from domino_spec.decoding.sampling import Sampling, SamplingSettings, Warpers
@@ -35,26 +34,8 @@ from tests.tiny import (
     VOCAB,
     as_target,
     draft_for,
-    tiny_model,
     tiny_target,
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def target(model):
-    return as_target(model)
-
-
-@pytest.fixture(autouse=True)
-def small_extents(monkeypatch):
-    """Short texts cross the borders of several extents."""
-    monkeypatch.setattr(cycles_module, "STEP", 16)
-
 
 # What it never does
 

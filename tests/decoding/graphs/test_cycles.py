@@ -42,23 +42,6 @@ from tests.tiny import (
     word_tokenizer,
 )
 
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def target(model):
-    return as_target(model)
-
-
-@pytest.fixture(autouse=True)
-def small_extents(monkeypatch):
-    """Short texts cross the borders of several extents."""
-    monkeypatch.setattr(cycles_module, "STEP", 16)
-
-
 # What it writes
 
 
